@@ -1,0 +1,59 @@
+"""Holds the built extension's machine code to the design: FP8 tensor core instructions, no local memory, registers."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+# Launch registers of the forward, by head_dim: 64 Ki over the threads of a CTA, in multiples of 8 (FwdConfig).
+LAUNCH_REGISTERS = {128: 168, 64: 96}
+
+
+def package_dir(name: str) -> Path:
+    return Path(next(iter(importlib.util.find_spec(name).submodule_search_locations)))
+
+
+def cuobjdump(option: str, module: Path) -> str:
+    tool = package_dir("nvidia.cu13") / "bin" / "cuobjdump"
+    return subprocess.run([tool, option, module], capture_output=True, text=True, check=True).stdout
+
+
+def functions(sass: str) -> dict[str, str]:
+    parts = re.split(r"^\s*Function : (\S+)$", sass, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def main() -> int:
+    (module,) = package_dir("fpsattention").glob("_C*.so")
+    code = functions(cuobjdump("-sass", module))
+    usage = re.findall(
+        r"Function (\S+):\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", cuobjdump("-res-usage", module)
+    )
+    resources = {name: tuple(map(int, numbers)) for name, *numbers in usage}
+    faults = []
+    forwards = 0
+    for name, text in sorted(code.items()):
+        registers, stack, local = resources[name]
+        qgmma = len(re.findall(r"\bQGMMA\b", text))
+        spills = len(re.findall(r"\b(?:LDL|STL)\b", text))
+        if spills or stack or local:
+            faults.append(f"{name}: {spills} local loads and stores, {stack} bytes of stack, {local} local")
+        if "attn_fwd_sm90" in name:
+            forwards += 1
+            head_dim = int(re.search(r"FwdConfigILi(\d+)E", name)[1])
+            if not qgmma:
+                faults.append(f"{name}: no QGMMA")
+            if registers != LAUNCH_REGISTERS[head_dim]:
+                faults.append(f"{name}: {registers} registers at launch, not {LAUNCH_REGISTERS[head_dim]}")
+        print(
+            f"{registers:4} registers {qgmma:3} QGMMA  {re.sub(r'.*_GLOBAL__N__[0-9a-f_]+', '', name)[:70]}"
+        )
+    if forwards != 2 * len(LAUNCH_REGISTERS):
+        faults.append(f"{forwards} forward kernels, not one for each head_dim and dtype")
+    print("\n".join(faults) or f"{len(code)} kernels, no local memory, no spills")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+# `make demo` and `make test` do all set-up themselves, in .venv, on a machine that has only Python >= 3.10 and gcc.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+SOURCES := $(shell find kernels include python -name '*.py' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
+# With no GPU in sight, torch comes from its CPU index: hundreds of megabytes instead of gigabytes of CUDA.
+HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?= $(if $(HAS_GPU),,--extra-index-url https://download.pytorch.org/whl/cpu --retries 0)
+
+.PHONY: demo test test-gpu sanitize bench plots lint format sass wheel clean
+
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet $(TORCH) $(TORCH_INDEX)
+	touch $@
+
+$(VENV)/installed: $(VENV)/torch $(SOURCES) pyproject.toml setup.py build_backend.py CMakeLists.txt
+	$(RUN) -m pip install '.[test]'
+	touch $@
+
+demo: $(VENV)/installed  ## dense, FP8, sparse and FPSAttention on a real clip: a table and a picture
+	$(VENV)/bin/fpsattention demo
+
+test: $(VENV)/installed  ## the tests this machine can run; the GPU receipt stands for the others
+	$(RUN) -m pytest -q
+
+test-gpu: $(VENV)/installed  ## the GPU tests, on a Hopper GPU; writes the receipt that `make test` checks elsewhere
+	$(RUN) -m pytest -q -m gpu --gpu-receipt tests/gpu_receipt.json
+
+sanitize: $(VENV)/installed  ## compute-sanitizer over small launches of every kernel variant
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(RUN) tests/sanitizer_cases.py
+	compute-sanitizer --tool synccheck --error-exitcode 1 $(RUN) tests/sanitizer_cases.py
+
+bench: $(VENV)/installed  ## every number of the README, in one run on one Hopper GPU
+	$(RUN) bench/bench_forward.py --output bench/results/h100.json
+	$(RUN) bench/plots.py
+
+plots: $(VENV)/installed
+	$(RUN) bench/plots.py
+
+$(VENV)/lint: $(VENV)/torch
+	$(RUN) -m pip install --quiet 'clang-format==23.1.*' 'ruff==0.17.*' nvidia-cuda-cuobjdump
+	touch $@
+
+lint: $(VENV)/lint
+	$(VENV)/bin/clang-format --dry-run --Werror kernels/*.cu kernels/*.cpp include/fpsattention/*
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/lint
+	$(VENV)/bin/clang-format -i kernels/*.cu kernels/*.cpp include/fpsattention/*
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+sass: $(VENV)/lint $(VENV)/installed  ## what ptxas made of the kernels: QGMMA there, no local memory, register counts
+	$(RUN) .ci/check_sass.py
+
+wheel: $(VENV)/torch
+	$(RUN) -m pip wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist python/*.egg-info

@@ -1,0 +1,373 @@
+"""Forward attention on one GPU: FPSAttention, torch's backends and installed peers on the same tensors.
+
+    python bench/bench_forward.py [--quick] [--case NAME ...] [--heads-scale X] [--output FILE]
+
+A full run writes bench/results/<gpu>.json; a partial one (--quick, --case, --heads-scale) writes
+bench/results/<gpu>-partial.json, so that it never replaces a full one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+import fpsattention as fps
+from common import (
+    COPY_BYTES,
+    CUDNN,
+    FLEX,
+    OURS,
+    TORCH_DENSE,
+    CudaClock,
+    DeviceLost,
+    GpuMonitor,
+    Record,
+    Results,
+    Target,
+    Timing,
+    attention_flops,
+    conditions,
+    device_query,
+    first_line,
+    gpu_slug,
+    quantize_bytes,
+    table,
+    target_lines,
+    time_interleaved,
+)
+from contenders import Contender, as_hnd, config_of, contenders_of, installed_peers
+from fpsattention import _C
+from fpsattention.reference import emulated_attention
+from shapes import COG_DENSE, PAPER, WAN_DENSE, Shape, Window, select
+
+SAMPLED_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a window asks of one head: density, attended and computed query-key pairs; who attends whom."""
+
+    density: float
+    pairs: int
+    computed_pairs: int
+    resolved: fps.config.ResolvedConfig
+
+    def allowed(self, rows: torch.Tensor) -> torch.Tensor:
+        """bool [rows, L]: which tokens each of these query tokens attends."""
+        geometry = self.resolved.geometry
+        tile_of_token = geometry.tile_of_token
+        tiles, index = tile_of_token[rows.cpu()].unique(return_inverse=True)
+        seen = torch.zeros(len(tiles), geometry.n_tiles, dtype=torch.bool)
+        for i, tile in enumerate(tiles.tolist()):
+            seen[i, geometry.key_tiles(tile, self.resolved.windows[0], self.resolved.border)] = True
+        return seen.to(rows.device)[index.to(rows.device)][:, tile_of_token.to(rows.device)]
+
+
+@lru_cache
+def work_of(shape: Shape, window: Window) -> Work:
+    resolved = config_of(shape, window).resolve(shape.grid, shape.heads)
+    geometry, tiles = resolved.geometry, resolved.windows[0]  # one window for all heads
+    return Work(
+        geometry.density(tiles, resolved.border),
+        geometry.attended_pairs(tiles, resolved.border),
+        geometry.computed_pairs(tiles, resolved.border),
+        resolved,
+    )
+
+
+def seed_of(text: str) -> int:
+    return zlib.crc32(text.encode())
+
+
+def random_input(shape: Shape, device: str, seed_text: str) -> torch.Tensor:
+    """Standard normal BF16 in the shape's layout, a function of `seed_text`."""
+    generator = torch.Generator(device).manual_seed(seed_of(seed_text))
+    middle = (shape.tokens, shape.heads) if shape.layout == "NHD" else (shape.heads, shape.tokens)
+    return torch.randn(
+        shape.batch, *middle, shape.head_dim, dtype=torch.bfloat16, device=device, generator=generator
+    )
+
+
+def exact_rows(q, k, v, rows: torch.Tensor, allowed: torch.Tensor, scale: float) -> torch.Tensor:
+    """Exact attention in fp64 of some query rows of one head: q, k, v [L, D], allowed [rows, L]."""
+    scores = (q[rows].double() @ k.double().T).mul_(scale).masked_fill_(~allowed, float("-inf"))
+    return scores.softmax(-1) @ v.double()
+
+
+def relative_rms(x: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((x.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+def check_accuracy(shape: Shape, contender: Contender, work: Work, k, v, record: Record) -> None:
+    """Compare a contender with exact attention on sampled rows of some heads, and record what is found.
+
+    Each contender gets queries of its own, so that memory left by another one cannot hold its answer.
+    """
+    device = k.device
+    q = random_input(shape, device.type, f"{record.case} {record.op} q")
+    out = contender.finish(contender.prepare(q, k, v)())
+    if not out.isfinite().all():
+        record.fail("output is not finite")
+    q, k, v = (as_hnd(x, shape.layout) for x in (q, k, v))
+    generator = torch.Generator().manual_seed(seed_of(f"{record.case} rows"))
+    rows = torch.randperm(shape.tokens, generator=generator)[:SAMPLED_ROWS].to(device)
+    allowed = work.allowed(rows)
+    scale = shape.head_dim**-0.5
+    heads = sorted({(0, 0), (0, shape.heads // 2), (shape.batch - 1, shape.heads - 1)})
+    exact = torch.stack([exact_rows(q[at], k[at], v[at], rows, allowed, scale) for at in heads])
+    record.rel_rms = relative_rms(torch.stack([out[at][rows] for at in heads]), exact)
+    if not record.rel_rms <= contender.tolerance:  # also when it is NaN
+        record.fail(f"relative RMS error {record.rel_rms:.3g} is above {contender.tolerance}")
+    if contender.name == OURS and contender.window in shape.emulated:
+        try:
+            one_head = (x[:1, :1] for x in (q, k, v))
+            config = config_of(shape, contender.window)
+            emulated, _ = emulated_attention(*one_head, grid=shape.grid, config=config, tensor_layout="HND")
+            record.emulation_rel_rms = relative_rms(emulated[0, 0, rows], exact[0])
+            record.rms_to_emulation = relative_rms(out[0, 0], emulated[0, 0])
+            same_rows = relative_rms(out[0, 0, rows], exact[0])
+            record.error_over_emulation = same_rows / record.emulation_rel_rms
+        except Exception as error:  # the emulation's failure is no reason not to time the kernel
+            record.note = f"not held against the emulation: {first_line(error)}"
+
+
+def make_entries(shape: Shape, contenders: list[Contender], q, k, v, clock) -> tuple[dict, dict, list]:
+    """Check every contender and lay out what is to be timed.
+
+    Returns functions to time by key, FP8 image bytes by key, and (record, contender, work) of each contender.
+    """
+    entries, image_bytes, measured = {}, {}, []
+    for c in contenders:
+        work = work_of(shape, c.window)
+        tile = shape.tile if c.name in (OURS, FLEX) or c.window is not None else None
+        window = None if c.window is None else work.resolved.windows[0]
+        record = Record(
+            *(shape.case(c.window), c.name, shape.grid, shape.heads, shape.head_dim, shape.batch),
+            *(shape.layout, tile, window, work.density),
+            note=c.note,
+        )
+        measured.append((record, c, work))
+        key = f"{record.case} {record.op}"
+        try:
+            check_accuracy(shape, c, work, k, v, record)
+            entries[key] = c.prepare(q, k, v)
+            if c.parts is not None:
+                parts = c.parts(q, k, v)
+                entries["quantize"] = parts.quantize  # the same for every window of a tile
+                entries[f"{key} attend"] = parts.attend
+                image_bytes[key] = parts.image_bytes
+        except Exception as error:  # a contender that fails is a line in the results
+            record.fail(first_line(error))
+            clock.check(key)
+    return entries, image_bytes, measured
+
+
+def fill(record: Record, shape: Shape, work: Work, key: str, timings: dict, image_bytes: int | None) -> None:
+    """Put a contender's times, and the rates that follow from them, in its record."""
+
+    def timing(name: str) -> Timing | None:
+        result = timings.get(name)
+        if isinstance(result, str):
+            record.fail(result)
+        return result if isinstance(result, Timing) else None
+
+    sizes = (shape.heads, shape.head_dim, shape.batch)
+    flops = attention_flops(work.pairs, *sizes)
+    if total := timing(key):
+        record.ms, record.spread = total.ms, total.spread
+        record.tflops_total = flops / total.ms / 1e9
+    if isinstance(copy := timings.get("copy"), Timing):
+        record.copy_gbps = 2 * COPY_BYTES / copy.ms / 1e6
+    if image_bytes is None:
+        return
+    if attend := timing(f"{key} attend"):
+        record.attn_ms = attend.ms
+        record.tflops = flops / attend.ms / 1e9
+        record.tflops_computed = attention_flops(work.computed_pairs, *sizes) / attend.ms / 1e9
+    if quantize := timing("quantize"):
+        record.quant_ms = quantize.ms
+        record.quant_bytes = quantize_bytes(shape.tokens, *sizes, image_bytes)
+        record.quant_gbps = record.quant_bytes / quantize.ms / 1e6
+    rows = shape.tokens * shape.heads * shape.batch
+    record.attn_hbm_bytes = image_bytes + rows * (2 * shape.head_dim + 4)  # the images in, output and LSE out
+    kv_block = 2 * _C.BLOCK * shape.head_dim  # read for each pair of a query block and a key block
+    record.attn_l2_bytes = work.computed_pairs // _C.BLOCK**2 * kv_block * shape.heads * shape.batch
+
+
+def compare(records: list[Record]) -> None:
+    """Give all records of a shape their baselines: dense BF16 cuDNN, and torch's fastest dense backend."""
+    dense = {r.op: r.ms for r in records if r.op in TORCH_DENSE and r.ms and not r.error}
+    if not dense:
+        return
+    baseline = CUDNN if CUDNN in dense else min(dense, key=dense.get)
+    fastest = min(dense, key=dense.get)
+    for r in records:
+        r.baseline, r.baseline_ms = baseline, dense[baseline]
+        r.fastest_torch, r.fastest_torch_ms = fastest, dense[fastest]
+        if r.ms and not r.error:
+            r.speedup, r.speedup_fastest_torch = r.baseline_ms / r.ms, r.fastest_torch_ms / r.ms
+
+
+def bench_shape(
+    shape: Shape, contenders: list[Contender], clock, monitor: GpuMonitor, rounds: int, burst_ms: float
+) -> list[Record]:
+    """Check and time everyone on one shape. Raises DeviceLost."""
+    q, k, v = (random_input(shape, clock.device, f"{shape.name} {name}") for name in "qkv")
+    entries, image_bytes, measured = make_entries(shape, contenders, q, k, v, clock)
+    entries["copy"] = clock.copy
+    start = time.monotonic()
+    timings = time_interleaved(entries, clock, rounds, burst_ms, seed_of(shape.name))
+    clock_mhz, power_w = monitor.between(start, time.monotonic())
+    for record, c, work in measured:
+        key = f"{record.case} {record.op}"
+        fill(record, shape, work, key, timings, image_bytes.get(key) if c.parts is not None else None)
+        record.sm_clock_mhz, record.power_w = clock_mhz, power_w
+    records = [record for record, _, _ in measured]
+    compare(records)
+    return records
+
+
+def _our(case: str, value):
+    """A target's value taken from FPSAttention's record of one case; None when it is missing or wrong."""
+
+    def of(records: list[Record]) -> float | None:
+        for r in records:
+            if r.case == case and r.op == OURS and not r.error:
+                return value(r)
+        return None
+
+    return of
+
+
+def _cudnn_speedup(r: Record) -> float | None:
+    return r.speedup if r.baseline == CUDNN else None
+
+
+def _worst(value):
+    """A target's value taken as the largest over all of FPSAttention's records that have it."""
+
+    def of(records: list[Record]) -> float | None:
+        return max((x for r in records if r.op == OURS and (x := value(r)) is not None), default=None)
+
+    return of
+
+
+TARGETS = (
+    Target("paper's setting 36x48x48, window 6,6,1: x cuDNN", _our(PAPER, _cudnn_speedup), 7.09),
+    Target("dense FP8 21x45x80, 40 heads: x cuDNN", _our(WAN_DENSE, _cudnn_speedup), 1.35),
+    Target("dense FP8 13x30x45, 48 heads, D 64: x cuDNN", _our(COG_DENSE, _cudnn_speedup), 1.0),
+    Target(
+        "quantisation 21x45x80, 40 heads: of copy bandwidth",
+        _our(WAN_DENSE, lambda r: r.quant_gbps / r.copy_gbps if r.quant_gbps and r.copy_gbps else None),
+        0.70,
+    ),
+    Target(
+        "error against exact, worst: x the emulation's",
+        _worst(lambda r: r.error_over_emulation),
+        1.1,
+        at_least=False,
+    ),
+    Target(
+        "relative RMS to the emulation, worst", _worst(lambda r: r.rms_to_emulation), 5e-3, at_least=False
+    ),
+    Target("records of FPSAttention with an error", _worst(lambda r: bool(r.error) * 1.0), 0, at_least=False),
+)
+
+
+def run(shapes: list[Shape], options: argparse.Namespace, output: Path) -> Results:
+    """Bench the shapes one after the other, saving after each, and judge the targets."""
+    began = time.monotonic()
+    rounds, burst_ms = (3, 60.0) if options.quick else (5, 100.0)
+    meta = conditions() | {
+        "fpsattention": fps.__version__,
+        "rounds": rounds,
+        "burst_ms": burst_ms,
+        "heads_scale": options.heads_scale,
+        "quick": options.quick,
+        "peers": installed_peers(),
+        "peer_failures": [],
+    }
+    results = Results(meta)
+    clock = CudaClock()
+    with GpuMonitor(device_query()) as monitor:
+        for shape in shapes:
+            if shape.flex:
+                torch.compiler.reset()  # or the second shape is compiled for dynamic sizes, and runs slower
+            contenders, failures = contenders_of(shape)
+            meta["peer_failures"] += failures
+            try:
+                results.records += bench_shape(shape, contenders, clock, monitor, rounds, burst_ms)
+            except DeviceLost as error:
+                meta["device_lost"] = f"{shape.name}: {error}"
+                break
+            finally:
+                meta["seconds"] = time.monotonic() - began
+                for name in ("sm_clock_mhz", "power_w"):
+                    samples = [x for r in results.records if (x := getattr(r, name)) is not None]
+                    meta[name] = statistics.median(samples) if samples else None
+                results.targets = [t.judge(results.records) for t in TARGETS]
+                results.save(output)
+            gc.collect()
+            torch.cuda.empty_cache()
+            print(f"{meta['seconds']:6.1f} s  {shape.name} done", file=sys.stderr, flush=True)
+    return results
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the shapes with a target only, fewer rounds")
+    parser.add_argument(
+        "--case", nargs="+", default=[], metavar="NAME", help="shapes, cases (shape/window) or 'length'"
+    )
+    parser.add_argument("--heads-scale", type=float, default=1.0, help="factor on the number of heads")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    try:
+        shapes = select(options.case, options.quick, options.heads_scale)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if not torch.cuda.is_available():
+        print("no CUDA device: nothing to measure", file=sys.stderr)
+        return 2
+    os.environ["FPSATTENTION_STRICT"] = "1"  # a silent fall back to the reference would be timed for hours
+    partial = options.quick or options.case or options.heads_scale != 1.0
+    name = gpu_slug(torch.cuda.get_device_name()) + ("-partial" if partial else "")
+    output = options.output or Path(__file__).parent / "results" / f"{name}.json"
+    with torch.no_grad():
+        results = run(shapes, options, output)
+    print(table(results.records))
+    meta = results.meta
+    print(
+        f"\n{meta['gpu']}, {meta['sm_clock_mhz']} MHz and {meta['power_w']} W under load, "
+        f"driver {meta['driver']}, torch {meta['torch']}, cuDNN {meta['cudnn']}, "
+        f"fpsattention {meta['fpsattention']}, {meta['seconds']:.0f} s"
+    )
+    for failure in meta["peer_failures"]:
+        print(f"peer failed: {failure}")
+    if "device_lost" in meta:
+        print(f"the device was lost, the run is incomplete: {meta['device_lost']}")
+    if options.heads_scale != 1.0:
+        print("with --heads-scale the targets' own shapes were not measured")
+    else:
+        print(target_lines(results.targets))
+    print(f"wrote {output}")
+    return 1 if "device_lost" in meta else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,350 @@
+"""Timing on the GPU, the records that a bench writes, and the words they are printed with."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import platform
+import pty
+import random
+import re
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+OURS, CUDNN, FLASH, FLEX = "fpsattention", "sdpa-cudnn", "sdpa-flash", "flexattention"  # Record.op
+TORCH_DENSE = (CUDNN, FLASH)
+
+FLUSH_BYTES = 256 << 20  # five times an H100's L2: what a call reads, it reads from memory
+COPY_BYTES = 1 << 30
+HEAD_START_CYCLES = (
+    8_000_000  # about 5 ms in which the host queues a burst, so that its own time is not measured
+)
+MAX_CALLS = 50
+
+
+class DeviceLost(RuntimeError):
+    """The CUDA context is unusable; nothing more can be measured in this process."""
+
+
+class CudaClock:
+    """Times calls on the GPU with events, each after a flush of the L2."""
+
+    device = "cuda"
+
+    def __init__(self):
+        self._flush, self._source, self._target = (
+            torch.zeros(n, dtype=torch.uint8, device=self.device)
+            for n in (FLUSH_BYTES, COPY_BYTES, COPY_BYTES)
+        )
+
+    def copy(self) -> None:
+        """Read and write COPY_BYTES: what the memory can do."""
+        self._target.copy_(self._source)
+
+    def burst(self, fn: Callable[[], object], calls: int) -> list[float]:
+        """Milliseconds of each of `calls` calls, queued back to back."""
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+        torch.cuda._sleep(HEAD_START_CYCLES)
+        for start, end in events:
+            self._flush.zero_()
+            start.record()
+            fn()
+            end.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in events]
+
+    def check(self, after: str) -> None:
+        """Raises DeviceLost when a fault, found after running `after`, has left the device unusable."""
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            raise DeviceLost(f"after {after}: {first_line(error)}") from error
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median of the rounds' medians in milliseconds, and (slowest - fastest round) / median."""
+
+    ms: float
+    spread: float
+
+
+def time_interleaved(
+    entries: dict[str, Callable[[], object]], clock, rounds: int, burst_ms: float, seed: int = 0
+) -> dict[str, Timing | str]:
+    """Time several functions so that heat, clocks and neighbours treat all alike.
+
+    Every round runs every function for about `burst_ms`, at least once, in a fresh random order.
+
+    Returns a Timing per name, or the text of the error that the function raised. Raises DeviceLost.
+    """
+    results: dict[str, Timing | str] = {}
+    calls, medians = {}, {name: [] for name in entries}
+
+    def burst(name: str, n: int) -> list[float]:
+        try:
+            return clock.burst(entries[name], n)
+        except Exception as error:  # one contender's failure is its result
+            results[name] = first_line(error)
+        clock.check(name)
+        return []
+
+    for name in entries:
+        burst(name, 1)  # compiles, allocates, warms
+        if name not in results and (estimate := burst(name, 1)):
+            calls[name] = min(MAX_CALLS, max(1, round(burst_ms / max(estimate[0], 1e-3))))
+    order = random.Random(seed)
+    for _ in range(rounds):
+        for name in order.sample(list(calls), len(calls)):
+            if name not in results and (times := burst(name, calls[name])):
+                medians[name].append(statistics.median(times))
+    for name, values in medians.items():
+        if name not in results:
+            middle = statistics.median(values)
+            results[name] = Timing(middle, (max(values) - min(values)) / middle)
+    return results
+
+
+class GpuMonitor:
+    """Samples SM clock and power through nvidia-smi while a bench runs; without nvidia-smi, nothing."""
+
+    def __init__(self, device: str, interval_ms: int = 100):
+        self._command = [
+            *("nvidia-smi", "-i", device, "--query-gpu=clocks.sm,power.draw"),
+            *("--format=csv,noheader,nounits", "-lms", str(interval_ms)),
+        ]
+        self._samples: list[tuple[float, float, float]] = []
+        self._process = None
+
+    def __enter__(self):
+        ours, theirs = pty.openpty()  # into a pipe, nvidia-smi would write blocks of many samples
+        try:
+            self._process = subprocess.Popen(self._command, stdout=theirs, stderr=subprocess.DEVNULL)
+        except OSError:
+            os.close(ours)
+            return self
+        finally:
+            os.close(theirs)
+        threading.Thread(target=self._read, args=(ours,), daemon=True).start()
+        return self
+
+    def _read(self, terminal: int):
+        # Reading a terminal whose other end is closed raises.
+        with open(terminal, errors="replace") as lines, contextlib.suppress(OSError):
+            for line in lines:
+                self.add(line)
+
+    def add(self, line: str) -> None:
+        """Take one line "MHz, watts"; lines of another form (N/A, messages) are not samples."""
+        try:
+            clock, power = (float(x) for x in line.split(","))
+        except ValueError:
+            return
+        self._samples.append((time.monotonic(), clock, power))
+
+    def between(self, start: float, end: float) -> tuple[float | None, float | None]:
+        """Median (SM clock in MHz, power in W) sampled between two `time.monotonic()`, or (None, None)."""
+        inside = [s for s in self._samples if start <= s[0] <= end]
+        if not inside:
+            return None, None
+        return statistics.median(s[1] for s in inside), statistics.median(s[2] for s in inside)
+
+    def __exit__(self, *_):
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+
+
+@dataclass
+class Record:
+    """One contender on one case. Times in ms, bandwidths in GB/s (1e9), errors are relative RMS.
+
+    `tflops` is useful work, 4 * head_dim * attended pairs * heads * batch, over `attn_ms`; `tflops_total` the
+    same over `ms`, quantisation included; `tflops_computed` is what the kernel computes, padding inside its
+    blocks included, over `attn_ms`. `speedup` is baseline_ms / ms. A record with an `error` is used in no
+    comparison.
+    """
+
+    case: str
+    op: str
+    grid: tuple[int, int, int]
+    heads: int
+    head_dim: int
+    batch: int
+    layout: str
+    tile: tuple[int, int, int] | None
+    window: tuple[int, int, int] | None
+    density: float
+    ms: float | None = None
+    spread: float | None = None
+    attn_ms: float | None = None
+    quant_ms: float | None = None
+    tflops: float | None = None
+    tflops_total: float | None = None
+    tflops_computed: float | None = None
+    baseline: str | None = None
+    baseline_ms: float | None = None
+    speedup: float | None = None
+    fastest_torch: str | None = None
+    fastest_torch_ms: float | None = None
+    speedup_fastest_torch: float | None = None
+    rel_rms: float | None = None
+    emulation_rel_rms: float | None = None
+    rms_to_emulation: float | None = None
+    error_over_emulation: float | None = None
+    quant_bytes: int | None = None
+    quant_gbps: float | None = None
+    copy_gbps: float | None = None
+    attn_hbm_bytes: int | None = None
+    attn_l2_bytes: int | None = None
+    sm_clock_mhz: float | None = None
+    power_w: float | None = None
+    note: str = ""
+    error: str = ""
+
+    def fail(self, message: str) -> None:
+        self.error = f"{self.error}; {message}" if self.error else message
+
+
+@dataclass(frozen=True)
+class Target:
+    """A number to reach: `value(records)` against `bound`, in the sense of `at_least` (else at most)."""
+
+    text: str
+    value: Callable[[list[Record]], float | None]
+    bound: float
+    at_least: bool = True
+
+    def judge(self, records: list[Record]) -> dict:
+        """{text, value, bound, at_least, met}; value and met are None when this run did not measure it."""
+        value = self.value(records)
+        met = None if value is None else (value >= self.bound if self.at_least else value <= self.bound)
+        return {"text": self.text, "value": value, "bound": self.bound, "at_least": self.at_least, "met": met}
+
+
+@dataclass
+class Results:
+    """What a run writes: the conditions, the records, the targets."""
+
+    meta: dict
+    records: list[Record] = field(default_factory=list)
+    targets: list[dict] = field(default_factory=list)
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = {"meta": self.meta, "targets": self.targets, "records": [asdict(r) for r in self.records]}
+        path.write_text(json.dumps(_rounded(data), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        data = json.loads(path.read_text())
+        return cls(data["meta"], [Record(**r) for r in data["records"]], data["targets"])
+
+
+def _rounded(x):
+    if isinstance(x, float):
+        return float(f"{x:.6g}")
+    if isinstance(x, dict):
+        return {k: _rounded(v) for k, v in x.items()}
+    return [_rounded(v) for v in x] if isinstance(x, (list, tuple)) else x
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+
+
+def attention_flops(pairs: int, heads: int, head_dim: int, batch: int) -> int:
+    """Operations of a forward: two products of 2 * head_dim operations for each attended query-key pair."""
+    return 4 * head_dim * pairs * heads * batch
+
+
+def quantize_bytes(tokens: int, heads: int, head_dim: int, batch: int, image_bytes: int) -> int:
+    """Bytes the quantisation moves: Q, K, V in 16 bits, V once more for its channel amax, the FP8 image."""
+    return 4 * 2 * tokens * heads * head_dim * batch + image_bytes
+
+
+def device_query() -> str:
+    """The current CUDA device for nvidia-smi: its UUID, which CUDA_VISIBLE_DEVICES does not renumber."""
+    uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+    return uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
+
+
+def gpu_slug(name: str) -> str:
+    """Short file name for a GPU: "NVIDIA H100 80GB HBM3" -> "h100"."""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    return next((w for w in words if re.fullmatch(r"[a-z]+\d+", w)), "-".join(words) or "gpu")
+
+
+def conditions() -> dict:
+    """GPU, driver and versions, as far as they can be known."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    query = ["nvidia-smi", "-i", device_query(), "--query-gpu=driver_version,power.limit,clocks.max.sm"]
+    try:
+        smi = subprocess.run(
+            [*query, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=30, check=True
+        )
+        driver, power_limit, max_clock = (x.strip() for x in smi.stdout.strip().split(","))
+    except (OSError, subprocess.SubprocessError, ValueError):
+        driver = power_limit = max_clock = None
+    return {
+        "gpu": properties.name,
+        "sms": properties.multi_processor_count,
+        "driver": driver,
+        "power_limit_w": power_limit,
+        "max_sm_clock_mhz": max_clock,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+_COLUMNS = (
+    # title, width, format, value
+    ("case", 24, "", lambda r: r.case),
+    ("op", 16, "", lambda r: r.op),
+    ("density", 8, ".3f", lambda r: r.density),
+    ("ms", 9, ".3f", lambda r: r.ms),
+    ("attn", 9, ".3f", lambda r: r.attn_ms),
+    ("quant", 8, ".3f", lambda r: r.quant_ms),
+    ("TFLOP/s", 8, ".0f", lambda r: r.tflops or r.tflops_total),
+    ("speed-up", 9, ".2f", lambda r: r.speedup),
+    ("rel RMS", 9, ".1e", lambda r: r.rel_rms),
+    ("spread", 7, ".1%", lambda r: r.spread),
+)
+
+
+def table(records: list[Record]) -> str:
+    """The records as plain text; errors and notes follow it."""
+    lines = ["".join(f"{t:<{w}}" if not f else f"{t:>{w}}" for t, w, f, _ in _COLUMNS)]
+    for r in records:
+        cells = []
+        for _, width, form, value in _COLUMNS:
+            x = value(r)
+            text = str(x) if not form else "-" if x is None else format(x, form)
+            cells.append(f"{text[: width - 1]:<{width}}" if not form else f"{text:>{width}}")
+        lines.append("".join(cells) + ("  !" if r.error else ""))
+    lines += [f"! {r.case} {r.op}: {r.error}" for r in records if r.error]
+    notes = {r.op: r.note for r in records if r.note}
+    return "\n".join([*lines, *(f"{op}: {note}" for op, note in notes.items())])
+
+
+def target_lines(targets: list[dict]) -> str:
+    """One line per target: met or not, its text, value and bound."""
+    words = {True: "met", False: "NOT MET", None: "not measured"}
+    return "\n".join(
+        f"{words[t['met']]:<13} {t['text']:<58} {'-' if t['value'] is None else format(t['value'], '.4g'):>8}"
+        f"  {'>=' if t['at_least'] else '<='} {t['bound']:g}"
+        for t in targets
+    )

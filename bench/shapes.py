@@ -1,0 +1,143 @@
+"""What is measured: the attention shapes of video models, the windows over them, and the numbers to reach."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+Triple = tuple[int, int, int]
+Window = Triple | None  # tiles per axis; None: dense
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One set of Q, K, V, shared by every contender, and the windows attended over it.
+
+    Attributes:
+        grid: tokens (T, H, W).
+        tile: tokens (t, h, w) of a tile.
+        windows: measured in every run that selects the shape.
+        sweep: more windows, for the picture of speed over density; left out of quick runs.
+        flex: windows also run through FlexAttention in BF16, seconds to compile; left out of quick runs.
+        emulated: windows whose output is also held against the emulated FP8 contract; left out of quick runs.
+        suite: "core" is in every run, "more" in full runs, any other name only when asked for.
+    """
+
+    name: str
+    grid: Triple
+    heads: int
+    tile: Triple
+    windows: tuple[Window, ...]
+    head_dim: int = 128
+    batch: int = 1
+    layout: str = "NHD"
+    sweep: tuple[Window, ...] = ()
+    flex: tuple[Triple, ...] = ()
+    emulated: tuple[Window, ...] = ()
+    suite: str = "more"
+
+    @property
+    def tokens(self) -> int:
+        t, h, w = self.grid
+        return t * h * w
+
+    def case(self, window: Window) -> str:
+        """Name of this shape under a window, as it stands in the records."""
+        return f"{self.name}/{'dense' if window is None else ','.join(map(str, window))}"
+
+
+def _lengths() -> tuple[Shape, ...]:
+    grids = {
+        4: (8, 16, 32),
+        8: (8, 32, 32),
+        16: (16, 32, 32),
+        32: (16, 32, 64),
+        64: (32, 32, 64),
+        128: (32, 64, 64),
+    }
+    return tuple(
+        Shape(f"length-{k}k-d{d}", grid, 16, (2, 8, 8), (None,), head_dim=d, suite="length")
+        for d in (64, 128)
+        for k, grid in grids.items()
+    )
+
+
+_WAN_480P = Shape("wan1.3b-480p", (21, 30, 52), 12, (21, 3, 2), (None, (1, 5, 9)), flex=((1, 5, 9),))
+
+# Shapes with a number to reach come first, so that a run cut short has them.
+SHAPES = (
+    Shape(
+        "36x48x48",  # the paper's setting, arXiv 2506.04648
+        (36, 48, 48),
+        24,
+        (6, 8, 8),
+        ((6, 6, 1),),
+        sweep=(None, (6, 6, 5), (6, 6, 3), (6, 3, 3), (3, 3, 3), (6, 3, 1), (3, 3, 1)),
+        flex=((6, 6, 1),),
+        emulated=((6, 6, 1),),
+        suite="core",
+    ),
+    Shape(
+        "wan14b-720p",
+        (21, 45, 80),
+        40,
+        (7, 9, 2),
+        (None, (3, 3, 9)),
+        flex=((3, 3, 9),),
+        suite="core",
+    ),
+    Shape(
+        "cogvideox-480p",
+        (13, 30, 45),
+        48,
+        (13, 3, 13),
+        (None,),
+        head_dim=64,
+        emulated=(None,),
+        suite="core",
+    ),
+    _WAN_480P,
+    replace(_WAN_480P, name="wan1.3b-480p-hnd", layout="HND", flex=()),
+    Shape("18x48x80", (18, 48, 80), 24, (6, 8, 8), ((3, 3, 3),), flex=((3, 3, 3),)),
+    Shape("hunyuan-720p", (33, 45, 80), 24, (3, 8, 16), (None, (3, 3, 3)), flex=((3, 3, 3),)),
+    *_lengths(),
+)
+
+PAPER, WAN_DENSE, COG_DENSE = "36x48x48/6,6,1", "wan14b-720p/dense", "cogvideox-480p/dense"
+
+
+def select(names: list[str], quick: bool = False, heads_scale: float = 1.0) -> list[Shape]:
+    """The shapes to run, in order.
+
+    Args:
+        names: shapes, cases ("shape/window") or suites; empty: "core", and "more" unless `quick`.
+        quick: drop the sweeps, FlexAttention and the emulation.
+        heads_scale: factor on the number of heads, which is rounded to at least 1.
+
+    Raises ValueError when a name is unknown.
+    """
+    chosen = []
+    found: set[str] = set()
+    for shape in SHAPES:
+        windows = shape.windows
+        if names:
+            cases = {shape.case(w): w for w in dict.fromkeys(shape.windows + shape.sweep)}
+            whole = {shape.name, shape.suite} & set(names)
+            named = [name for name in cases if name in names]
+            found |= whole | set(named)
+            if not whole and not named:
+                continue
+            if not whole:
+                windows = tuple(cases[name] for name in named)
+                shape = replace(shape, sweep=())
+        elif shape.suite != "core" and (quick or shape.suite != "more"):
+            continue
+        shape = replace(shape, windows=windows, heads=max(1, round(shape.heads * heads_scale)))
+        if quick:
+            shape = replace(shape, sweep=(), flex=(), emulated=())
+        chosen.append(shape)
+    if unknown := [name for name in names if name not in found]:
+        known = [shape.case(w) for shape in SHAPES for w in shape.windows]
+        raise ValueError(
+            f"--case: unknown {unknown}; known shapes and cases: {', '.join(known)}; suites: length"
+        )
+    return chosen

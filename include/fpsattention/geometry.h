@@ -1,0 +1,148 @@
+// The one rule that says which token sits where and who attends to whom. Host and device, forward and
+// backward, tests and FLOP counts all call these functions; nothing else in the project restates them.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define FPS_HD __host__ __device__ __forceinline__
+#else
+#define FPS_HD inline
+#endif
+
+namespace fps {
+
+constexpr int kBlock = 128;       // rows of one kernel block: queries of a CTA, keys of a pipeline stage
+constexpr int kMaxSlot = 512;     // most rows a tile may own
+constexpr int kMaxWindows = 256;  // most heads that may each have a window of their own
+
+struct Int3 {
+    int t, h, w;
+    FPS_HD int volume() const { return t * h * w; }
+};
+
+// Half-open interval [lo, hi).
+struct Range {
+    int lo, hi;
+    FPS_HD int size() const { return hi - lo; }
+};
+
+enum class Border : int {
+    kClamp = 0,     // the window is shifted inward: every query tile sees equally many key tiles
+    kTruncate = 1,  // the window is cut at the grid's edge
+};
+
+FPS_HD int ceil_div(int a, int b) {
+    return (a + b - 1) / b;
+}
+
+// Key tiles that query tile `i` sees on one axis of `n` tiles. `w` is odd, or at least n (the whole axis).
+FPS_HD Range axis_keys(int i, int n, int w, Border border) {
+    if (w >= n) {
+        return {0, n};
+    }
+    const int r = w / 2;
+    if (border == Border::kClamp) {
+        i = i < r ? r : (i > n - 1 - r ? n - 1 - r : i);
+    }
+    return {i - r < 0 ? 0 : i - r, i + r + 1 > n ? n : i + r + 1};
+}
+
+// The inverse: query tiles that see key tile `j`. An interval too, because the window's centre is monotone in i.
+FPS_HD Range axis_queries(int j, int n, int w, Border border) {
+    if (w >= n) {
+        return {0, n};
+    }
+    const int r = w / 2;
+    Range q{j - r < 0 ? 0 : j - r, j + r + 1 > n ? n : j + r + 1};
+    if (border == Border::kClamp) {
+        // Centre r stands for every query tile up to r, centre n-1-r for every one from there on.
+        q.lo = q.lo <= r ? 0 : q.lo;
+        q.hi = q.hi > n - 1 - r ? n : q.hi;
+    }
+    return q;
+}
+
+// A box of tiles: what one query tile sees (or is seen by). It is never stored as a list; whoever needs it walks it.
+struct TileBox {
+    Range t, h, w;
+    FPS_HD int tiles() const { return t.size() * h.size() * w.size(); }
+};
+
+// The token grid cut in tiles. Tiles are numbered in raster order of their coordinates; edge tiles are ragged.
+// A tile owns `slot` consecutive rows: its valid tokens first, in raster order, then padding.
+struct TileGrid {
+    Int3 grid;   // tokens
+    Int3 tile;   // tokens of a full tile
+    Int3 tiles;  // tiles per axis
+    int slot;    // rows per tile, a multiple of kBlock
+
+    TileGrid() = default;
+    FPS_HD TileGrid(Int3 grid_, Int3 tile_)
+        : grid(grid_),
+          tile(tile_),
+          tiles{ceil_div(grid_.t, tile_.t), ceil_div(grid_.h, tile_.h), ceil_div(grid_.w, tile_.w)},
+          slot(ceil_div(tile_.volume(), kBlock) * kBlock) {}
+
+    FPS_HD int tokens() const { return grid.volume(); }
+    FPS_HD int blocks_per_tile() const { return slot / kBlock; }
+    FPS_HD int blocks() const { return tiles.volume() * blocks_per_tile(); }
+
+    FPS_HD int tile_index(Int3 c) const { return (c.t * tiles.h + c.h) * tiles.w + c.w; }
+    FPS_HD Int3 tile_coord(int index) const {
+        return {index / (tiles.w * tiles.h), index / tiles.w % tiles.h, index % tiles.w};
+    }
+
+    // Valid tokens of tile `c` along each axis.
+    FPS_HD Int3 extent(Int3 c) const {
+        const Int3 left{grid.t - c.t * tile.t, grid.h - c.h * tile.h, grid.w - c.w * tile.w};
+        return {left.t < tile.t ? left.t : tile.t, left.h < tile.h ? left.h : tile.h,
+                left.w < tile.w ? left.w : tile.w};
+    }
+
+    // Raster index of token `r` (0 <= r < extent.volume()) of tile `c`.
+    FPS_HD int token(Int3 c, Int3 extent, int r) const {
+        const int t = c.t * tile.t + r / (extent.w * extent.h);
+        const int h = c.h * tile.h + r / extent.w % extent.h;
+        const int w = c.w * tile.w + r % extent.w;
+        return (t * grid.h + h) * grid.w + w;
+    }
+
+    FPS_HD TileBox keys_of(Int3 query, Int3 window, Border border) const {
+        return {axis_keys(query.t, tiles.t, window.t, border), axis_keys(query.h, tiles.h, window.h, border),
+                axis_keys(query.w, tiles.w, window.w, border)};
+    }
+
+    FPS_HD TileBox queries_of(Int3 key, Int3 window, Border border) const {
+        return {axis_queries(key.t, tiles.t, window.t, border), axis_queries(key.h, tiles.h, window.h, border),
+                axis_queries(key.w, tiles.w, window.w, border)};
+    }
+
+    // Blocks that hold at least one valid token, over all tiles of the box. Only the last tile of an axis is
+    // ragged, so at most eight kinds of tile occur: two kinds per axis.
+    FPS_HD int valid_blocks(TileBox box) const {
+        int count = 0;
+#if defined(__CUDA_ARCH__)
+#pragma unroll 1  // else the eight products become loop invariants of the caller and cost it eight registers
+#endif
+        for (int kind = 0; kind < 8; ++kind) {
+            const Part t = part(box.t, tiles.t, grid.t, tile.t, kind & 4);
+            const Part h = part(box.h, tiles.h, grid.h, tile.h, kind & 2);
+            const Part w = part(box.w, tiles.w, grid.w, tile.w, kind & 1);
+            count += t.tiles * h.tiles * w.tiles * ceil_div(t.extent * h.extent * w.extent, kBlock);
+        }
+        return count;
+    }
+
+private:
+    struct Part {
+        int tiles, extent;
+    };
+    // The tiles of one axis of a box that are last on the axis (`last`), or those that are not, and their extent.
+    FPS_HD static Part part(Range r, int axis_tiles, int axis_grid, int axis_tile, bool last) {
+        const int has_last = r.hi == axis_tiles && r.lo < r.hi;
+        return last ? Part{has_last, axis_grid - (axis_tiles - 1) * axis_tile} : Part{r.size() - has_last, axis_tile};
+    }
+};
+
+}  // namespace fps

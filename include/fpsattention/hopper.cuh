@@ -1,0 +1,122 @@
+// The sm_90a instructions the kernels use, each behind a function named by its effect. All inline PTX lives here.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace fps {
+
+__device__ __forceinline__ uint32_t smem_address(const void *p) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// An mbarrier in shared memory. Waiters pass the parity of the phase they wait for.
+struct Barrier {
+    uint64_t state;
+
+    // mbarrier.init: `arrivals` arrivals complete a phase.
+    __device__ void init(int arrivals) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(this)), "r"(arrivals) : "memory");
+    }
+    // mbarrier.arrive.expect_tx: one arrival, and the phase also waits for `bytes` from the copy engine.
+    __device__ void arrive_expecting(int bytes) {
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(this)), "r"(bytes)
+                     : "memory");
+    }
+    __device__ void arrive() {
+        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(this)) : "memory");
+    }
+    // mbarrier.try_wait: true once the phase of this parity has completed.
+    __device__ bool try_wait(uint32_t parity) {
+        uint32_t done;
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
+                     : "=r"(done)
+                     : "r"(smem_address(this)), "r"(parity)
+                     : "memory");
+        return done;
+    }
+    __device__ void wait(uint32_t parity) {
+#ifdef FPS_DEBUG
+        // A deadlock becomes a launch failure within seconds.
+        for (int tries = 0; !try_wait(parity); ++tries) {
+            if (tries > (1 << 22)) {
+                __trap();
+            }
+        }
+#else
+        while (!try_wait(parity)) {}
+#endif
+    }
+};
+
+// Position in a ring of kStages buffers, in one register. The consumer waits for full_parity, the producer for
+// empty_parity, which lets its first lap through.
+template <int kStages>
+struct RingState {
+    static_assert((kStages & (kStages - 1)) == 0, "a power of two");
+    uint32_t count = 0;
+
+    __device__ int stage() const { return count % kStages; }
+    __device__ uint32_t full_parity() const { return count / kStages % 2; }
+    __device__ uint32_t empty_parity() const { return full_parity() ^ 1; }
+    __device__ void next() { ++count; }
+};
+
+// fence.mbarrier_init: barrier initialisation becomes visible to the copy engine.
+__device__ __forceinline__ void fence_barrier_init() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// cp.async.bulk: `bytes` (a multiple of 16) from global to shared memory, counted on `full`.
+__device__ __forceinline__ void bulk_load(void *smem, const void *gmem, int bytes, Barrier &full) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     smem_address(smem)),
+                 "l"(gmem), "r"(bytes), "r"(smem_address(&full))
+                 : "memory");
+}
+
+// bar.sync / bar.arrive on a named barrier shared by `threads` threads. ID 0 is __syncthreads.
+__device__ __forceinline__ void named_barrier_sync(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// setmaxnreg: hands registers back to, or takes them from, the CTA's pool.
+template <int kRegisters>
+__device__ __forceinline__ void release_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void claim_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// ex2.approx: 2^x, relative error 2^-22, 2^-inf = 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// A predicated nanosleep. With a condition that is never true but depends on x, it keeps ptxas from moving what follows
+// (a wait for the tensor core, say) above the computation of x.
+__device__ __forceinline__ void nanosleep_if(bool condition) {
+    asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p nanosleep.u32 1; }" ::"r"(int(condition)) : "memory");
+}
+
+// cvt.rn.satfinite.e4m3x2: four floats to four E4M3 bytes, the first in the low byte.
+__device__ __forceinline__ uint32_t pack_e4m3(float x0, float x1, float x2, float x3) {
+    uint32_t packed;
+    asm("{ .reg .b16 lo, hi;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 lo, %2, %1;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 hi, %4, %3;\n"
+        "mov.b32 %0, {lo, hi}; }"
+        : "=r"(packed)
+        : "f"(x0), "f"(x1), "f"(x2), "f"(x3));
+    return packed;
+}
+
+}  // namespace fps

@@ -1,0 +1,153 @@
+// pybind11 module `fpsattention._C`: device pointers, sizes, strides and a stream in; nothing of torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "fpsattention/check.h"
+#include "fpsattention/params.h"
+
+namespace py = pybind11;
+using namespace fps;
+
+namespace {
+
+using Triple = std::array<int, 3>;
+using StrideTriple = std::array<int64_t, 3>;
+
+Int3 int3(const Triple &x) {
+    return {x[0], x[1], x[2]};
+}
+
+Border border_of(bool truncate) {
+    return truncate ? Border::kTruncate : Border::kClamp;
+}
+
+std::array<int, 2> pair(Range r) {
+    return {r.lo, r.hi};
+}
+
+template <class T>
+T *pointer(uintptr_t address) {
+    return reinterpret_cast<T *>(address);
+}
+
+// Raster token index of every row of every tile's slot, -1 for padding.
+void slot_tokens(const Triple &grid, const Triple &tile, uintptr_t out_address) {
+    const TileGrid g(int3(grid), int3(tile));
+    int *out = pointer<int>(out_address);
+    for (int i = 0; i < g.tiles.volume(); ++i) {
+        const Int3 coord = g.tile_coord(i);
+        const Int3 extent = g.extent(coord);
+        for (int r = 0; r < g.slot; ++r) {
+            out[int64_t(i) * g.slot + r] = r < extent.volume() ? g.token(coord, extent, r) : -1;
+        }
+    }
+}
+
+int valid_blocks(const Triple &grid, const Triple &tile, const Triple &window, bool truncate, int query_tile) {
+    const TileGrid g(int3(grid), int3(tile));
+    return g.valid_blocks(g.keys_of(g.tile_coord(query_tile), int3(window), border_of(truncate)));
+}
+
+Dtype dtype_of(const std::string &name) {
+    FPS_CHECK(name == "bfloat16" || name == "float16", "dtype must be bfloat16 or float16, got ", name);
+    return name == "bfloat16" ? Dtype::kBF16 : Dtype::kFP16;
+}
+
+Strides strides_of(const StrideTriple &s) {
+    return {s[0], s[1], s[2]};
+}
+
+cudaStream_t stream_of(uintptr_t address) {
+    return reinterpret_cast<cudaStream_t>(address);
+}
+
+// The kernels index blocks and work items with int, and put the batch in gridDim.z.
+void check_size(const TileGrid &g, int batch, int heads) {
+    FPS_CHECK(batch <= 65535, "batch must be at most 65535, got ", batch);
+    const int64_t rows = int64_t(batch) * heads * g.tiles.volume() * g.slot;
+    FPS_CHECK(rows / kBlock <= INT32_MAX, "batch * heads * blocks must be below 2^31, got ", rows / kBlock);
+}
+
+void bind_quantize(uintptr_t q, uintptr_t k, uintptr_t v, const StrideTriple &q_strides, const StrideTriple &k_strides,
+                   const StrideTriple &v_strides, uintptr_t q_blocks, uintptr_t kv_blocks, uintptr_t v_amax,
+                   uintptr_t k_sum, uintptr_t k_mean, uintptr_t lse_shift, uintptr_t q_amax, uintptr_t k_amax,
+                   const Triple &grid, const Triple &tile, const Triple &brick, int batch, int heads, int head_dim,
+                   const std::string &dtype, float scale, uintptr_t stream) {
+    QuantizeParams p{};
+    p.q = pointer<void>(q), p.k = pointer<void>(k), p.v = pointer<void>(v);
+    p.q_strides = strides_of(q_strides), p.k_strides = strides_of(k_strides), p.v_strides = strides_of(v_strides);
+    p.q_blocks = pointer<uint8_t>(q_blocks), p.kv_blocks = pointer<uint8_t>(kv_blocks);
+    p.v_amax = pointer<float>(v_amax), p.k_sum = pointer<float>(k_sum), p.k_mean = pointer<float>(k_mean);
+    p.lse_shift = pointer<float>(lse_shift), p.q_amax = pointer<float>(q_amax), p.k_amax = pointer<float>(k_amax);
+    p.geometry = TileGrid(int3(grid), int3(tile));
+    p.brick = int3(brick);
+    p.batch = batch, p.heads = heads, p.head_dim = head_dim;
+    p.dtype = dtype_of(dtype);
+    p.scale = scale;
+    check_size(p.geometry, batch, heads);
+    quantize(p, stream_of(stream));
+}
+
+void bind_attn_fwd(uintptr_t q_blocks, uintptr_t kv_blocks, uintptr_t v_amax, uintptr_t lse_shift, uintptr_t out,
+                   uintptr_t lse, const StrideTriple &out_strides, const Triple &grid, const Triple &tile,
+                   const std::vector<Triple> &windows, bool truncate, int batch, int heads, int head_dim,
+                   const std::string &dtype, float scale, uintptr_t stream) {
+    ForwardParams p{};
+    p.q_blocks = pointer<uint8_t>(q_blocks), p.kv_blocks = pointer<uint8_t>(kv_blocks);
+    p.v_amax = pointer<float>(v_amax), p.lse_shift = pointer<float>(lse_shift);
+    p.out = pointer<void>(out), p.lse = pointer<float>(lse);
+    p.out_strides = strides_of(out_strides);
+    p.geometry = TileGrid(int3(grid), int3(tile));
+    p.batch = batch, p.heads = heads, p.head_dim = head_dim;
+    p.dtype = dtype_of(dtype);
+    p.scale = scale;
+    p.border = border_of(truncate);
+    FPS_CHECK(windows.size() == 1 || int(windows.size()) == heads, "windows must hold 1 or ", heads, ", got ",
+              windows.size());
+    FPS_CHECK(windows.size() <= size_t(kMaxWindows), "windows must hold at most ", kMaxWindows, ", got ",
+              windows.size());
+    p.n_windows = int(windows.size());
+    const Int3 tiles = p.geometry.tiles;
+    for (int head = 0; head < p.n_windows; ++head) {
+        const Triple &w = windows[head];
+        FPS_CHECK(w[0] >= 1 && w[0] <= tiles.t && w[1] >= 1 && w[1] <= tiles.h && w[2] >= 1 && w[2] <= tiles.w,
+                  "window (", w[0], ", ", w[1], ", ", w[2], ") must lie within the tiles (", tiles.t, ", ", tiles.h,
+                  ", ", tiles.w, ")");
+        p.windows[head] = int3(w);
+    }
+    check_size(p.geometry, batch, heads);
+    p.items = batch * heads * p.geometry.blocks();
+    attn_fwd(p, stream_of(stream));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "FPSAttention kernels and the geometry rule they share. Takes addresses, not tensors.";
+    m.attr("BLOCK") = kBlock;
+    m.attr("MAX_SLOT") = kMaxSlot;
+    m.attr("MAX_WINDOWS") = kMaxWindows;
+
+    m.def("axis_keys",
+          [](int i, int n, int w, bool truncate) { return pair(axis_keys(i, n, w, border_of(truncate))); });
+    m.def("axis_queries",
+          [](int j, int n, int w, bool truncate) { return pair(axis_queries(j, n, w, border_of(truncate))); });
+    m.def("slot_tokens", &slot_tokens);
+    m.def("valid_blocks", &valid_blocks);
+    m.def("q_block_bytes", &q_block_bytes);
+    m.def("kv_block_bytes", &kv_block_bytes);
+    m.def("quantize_chunks", &quantize_chunks);
+
+    using namespace py::literals;
+    m.def("quantize", &bind_quantize, py::kw_only(), "q"_a, "k"_a, "v"_a, "q_strides"_a, "k_strides"_a, "v_strides"_a,
+          "q_blocks"_a, "kv_blocks"_a, "v_amax"_a, "k_sum"_a, "k_mean"_a, "lse_shift"_a, "q_amax"_a, "k_amax"_a,
+          "grid"_a, "tile"_a, "brick"_a, "batch"_a, "heads"_a, "head_dim"_a, "dtype"_a, "scale"_a, "stream"_a);
+    m.def("attn_fwd", &bind_attn_fwd, py::kw_only(), "q_blocks"_a, "kv_blocks"_a, "v_amax"_a, "lse_shift"_a, "out"_a,
+          "lse"_a, "out_strides"_a, "grid"_a, "tile"_a, "windows"_a, "truncate"_a, "batch"_a, "heads"_a, "head_dim"_a,
+          "dtype"_a, "scale"_a, "stream"_a);
+}

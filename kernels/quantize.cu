@@ -1,0 +1,350 @@
+// Quantisation: raster-order bf16/fp16 Q, K, V to the FP8 block images that the forward loads with one bulk copy each.
+//
+//   channel_stats   V's amax and K's sum per (batch, head, channel); a light pre-pass over all tokens
+//   finish_mean     K's mean from the partial sums
+//   brick_amax      amax of each brick of tiles, only when quant_tile is larger than the tile
+//   quantize_qk     one CTA per (tile, head): amax, scale, e4m3, swizzled image. Reads each element once.
+//   quantize_v      one CTA per (block, head): e4m3 by channel scale, transposed, tokens permuted, swizzled
+//
+// Going from raster to tile order costs nothing here: every element moves anyway.
+#include "fpsattention/fp8.cuh"
+#include "fpsattention/launch.h"
+#include "fpsattention/params.h"
+
+namespace fps {
+namespace {
+
+constexpr int kVec = 8;            // elements of one 16-byte load
+constexpr int kVecsPerThread = 8;  // loads a thread keeps in flight: a whole tile lives in registers
+constexpr int kChunk = 512;        // tokens per CTA of channel_stats
+constexpr int kStatsThreads = 256;
+
+template <int kHeadDim>
+constexpr int kLanesPerRow = kHeadDim / kVec;
+
+__device__ __forceinline__ int64_t element_offset(const Strides &s, int batch, int head, int64_t token) {
+    return batch * s.batch + head * s.head + token * s.token;
+}
+
+template <class T>
+__device__ __forceinline__ uint4 load_vec(const void *base, int64_t offset) {
+    return __ldg(reinterpret_cast<const uint4 *>(static_cast<const T *>(base) + offset));
+}
+
+template <class T>
+__device__ __forceinline__ void upcast_vec(uint4 raw, float (&x)[kVec]) {
+    const uint32_t pairs[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 f = upcast<T>(pairs[i]);
+        x[2 * i] = f.x;
+        x[2 * i + 1] = f.y;
+    }
+}
+
+__device__ __forceinline__ void load_floats(const float *base, float (&x)[kVec]) {
+#pragma unroll
+    for (int i = 0; i < kVec; i += 4) {
+        const float4 f = __ldg(reinterpret_cast<const float4 *>(base + i));
+        x[i] = f.x, x[i + 1] = f.y, x[i + 2] = f.z, x[i + 3] = f.w;
+    }
+}
+
+// Non-negative floats order like their bit patterns.
+__device__ __forceinline__ void atomic_max_nonnegative(float *address, float x) {
+    atomicMax(reinterpret_cast<int *>(address), __float_as_int(x));
+}
+
+// Consecutive CTAs take consecutive heads when these are the closer ones in memory (NHD), else consecutive tiles.
+struct Place {
+    int head, index;
+};
+__device__ __forceinline__ Place place_of(int linear, int heads, int count, const Strides &s) {
+    return s.head < s.token ? Place{linear % heads, linear / heads} : Place{linear / count, linear % count};
+}
+
+__device__ __forceinline__ int chunks_of(int tokens) {
+    return ceil_div(tokens, kChunk);
+}
+
+// grid (heads * chunks, 2, batch): blockIdx.y = 0 takes V's amax, 1 (only with smoothing) K's sum.
+template <class T, int kHeadDim>
+__global__ void __launch_bounds__(kStatsThreads) channel_stats(const __grid_constant__ QuantizeParams p) {
+    constexpr int kLanes = kLanesPerRow<kHeadDim>, kRows = kStatsThreads / kLanes;
+    __shared__ float partial[kRows][kHeadDim + 4];
+    const bool summing = blockIdx.y == 1;
+    const void *base = summing ? p.k : p.v;
+    const Strides &strides = summing ? p.k_strides : p.v_strides;
+    const int tokens = p.geometry.tokens(), chunks = chunks_of(tokens);
+    const auto [head, chunk] = place_of(blockIdx.x, p.heads, chunks, strides);
+    const int batch = blockIdx.z, row = threadIdx.x / kLanes, channel = threadIdx.x % kLanes * kVec;
+    const int end = min(tokens, (chunk + 1) * kChunk);
+
+    float acc[kVec] = {};
+#pragma unroll 4
+    for (int token = chunk * kChunk + row; token < end; token += kRows) {
+        float x[kVec];
+        upcast_vec<T>(load_vec<T>(base, element_offset(strides, batch, head, token) + channel), x);
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) {
+            acc[i] = summing ? acc[i] + x[i] : fmaxf(acc[i], fabsf(x[i]));
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+        partial[row][channel + i] = acc[i];
+    }
+    __syncthreads();
+    for (int d = threadIdx.x; d < kHeadDim; d += kStatsThreads) {
+        float total = 0;
+        for (int r = 0; r < kRows; ++r) {
+            total = summing ? total + partial[r][d] : fmaxf(total, partial[r][d]);
+        }
+        const int64_t bh = int64_t(batch) * p.heads + head;
+        if (summing) {
+            p.k_sum[(bh * chunks + chunk) * kHeadDim + d] = total;
+        } else {
+            atomic_max_nonnegative(&p.v_amax[bh * kHeadDim + d], total);
+        }
+    }
+}
+
+// grid (heads, batch), one thread per channel. A fixed order of additions: deterministic.
+__global__ void finish_mean(const __grid_constant__ QuantizeParams p) {
+    const int64_t bh = int64_t(blockIdx.y) * p.heads + blockIdx.x;
+    const int chunks = chunks_of(p.geometry.tokens());
+    double total = 0;
+    for (int c = 0; c < chunks; ++c) {
+        total += p.k_sum[(bh * chunks + c) * p.head_dim + threadIdx.x];
+    }
+    p.k_mean[bh * p.head_dim + threadIdx.x] = float(total / p.geometry.tokens());
+}
+
+// The raster tokens of one tile: token index of each of its rows, -1 for padding.
+__device__ __forceinline__ void fill_token_table(int *table, const TileGrid &g, Int3 coord, int first_row, int rows) {
+    const Int3 extent = g.extent(coord);
+    for (int r = threadIdx.x; r < rows; r += blockDim.x) {
+        const int in_tile = first_row + r;
+        table[r] = in_tile < extent.volume() ? g.token(coord, extent, in_tile) : -1;
+    }
+    __syncthreads();
+}
+
+__device__ __forceinline__ float block_max(float x) {
+    __shared__ float warp_max[32];
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) {
+        x = fmaxf(x, __shfl_xor_sync(~0u, x, offset));
+    }
+    if (threadIdx.x % 32 == 0) {
+        warp_max[threadIdx.x / 32] = x;
+    }
+    __syncthreads();
+    for (int w = 0; w < blockDim.x / 32; ++w) {
+        x = fmaxf(x, warp_max[w]);
+    }
+    return x;
+}
+
+// grid (heads * tiles, 2, batch): blockIdx.y = 0 is Q, 1 is K. slot * head_dim / 64 threads, each holding eight
+// 16-byte vectors. With kBrickAmax only the amax is taken, into the brick's; a second launch then quantises.
+template <class T, int kHeadDim, bool kBrickAmax>
+__global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64) quantize_qk(const __grid_constant__ QuantizeParams p) {
+    constexpr int kLanes = kLanesPerRow<kHeadDim>;
+    __shared__ int token_of_row[kMaxSlot];
+    const TileGrid &g = p.geometry;
+    const bool is_k = blockIdx.y == 1;
+    const void *base = is_k ? p.k : p.q;
+    const Strides &strides = is_k ? p.k_strides : p.q_strides;
+    const int n_tiles = g.tiles.volume();
+    const auto [head, tile] = place_of(blockIdx.x, p.heads, n_tiles, strides);
+    const int batch = blockIdx.z;
+    const int64_t bh = int64_t(batch) * p.heads + head;
+    const Int3 coord = g.tile_coord(tile);
+    fill_token_table(token_of_row, g, coord, 0, g.slot);
+
+    const int first_row = threadIdx.x / kLanes, rows_per_pass = blockDim.x / kLanes;
+    const int channel = threadIdx.x % kLanes * kVec;
+    uint4 raw[kVecsPerThread];
+#pragma unroll
+    for (int i = 0; i < kVecsPerThread; ++i) {
+        const int token = token_of_row[first_row + i * rows_per_pass];
+        raw[i] = token < 0 ? uint4{} : load_vec<T>(base, element_offset(strides, batch, head, token) + channel);
+    }
+
+    const float *mean_of_k = p.k_mean == nullptr ? nullptr : p.k_mean + bh * kHeadDim + channel;
+    // A vector of row i, with K's mean taken off (padding stays zero).
+    const auto values = [&](int i, float (&x)[kVec]) {
+        upcast_vec<T>(raw[i], x);
+        if (is_k && mean_of_k != nullptr && token_of_row[first_row + i * rows_per_pass] >= 0) {
+            float mean[kVec];
+            load_floats(mean_of_k, mean);
+#pragma unroll
+            for (int j = 0; j < kVec; ++j) {
+                x[j] -= mean[j];
+            }
+        }
+    };
+
+    float *brick_amax = is_k ? p.k_amax : p.q_amax;
+    const Int3 bricks{ceil_div(g.tiles.t, p.brick.t), ceil_div(g.tiles.h, p.brick.h), ceil_div(g.tiles.w, p.brick.w)};
+    const int brick = (coord.t / p.brick.t * bricks.h + coord.h / p.brick.h) * bricks.w + coord.w / p.brick.w;
+    const int64_t brick_index = bh * bricks.volume() + brick;
+
+    float amax = 0;
+    if (kBrickAmax || brick_amax == nullptr) {
+#pragma unroll
+        for (int i = 0; i < kVecsPerThread; ++i) {
+            float x[kVec];
+            values(i, x);
+#pragma unroll
+            for (int j = 0; j < kVec; ++j) {
+                amax = fmaxf(amax, fabsf(x[j]));
+            }
+        }
+        amax = block_max(amax);
+    } else {
+        amax = brick_amax[brick_index];
+    }
+    if constexpr (kBrickAmax) {
+        if (threadIdx.x == 0) {
+            atomic_max_nonnegative(&brick_amax[brick_index], amax);
+        }
+        return;
+    }
+
+    const QuantScale quant = quant_scale(amax);
+    const int block_bytes = is_k ? kv_block_bytes(kHeadDim) : q_block_bytes(kHeadDim);
+    uint8_t *tile_image =
+        (is_k ? p.kv_blocks : p.q_blocks) + (bh * g.blocks() + tile * g.blocks_per_tile()) * block_bytes;
+#pragma unroll
+    for (int i = 0; i < kVecsPerThread; ++i) {
+        const int row = first_row + i * rows_per_pass;
+        float x[kVec];
+        values(i, x);
+        if (!is_k && p.lse_shift != nullptr) {
+            float mean[kVec], dot = 0;
+            load_floats(mean_of_k, mean);
+#pragma unroll
+            for (int j = 0; j < kVec; ++j) {
+                dot += x[j] * mean[j];
+            }
+#pragma unroll
+            for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+                dot += __shfl_xor_sync(~0u, dot, offset);
+            }
+            if (channel == 0 && token_of_row[row] >= 0) {
+                p.lse_shift[bh * g.tokens() + token_of_row[row]] = dot * p.scale;
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) {
+            x[j] *= quant.inverse;
+        }
+        uint2 packed{pack_e4m3(x[0], x[1], x[2], x[3]), pack_e4m3(x[4], x[5], x[6], x[7])};
+        uint8_t *image = tile_image + row / kBlock * block_bytes;
+        *reinterpret_cast<uint2 *>(image + swizzled<kHeadDim>(row % kBlock, channel)) = packed;
+    }
+
+    if (threadIdx.x < g.blocks_per_tile()) {
+        const int valid = g.extent(coord).volume() - int(threadIdx.x) * kBlock;
+        const int meta_offset = block_bytes - int(sizeof(BlockMeta));
+        *reinterpret_cast<BlockMeta *>(tile_image + threadIdx.x * block_bytes + meta_offset) = {
+            quant.scale, min(max(valid, 0), kBlock)};
+    }
+}
+
+// grid (heads * blocks, 1, batch), kBlock * head_dim / 64 threads. A thread loads four tokens that share one word of
+// the transposed image, eight channels each; shared memory turns [word][channel] into [channel][word].
+template <class T, int kHeadDim>
+__global__ void __launch_bounds__(kBlock *kHeadDim / 64) quantize_v(const __grid_constant__ QuantizeParams p) {
+    constexpr int kLanes = kLanesPerRow<kHeadDim>, kThreads = kBlock * kHeadDim / 64;
+    constexpr int kWords = kBlock / 4, kWordsPerPass = kThreads / kLanes;
+    // Four words (a 16-byte chunk of the image) per row; the 4-word pad spreads the chunks over the banks.
+    __shared__ alignas(16) uint32_t words[kWords / 4][4 * kHeadDim + 4];
+    __shared__ int token_of_row[kBlock];
+    const TileGrid &g = p.geometry;
+    const auto [head, block] = place_of(blockIdx.x, p.heads, g.blocks(), p.v_strides);
+    const int batch = blockIdx.z;
+    const int64_t bh = int64_t(batch) * p.heads + head;
+    const int in_tile = block % g.blocks_per_tile();
+    fill_token_table(token_of_row, g, g.tile_coord(block / g.blocks_per_tile()), in_tile * kBlock, kBlock);
+
+    const int channel = threadIdx.x % kLanes * kVec;
+    uint4 raw[kWords / kWordsPerPass][4];
+#pragma unroll
+    for (int i = 0; i < kWords / kWordsPerPass; ++i) {
+        const int word = threadIdx.x / kLanes + i * kWordsPerPass;
+#pragma unroll
+        for (int byte = 0; byte < 4; ++byte) {
+            const int token = token_of_row[word / 4 * 16 + permuted_token(word % 4, byte)];
+            raw[i][byte] =
+                token < 0 ? uint4{} : load_vec<T>(p.v, element_offset(p.v_strides, batch, head, token) + channel);
+        }
+    }
+    float inverse[kVec];
+    load_floats(p.v_amax + bh * kHeadDim + channel, inverse);
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) {
+        inverse[j] = quant_scale(inverse[j]).inverse;
+    }
+#pragma unroll
+    for (int i = 0; i < kWords / kWordsPerPass; ++i) {
+        const int word = threadIdx.x / kLanes + i * kWordsPerPass;
+        float x[4][kVec];
+#pragma unroll
+        for (int byte = 0; byte < 4; ++byte) {
+            upcast_vec<T>(raw[i][byte], x[byte]);
+        }
+        uint32_t packed[kVec];
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) {
+            packed[j] =
+                pack_e4m3(x[0][j] * inverse[j], x[1][j] * inverse[j], x[2][j] * inverse[j], x[3][j] * inverse[j]);
+        }
+        uint4 *to = reinterpret_cast<uint4 *>(&words[word / 4][word % 4 * kHeadDim + channel]);
+        to[0] = {packed[0], packed[1], packed[2], packed[3]};
+        to[1] = {packed[4], packed[5], packed[6], packed[7]};
+    }
+    __syncthreads();
+
+    constexpr int kChunks = kBlock / 16;  // 16-byte chunks of an image row
+    uint8_t *image = p.kv_blocks + (bh * g.blocks() + block) * kv_block_bytes(kHeadDim) + kBlock * kHeadDim;
+#pragma unroll
+    for (int i = threadIdx.x; i < kHeadDim * kChunks; i += kThreads) {
+        const int chunk = i % kChunks, d = i / kChunks;
+        const uint32_t *from = &words[chunk][d];
+        const uint4 bytes{from[0], from[kHeadDim], from[2 * kHeadDim], from[3 * kHeadDim]};
+        *reinterpret_cast<uint4 *>(image + swizzled<kBlock>(d, chunk * 16)) = bytes;
+    }
+}
+
+}  // namespace
+
+int quantize_chunks(int tokens) {
+    return ceil_div(tokens, kChunk);
+}
+
+void quantize(const QuantizeParams &p, cudaStream_t stream) {
+    const TileGrid &g = p.geometry;
+    const unsigned batch = p.batch, heads = p.heads, tiles = g.tiles.volume();
+    dispatch(p.head_dim, p.dtype, [&](auto dim, auto element) {
+        constexpr int kHeadDim = decltype(dim)::value;
+        using T = decltype(element);
+        const unsigned roles = p.k_mean == nullptr ? 1 : 2;
+        launch(channel_stats<T, kHeadDim>, {heads * quantize_chunks(g.tokens()), roles, batch}, kStatsThreads, 0,
+               stream, p);
+        if (p.k_mean != nullptr) {
+            launch(finish_mean, {heads, batch}, kHeadDim, 0, stream, p);
+        }
+        const dim3 tile_grid{heads * tiles, 2, batch};
+        const int tile_threads = g.slot * kHeadDim / 64;
+        if (p.q_amax != nullptr) {
+            launch(quantize_qk<T, kHeadDim, true>, tile_grid, tile_threads, 0, stream, p);
+        }
+        launch(quantize_qk<T, kHeadDim, false>, tile_grid, tile_threads, 0, stream, p);
+        launch(quantize_v<T, kHeadDim>, {heads * g.blocks(), 1, batch}, kBlock * kHeadDim / 64, 0, stream, p);
+    });
+}
+
+}  // namespace fps

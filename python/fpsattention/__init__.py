@@ -1,0 +1,12 @@
+"""FP8 sliding-tile attention for video diffusion on Hopper GPUs: FPSAttention (arXiv 2506.04648), independently built.
+
+out = fpsattention.attention(q, k, v, grid=(21, 45, 80), config=AttentionConfig(tile=(7, 9, 2), window=(3, 3, 9)))
+"""
+
+from . import reference
+from .api import attention, backend_for
+from .config import AttentionConfig
+from .planning import Plan, plan
+
+__all__ = ["AttentionConfig", "Plan", "attention", "backend_for", "plan", "reference"]
+__version__ = "0.1.0"

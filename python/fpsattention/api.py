@@ -1,0 +1,166 @@
+"""`attention`, the one call most users need, and the choice of what runs it."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference
+from .config import AttentionConfig
+from .ops import DTYPES, HEAD_DIMS
+
+BACKENDS = ("auto", "sm90", "reference")
+HOPPER = 90
+_DEFAULT_CONFIG = AttentionConfig()
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    grid: Sequence[int],
+    config: AttentionConfig | None = None,
+    return_lse: bool = False,
+    scale: float | None = None,
+    tensor_layout: str = "NHD",
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention over a 3D grid of video tokens, in FP8 and under a sliding window of tiles.
+
+    The arithmetic is that of `fpsattention.reference.emulated_attention` (arXiv 2506.04648, sections 3.1 and 3.2; the
+    window with border="clamp" is that of arXiv 2502.04507). The same call gives the same bits every time.
+
+    Args:
+        q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), L = T * H * W tokens in raster order, w fastest. The
+            Hopper kernel takes bf16 and fp16, D 64 and 128, any strides with D contiguous and rows on 16 bytes. NaN or
+            Inf in an input make the rows that attend it non-finite.
+        grid: tokens (T, H, W) after patchifying.
+        config: tile, window and rounding; None: FP8, dense, the planned tile.
+        return_lse: also return the log-sum-exp of the scores, fp32 [B, H, L], natural logarithm.
+        scale: of the scores before softmax, positive; None: D ** -0.5.
+        backend: "sm90" runs on a Hopper GPU or raises RuntimeError; "reference" runs plain torch anywhere; "auto" takes
+            the former where it can, else the latter, and warns once why (FPSATTENTION_STRICT=1 makes that a
+            RuntimeError). See `backend_for`.
+
+    Returns out, like q in shape, dtype and layout; with return_lse, (out, lse).
+    Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value; RuntimeError
+    when the backend asked for cannot run, or a gradient is asked of FP8 attention.
+    """
+    config = _DEFAULT_CONFIG if config is None else config
+    _, heads, _, head_dim = reference.check_inputs(q, k, v, grid, tensor_layout)[0].shape
+    scale = head_dim**-0.5 if scale is None else scale
+    if not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
+        raise ValueError(f"scale: {scale!r} must be a positive, finite number")
+    if config.quant == "fp8" and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise RuntimeError(
+            "q, k, v: a gradient is required, but FP8 attention has no backward yet; call it under torch.no_grad(), or "
+            'use AttentionConfig(quant="none"), which is differentiable'
+        )
+
+    name, reason = backend_for(q, config, backend)
+    if name == "reference" and backend == "auto":
+        _notice(reason)
+    if name == "sm90":
+        grid, tile = list(grid), list(config.tile or ())
+        images = torch.ops.fpsattention.quantize(
+            q, k, v, grid, tile, list(config.quant_tile or ()), config.smooth_k, scale, tensor_layout
+        )
+        truncate = config.border == "truncate"
+        out, lse = torch.ops.fpsattention.attend(
+            *images, grid, tile, _flat(config.window), truncate, scale, tensor_layout, q.dtype
+        )
+    elif name == "torch":
+        out, lse = _unquantized(q, k, v, config.resolve(grid, heads), scale, tensor_layout, return_lse)
+    else:
+        kwargs = {"grid": grid, "config": config, "scale": scale, "tensor_layout": tensor_layout}
+        if config.quant == "fp8":
+            out, lse = reference.emulated_attention(q, k, v, **kwargs)
+        else:
+            out, lse = reference.exact_attention(
+                q, k, v, dtype=torch.promote_types(q.dtype, torch.float32), **kwargs
+            )
+            out, lse = out.to(q.dtype), lse.float()
+    return (out, lse) if return_lse else out
+
+
+def backend_for(q: Tensor, config: AttentionConfig, backend: str = "auto") -> tuple[str, str]:
+    """What `attention` would run for such a q, and why.
+
+    Returns (name, reason). name: "sm90", this package's Hopper kernels; "torch", which takes quant="none" on a GPU
+    (FlexAttention with a BlockMask made from our plan, SDPA when dense); "reference", plain torch on any device.
+    Raises ValueError for an unknown backend, RuntimeError when backend="sm90" cannot run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: {backend!r} must be one of {BACKENDS}")
+    if backend == "reference":
+        return "reference", "it was asked for"
+    if config.quant == "none":
+        if q.is_cuda:
+            return "torch", 'quant="none" runs on torch\'s own kernels'
+        obstacle = f'q: quant="none" runs on torch\'s CUDA kernels, q is on {q.device}'
+    else:
+        obstacle = _sm90_obstacle(q)
+        if obstacle is None:
+            return "sm90", "FP8 on a Hopper GPU"
+    if backend == "sm90":
+        raise RuntimeError(f'backend="sm90" cannot run: {obstacle}')
+    return "reference", obstacle
+
+
+def _sm90_obstacle(q: Tensor) -> str | None:
+    if not q.is_cuda:
+        return f"q: must be on a CUDA device, got {q.device}"
+    capability = _capability(q.device.index)
+    if capability != HOPPER:
+        return f"q: needs a Hopper GPU (compute capability 9.0), {q.device} has {capability / 10}"
+    if q.dtype not in DTYPES:
+        return f"q: dtype must be bfloat16 or float16, got {q.dtype}"
+    if q.shape[-1] not in HEAD_DIMS:
+        return f"q: head_dim must be one of {HEAD_DIMS}, got {q.shape[-1]}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: int) -> int:
+    """Compute capability times 10: a number, since torch.compile takes no tuple for a constant."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _notice(reason: str) -> None:
+    """Say that the slow path runs; an error in strict mode."""
+    message = f"fpsattention runs its reference instead of the Hopper kernel, slowly: {reason}"
+    if os.environ.get("FPSATTENTION_STRICT") == "1":
+        raise RuntimeError(f"{message} (FPSATTENTION_STRICT=1)")
+    _warn_once(message)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
+
+
+def _flat(window) -> list[int]:
+    """A window or one per head as one list of integers; empty: dense."""
+    if window is None:
+        return []
+    return list(window) if isinstance(window[0], int) else [x for triple in window for x in triple]
+
+
+def _unquantized(q, k, v, resolved, scale, tensor_layout, return_lse):
+    """quant="none" on a GPU: torch's SDPA where it can say all that is asked, else FlexAttention."""
+    if resolved.windows == (resolved.geometry.tiles,) and not return_lse:
+        heads_first = [reference.to_heads_first(x, tensor_layout) for x in (q, k, v)]
+        out = F.scaled_dot_product_attention(*heads_first, scale=scale)
+        return reference.to_heads_first(out, tensor_layout), None
+    from .flex import flex_attention  # needs torch >= 2.5
+
+    return flex_attention(q, k, v, resolved, scale, tensor_layout)

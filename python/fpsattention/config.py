@@ -1,0 +1,166 @@
+"""What to attend and how to round it: the user's `AttentionConfig` and the form of it that fits one grid."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from . import _C
+from .geometry import TileGeometry, Triple, as_grid, as_tile, as_triple, as_truncate, tile_geometry
+from .planning import plan
+
+AXES = "thw"
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Tile, window and rounding of an attention call (arXiv 2506.04648, section 3). Immutable, hashable.
+
+    Attributes:
+        tile: tokens (t, h, w) of a tile, at most 512; None lets `plan(grid)` choose. Any grid is legal: edge
+            tiles are ragged. The tile is the unit of sparsity and of the scales of Q and K.
+        window: tiles (wt, wh, ww) that a query tile attends, each odd or at least the number of tiles on its
+            axis (then it is the whole axis); or one such triple per head; None attends everything.
+        border: "clamp" shifts the window inward at the grid's edge, so that every query tile sees equally
+            many key tiles (arXiv 2502.04507); "truncate" cuts it (arXiv 2506.04648, Eq. 2).
+        quant: "fp8" rounds Q, K, P and V to E4M3; "none" does not round.
+        quant_tile: tokens (t, h, w) of the brick whose tiles share one scale, a whole multiple of the tile on
+            each axis; None: the tile itself. Coarser costs accuracy, not time.
+        smooth_k: subtract K's mean over the tokens before rounding it. Changes nothing in exact arithmetic.
+
+    Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value.
+    """
+
+    tile: Triple | None = None
+    window: Triple | tuple[Triple, ...] | None = None
+    border: Literal["clamp", "truncate"] = "clamp"
+    quant: Literal["fp8", "none"] = "fp8"
+    quant_tile: Triple | None = None
+    smooth_k: bool = False
+
+    def __post_init__(self):
+        def put(name, value):
+            object.__setattr__(self, name, value)
+
+        if self.tile is not None:
+            put("tile", as_tile(self.tile))
+        if self.window is not None:
+            put("window", _as_window(self.window))
+        as_truncate(self.border)
+        if self.quant not in ("fp8", "none"):
+            raise ValueError(f'quant: {self.quant!r} must be "fp8" or "none"')
+        if not isinstance(self.smooth_k, bool):
+            raise TypeError(f"smooth_k: {self.smooth_k!r} must be True or False")
+        if self.quant_tile is not None:
+            put("quant_tile", as_triple("quant_tile", self.quant_tile, 1))
+            if self.tile is not None:
+                _check_quant_tile(self.quant_tile, self.tile)
+        if self.quant == "none" and (self.quant_tile is not None or self.smooth_k):
+            name = "smooth_k" if self.quant_tile is None else "quant_tile"
+            raise ValueError(
+                f'{name}: {getattr(self, name)!r} has no effect with quant="none", which rounds nothing; '
+                f'leave it out, or use quant="fp8"'
+            )
+
+    def resolve(self, grid: Sequence[int], heads: int) -> ResolvedConfig:
+        """This config for a grid (T, H, W) of tokens and a number of heads. Cached.
+
+        Raises TypeError or ValueError when the window does not fit the grid or the heads.
+        """
+        if isinstance(heads, bool) or not hasattr(heads, "__index__"):
+            raise TypeError(f"heads: {heads!r} must be an integer, at least 1")
+        if operator.index(heads) < 1:
+            raise ValueError(f"heads: {heads} must be an integer, at least 1")
+        return _resolve(self, as_grid(grid), operator.index(heads))
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """An `AttentionConfig` fitted to one grid; windows are cut to their axes. Immutable, hashable.
+
+    Attributes:
+        grid, tile, quant_tile: tokens per axis.
+        windows: triples of tiles; one for all heads, or one per head.
+        border, quant, smooth_k: as in `AttentionConfig`.
+    """
+
+    grid: Triple
+    tile: Triple
+    windows: tuple[Triple, ...]
+    border: str
+    quant: str
+    quant_tile: Triple
+    smooth_k: bool
+
+    @property
+    def geometry(self) -> TileGeometry:
+        return tile_geometry(self.grid, self.tile)
+
+    @property
+    def truncate(self) -> bool:
+        return as_truncate(self.border)
+
+    @property
+    def brick(self) -> Triple:
+        """Tiles per axis that share one scale, at most the tiles there are."""
+        per_axis = zip(self.quant_tile, self.tile, self.geometry.tiles, strict=True)
+        return tuple(min(b // t, max(n, 1)) for b, t, n in per_axis)
+
+    @property
+    def density(self) -> float:
+        """Attended pairs of tokens over all pairs, mean over the heads."""
+        per_head = [self.geometry.density(w, self.border) for w in self.windows]
+        return sum(per_head) / len(per_head)
+
+
+def _as_window(value) -> Triple | tuple[Triple, ...]:
+    per_head = isinstance(value, Sequence) and len(value) > 0 and isinstance(value[0], Sequence)
+    if not per_head:
+        return as_triple("window", value, 1)
+    if len(value) > _C.MAX_WINDOWS:
+        raise ValueError(
+            f"window: {len(value)} windows of single heads, at most {_C.MAX_WINDOWS} are possible"
+        )
+    return tuple(as_triple(f"window[{head}]", triple, 1) for head, triple in enumerate(value))
+
+
+def _check_quant_tile(quant_tile: Triple, tile: Triple) -> None:
+    nearest = tuple(t * max(1, round(b / t)) for b, t in zip(quant_tile, tile, strict=True))
+    if quant_tile != nearest:
+        raise ValueError(
+            f"quant_tile: {quant_tile} must be a whole multiple of the tile {tile} on each axis; "
+            f"nearest legal value {nearest}"
+        )
+
+
+def _fit_window(window: Triple, tiles: Triple) -> Triple:
+    """`window`, entries that cover their axis cut to it. Raises ValueError for an even one that does not."""
+    for axis, w, n in zip(AXES, window, tiles, strict=True):
+        if w < n and w % 2 == 0:
+            raise ValueError(
+                f"window: {window} has {w} on axis {axis}, which has {n} tiles; it must be odd, or at least "
+                f"{n} (the whole axis); nearest legal values {w - 1} and {w + 1}"
+            )
+    return tuple(min(w, n) for w, n in zip(window, tiles, strict=True))
+
+
+@lru_cache(maxsize=1024)
+def _resolve(config: AttentionConfig, grid: Triple, heads: int) -> ResolvedConfig:
+    tile = config.tile or plan(grid).best.tile
+    quant_tile = config.quant_tile or tile
+    _check_quant_tile(quant_tile, tile)
+    tiles = tile_geometry(grid, tile).tiles
+    windows = (tiles,) if config.window is None else config.window
+    if not isinstance(windows[0], tuple):
+        windows = (windows,)
+    if len(windows) not in (1, heads):
+        raise ValueError(
+            f"window: {len(windows)} windows of single heads for {heads} heads; give one triple, or {heads}"
+        )
+    windows = tuple(_fit_window(w, tiles) for w in windows)
+    if len(set(windows)) == 1:
+        windows = windows[:1]
+    return ResolvedConfig(grid, tile, windows, config.border, config.quant, quant_tile, config.smooth_k)

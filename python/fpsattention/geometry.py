@@ -1,0 +1,216 @@
+"""Python face of the geometry rule: which token sits in which tile, and which tiles a query tile attends.
+
+The rule itself is C++ (include/fpsattention/geometry.h, shared by host and device) and is reached through
+`_C`; this module turns its answers into index tensors and counts. All tensors live on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+
+import torch
+
+from . import _C
+
+Triple = tuple[int, int, int]
+
+MAX_TOKENS = 2**31 - 1  # token indices are int32 in the kernels
+
+
+def as_triple(name: str, value: Sequence[int], least: int) -> Triple:
+    """`value` as three plain ints (t, h, w), each at least `least`.
+
+    Raises TypeError when it is no sequence of integers, ValueError when it has not three or one is too small;
+    both name the argument.
+    """
+    form = f"{name}: {value!r} must be three integers (t, h, w), each at least {least}"
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise TypeError(form)
+    if any(isinstance(x, bool) or not hasattr(x, "__index__") for x in value):
+        raise TypeError(form)
+    triple = tuple(operator.index(x) for x in value)
+    if len(triple) != 3:
+        raise ValueError(f"{form}; got {len(triple)}")
+    if min(triple) < least:
+        raise ValueError(f"{form}; nearest legal value {tuple(max(x, least) for x in triple)}")
+    return triple
+
+
+def as_grid(value: Sequence[int]) -> Triple:
+    """`value` as a token grid (T, H, W); an axis of 0 makes the empty grid. Raises as `as_triple` does."""
+    grid = as_triple("grid", value, 0)
+    if math.prod(grid) > MAX_TOKENS:
+        raise ValueError(f"grid: {grid} has {math.prod(grid)} tokens, at most {MAX_TOKENS} are possible")
+    return grid
+
+
+def shrink_tile(tile: Triple) -> Triple:
+    """A tile near `tile` that fits in a slot, made by shortening the longest axis."""
+    axes = [min(x, _C.MAX_SLOT) for x in tile]
+    while math.prod(axes) > _C.MAX_SLOT:
+        axes[axes.index(max(axes))] -= 1
+    return tuple(axes)
+
+
+def as_tile(value: Sequence[int]) -> Triple:
+    """`value` as a tile (t, h, w) in tokens, at most `_C.MAX_SLOT` of them. Raises as `as_triple` does."""
+    tile = as_triple("tile", value, 1)
+    if math.prod(tile) > _C.MAX_SLOT:
+        raise ValueError(
+            f"tile: {tile} has {math.prod(tile)} tokens, at most {_C.MAX_SLOT} fit in a slot; "
+            f"nearest legal tile {shrink_tile(tile)}"
+        )
+    return tile
+
+
+def as_truncate(border: str) -> bool:
+    """Whether `border`, "clamp" or "truncate", cuts the window at the grid's edge; ValueError for another."""
+    if border not in ("clamp", "truncate"):
+        raise ValueError(f'border: {border!r} must be "clamp" or "truncate"')
+    return border == "truncate"
+
+
+class TileGeometry:
+    """A token grid (T, H, W) cut in tiles of (t, h, w) tokens. Get one from `tile_geometry`, which caches.
+
+    Edge tiles are ragged. Tiles are numbered in raster order of their coordinates. A tile owns `slot` rows:
+    its valid tokens first, in raster order, then padding. Windows are (wt, wh, ww) in tiles, each odd or at
+    least the number of tiles on its axis; `border` is "clamp" or "truncate" (Sliding Tile Attention, arXiv
+    2502.04507; FPSAttention, arXiv 2506.04648, Eq. 2).
+
+    Attributes:
+        grid, tile: tokens per axis.
+        tiles: number of tiles per axis.
+        n_tokens, n_tiles: their products over the axes.
+        slot: rows per tile, a multiple of 128, at most 512.
+        blocks_per_tile: 128-row kernel blocks per slot.
+    """
+
+    def __init__(self, grid: Sequence[int], tile: Sequence[int]):
+        self.grid = as_grid(grid)
+        self.tile = as_tile(tile)
+        self.tiles: Triple = tuple(-(-g // t) for g, t in zip(self.grid, self.tile, strict=True))
+        self.n_tokens = math.prod(self.grid)
+        self.n_tiles = math.prod(self.tiles)
+        self.blocks_per_tile = -(-math.prod(self.tile) // _C.BLOCK)
+        self.slot = self.blocks_per_tile * _C.BLOCK
+
+    @cached_property
+    def slot_tokens(self) -> torch.Tensor:
+        """int64 [n_tiles, slot]: raster index of the token in each row, -1 for padding."""
+        rows = torch.empty(self.n_tiles, self.slot, dtype=torch.int32)
+        if self.n_tiles:
+            _C.slot_tokens(self.grid, self.tile, rows.data_ptr())
+        return rows.long()
+
+    @cached_property
+    def valid(self) -> torch.Tensor:
+        """int64 [n_tiles]: tokens of each tile."""
+        return (self.slot_tokens >= 0).sum(1)
+
+    @cached_property
+    def tile_of_token(self) -> torch.Tensor:
+        """int64 [n_tokens]: the tile of each token, by raster index."""
+        tile_of_row = torch.arange(self.n_tiles).repeat_interleave(self.valid)
+        out = torch.empty(self.n_tokens, dtype=torch.int64)
+        out[self.slot_tokens[self.slot_tokens >= 0]] = tile_of_row
+        return out
+
+    def brick_of_tile(self, quant_tile: Sequence[int]) -> torch.Tensor:
+        """int64 [n_tiles]: the brick each tile is in; `quant_tile` is a whole multiple of the tile."""
+        per_axis = [
+            torch.arange(n) // (b // t) for n, b, t in zip(self.tiles, quant_tile, self.tile, strict=True)
+        ]
+        bricks = [int(x[-1]) + 1 if len(x) else 0 for x in per_axis]
+        t, h, w = torch.meshgrid(*per_axis, indexing="ij")
+        return ((t * bricks[1] + h) * bricks[2] + w).reshape(-1)
+
+    def coordinates(self, tile_index: int) -> Triple:
+        """Tile coordinates (t, h, w) of a tile number. Raises IndexError when there is no such tile."""
+        if not 0 <= tile_index < self.n_tiles:
+            raise IndexError(f"tile_index: {tile_index} must be in [0, {self.n_tiles})")
+        rest, w = divmod(tile_index, self.tiles[2])
+        return (*divmod(rest, self.tiles[1]), w)
+
+    def _axis_keys(self, axis: int, window: Triple, border: str) -> list[tuple[int, int]]:
+        n, truncate = self.tiles[axis], as_truncate(border)
+        return [_C.axis_keys(i, n, window[axis], truncate) for i in range(n)]
+
+    def key_boxes(self, window: Triple, border: str) -> torch.Tensor:
+        """int64 [n_tiles, 3, 2]: half-open range [lo, hi) of key tiles on each axis, for every query tile."""
+        per_axis = [
+            torch.tensor(self._axis_keys(axis, window, border), dtype=torch.int64).reshape(-1, 2)
+            for axis in range(3)
+        ]
+        index = torch.meshgrid(*(torch.arange(n) for n in self.tiles), indexing="ij")
+        return torch.stack([x[i.reshape(-1)] for x, i in zip(per_axis, index, strict=True)], dim=1)
+
+    def tiles_in(self, boxes: torch.Tensor) -> torch.Tensor:
+        """int64 [n, tiles of a box], ascending: the tiles in `boxes` [n, 3, 2] of equal sizes."""
+        sizes = (boxes[0, :, 1] - boxes[0, :, 0]).tolist()
+        t, h, w = (boxes[:, axis, :1] + torch.arange(sizes[axis]) for axis in range(3))
+        _, n_h, n_w = self.tiles
+        tiles = (t[:, :, None, None] * n_h + h[:, None, :, None]) * n_w + w[:, None, None, :]
+        return tiles.flatten(1)
+
+    def key_tiles(self, query_tile: int, window: Triple, border: str) -> torch.Tensor:
+        """int64 [n], ascending: the key tiles that `query_tile` attends."""
+        return self._box(query_tile, window, border, _C.axis_keys)
+
+    def query_tiles(self, key_tile: int, window: Triple, border: str) -> torch.Tensor:
+        """int64 [n], ascending: the query tiles that attend `key_tile` (the transpose of `key_tiles`)."""
+        return self._box(key_tile, window, border, _C.axis_queries)
+
+    def _box(self, tile_index, window, border, axis_rule) -> torch.Tensor:
+        truncate = as_truncate(border)
+        box = [
+            axis_rule(i, n, w, truncate)
+            for i, n, w in zip(self.coordinates(tile_index), self.tiles, window, strict=True)
+        ]
+        return self.tiles_in(torch.tensor([box]))[0]
+
+    def attended_pairs(self, window: Triple, border: str) -> int:
+        """Query-key pairs of tokens that attend each other, of one head."""
+        pairs = 1  # the attended set is a product of axes, so the count is too
+        for axis, n in enumerate(self.tiles):
+            extent = [min(self.tile[axis], self.grid[axis] - i * self.tile[axis]) for i in range(n)]
+            keys = self._axis_keys(axis, window, border)
+            pairs *= sum(extent[i] * sum(extent[lo:hi]) for i, (lo, hi) in enumerate(keys))
+        return pairs
+
+    def density(self, window: Triple, border: str) -> float:
+        """Attended pairs as a fraction of all pairs; 1.0 for the empty grid, where nothing is left out."""
+        return self.attended_pairs(window, border) / self.n_tokens**2 if self.n_tokens else 1.0
+
+    def computed_pairs(self, window: Triple, border: str) -> int:
+        """Query rows times key rows that the kernel computes, of one head.
+
+        Counts every 128-row block that holds a valid token in full, its padding included; blocks of padding
+        only are skipped by the kernel and are not counted.
+        """
+        truncate = as_truncate(border)
+        query_blocks = (-(-self.valid // _C.BLOCK)).tolist()
+        blocks = sum(
+            n * _C.valid_blocks(self.grid, self.tile, window, truncate, i) for i, n in enumerate(query_blocks)
+        )
+        return blocks * _C.BLOCK**2
+
+    def flops(self, window: Triple, border: str, head_dim: int) -> int:
+        """Useful floating-point operations of one head's forward: 4 * head_dim * attended pairs."""
+        return 4 * head_dim * self.attended_pairs(window, border)
+
+    @cached_property
+    def waste(self) -> float:
+        """Rows of all blocks that hold a token, over the number of tokens, less 1. 0 for the empty grid."""
+        if not self.n_tokens:
+            return 0.0
+        return _C.valid_blocks(self.grid, self.tile, self.tiles, False, 0) * _C.BLOCK / self.n_tokens - 1
+
+
+@lru_cache(maxsize=64)
+def tile_geometry(grid: Triple, tile: Triple) -> TileGeometry:
+    """The `TileGeometry` of a grid and a tile, shared between callers."""
+    return TileGeometry(grid, tile)

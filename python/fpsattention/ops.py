@@ -1,0 +1,248 @@
+"""The `torch.library` ops over the compiled kernels: allocation, checks, and nothing else.
+
+`fpsattention::quantize` turns raster-order Q, K, V into FP8 block images, `fpsattention::attend` attends over them.
+Both take plain integers, so that `torch.compile` traces them without looking inside, use the current stream of the
+tensors' device, never synchronise, and allocate through torch only, so that CUDA graphs capture them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import _C
+from .config import AttentionConfig, ResolvedConfig
+from .geometry import tile_geometry
+
+HEAD_DIMS = (64, 128)
+DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+Images = tuple[Tensor, Tensor, Tensor, Tensor]  # q_blocks, kv_blocks, v_amax, lse_shift
+
+
+def quantize(
+    q: Tensor, k: Tensor, v: Tensor, resolved: ResolvedConfig, scale: float, tensor_layout: str
+) -> Images:
+    """Round Q, K, V to E4M3 block images (arXiv 2506.04648, section 3.1; the format is in include/.../params.h).
+
+    Args:
+        q, k, v: bf16 or fp16 CUDA tensors [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), D 64 or 128. Any strides,
+            as long as D is contiguous and every row starts on 16 bytes.
+        scale: of the scores before softmax; needed here only for the LSE of smoothed K.
+
+    Returns q_blocks uint8 [B, H, blocks, bytes], kv_blocks likewise, v_amax fp32 [B, H, D], and lse_shift fp32
+    [B, H, L] (empty without smooth_k).
+    Raises ValueError for a head_dim, dtype, stride or alignment that the kernels do not take.
+    """
+    return torch.ops.fpsattention.quantize(
+        q, k, v, resolved.grid, resolved.tile, resolved.quant_tile, resolved.smooth_k, scale, tensor_layout
+    )
+
+
+def attend(
+    images: Images, resolved: ResolvedConfig, scale: float, tensor_layout: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Attention over what `quantize` made, under the config's windows (arXiv 2506.04648, Eq. 2).
+
+    Returns out [B, L, H, D] or [B, H, L, D] of `dtype` in raster order, and lse fp32 [B, H, L], natural logarithm.
+    """
+    windows = [x for window in resolved.windows for x in window]
+    return torch.ops.fpsattention.attend(
+        *images, resolved.grid, resolved.tile, windows, resolved.truncate, scale, tensor_layout, dtype
+    )
+
+
+def decode_blocks(
+    q_blocks: Tensor, kv_blocks: Tensor, v_amax: Tensor, grid: tuple, tile: tuple, head_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the block images stand for, for inspection: dequantised q, k, v, fp32 [B, L, H, D] in raster order."""
+    geometry = tile_geometry(tuple(grid), tuple(tile))
+    rows = geometry.slot_tokens.flatten().to(q_blocks.device)
+    batch, heads, blocks, _ = q_blocks.shape
+    image = _C.BLOCK * head_dim
+
+    def unswizzle(x: Tensor, row_bytes: int) -> Tensor:
+        offset = torch.arange(image, device=x.device)
+        offset ^= (offset >> 3) & (0x70 if row_bytes == 128 else 0x30)
+        return x[..., offset].view(torch.float8_e4m3fn).float().unflatten(-1, (-1, row_bytes))
+
+    def raster(x: Tensor) -> Tensor:  # [B, H, blocks, BLOCK, D] -> [B, L, H, D]
+        out = x.new_empty(batch, heads, geometry.n_tokens, head_dim)
+        out[:, :, rows[rows >= 0]] = x.flatten(2, 3)[:, :, rows >= 0]
+        return out.transpose(1, 2)
+
+    def scaled(blocks: Tensor, at: int) -> Tensor:
+        scale = blocks[..., -128:-124].contiguous().view(torch.float32)
+        return raster(unswizzle(blocks[..., at : at + image], head_dim) * scale[..., None])
+
+    # Word c of each 16 tokens holds tokens 2c, 2c+1, 2c+8, 2c+9 (kernels/README.md).
+    slot = torch.arange(16, device=q_blocks.device)
+    token = 2 * (slot // 4) + slot % 2 + 8 * (slot % 4 // 2)
+    permuted = unswizzle(kv_blocks[..., image : 2 * image], 128).unflatten(-1, (-1, 16))
+    v = torch.empty_like(permuted)
+    v[..., token] = permuted
+    v_scale = torch.where(
+        v_amax <= 2.0**-100, torch.ones_like(v_amax), v_amax / torch.full_like(v_amax, 448.0)
+    )
+    return scaled(q_blocks, 0), scaled(kv_blocks, 0), raster(v.flatten(-2).mT * v_scale[:, :, None, None])
+
+
+def _resolve(grid, tile, heads, quant_tile=(), windows=(), truncate=False, smooth_k=False) -> ResolvedConfig:
+    """The config behind an op's integer lists. An empty tile is planned, empty windows are dense."""
+    triples = tuple(tuple(windows[i : i + 3]) for i in range(0, len(windows), 3))
+    config = AttentionConfig(
+        tile=tuple(tile) or None,
+        window=(triples[0] if len(triples) == 1 else triples) or None,
+        border="truncate" if truncate else "clamp",
+        quant_tile=tuple(quant_tile) or None,
+        smooth_k=smooth_k,
+    )
+    return config.resolve(tuple(grid), heads)
+
+
+def _heads_first(x: Tensor, tensor_layout: str) -> Tensor:
+    return x.transpose(1, 2) if tensor_layout == "NHD" else x
+
+
+def _strides(name: str, x: Tensor) -> tuple[int, int, int]:
+    """(batch, head, token) strides of x [B, H, L, D] in elements, once the kernels can load 16 bytes at a time."""
+    if x.shape[3] > 1 and x.stride(3) != 1:
+        raise ValueError(
+            f"{name}: head_dim has stride {x.stride(3)}, it must be contiguous; pass {name}.contiguous()"
+        )
+    strides = tuple(0 if n == 1 else s for n, s in zip(x.shape[:3], x.stride()[:3], strict=True))
+    if x.data_ptr() % 16 or any(s * x.element_size() % 16 for s in strides):
+        raise ValueError(
+            f"{name}: rows must start on multiples of 16 bytes, got address {x.data_ptr():#x} and strides "
+            f"{x.stride()} of {x.element_size()} bytes; pass {name}.clone(memory_format=torch.contiguous_format)"
+        )
+    return strides
+
+
+def _quantize_shapes(q: Tensor, k: Tensor, v: Tensor, resolved: ResolvedConfig, tensor_layout: str) -> Images:
+    batch, heads, tokens, head_dim = _heads_first(q, tensor_layout).shape
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"q: head_dim {head_dim} must be one of {HEAD_DIMS} for the sm90 kernels")
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q: dtype {q.dtype} must be bfloat16 or float16 for the sm90 kernels")
+    blocks = resolved.geometry.n_tiles * resolved.geometry.blocks_per_tile
+    return (
+        q.new_empty(batch, heads, blocks, _C.q_block_bytes(head_dim), dtype=torch.uint8),
+        q.new_empty(batch, heads, blocks, _C.kv_block_bytes(head_dim), dtype=torch.uint8),
+        q.new_empty(batch, heads, head_dim, dtype=torch.float32),
+        q.new_empty((batch, heads, tokens) if resolved.smooth_k else 0, dtype=torch.float32),
+    )
+
+
+def _quantize_cuda(q, k, v, grid, tile, quant_tile, smooth_k, scale, tensor_layout) -> Images:
+    heads_first = [_heads_first(x, tensor_layout) for x in (q, k, v)]
+    batch, heads, tokens, head_dim = heads_first[0].shape
+    resolved = _resolve(grid, tile, heads, quant_tile=quant_tile, smooth_k=smooth_k)
+    images = q_blocks, kv_blocks, v_amax, lse_shift = _quantize_shapes(q, k, v, resolved, tensor_layout)
+    v_amax.zero_()
+    if q.numel() == 0:
+        return images
+
+    def scratch(*shape, zero=False):
+        return (q.new_zeros if zero else q.new_empty)(shape, dtype=torch.float32)
+
+    none = scratch(0)
+    k_sum = k_mean = q_amax = k_amax = none
+    if smooth_k:
+        k_sum = scratch(batch, heads, _C.quantize_chunks(tokens), head_dim)
+        k_mean = scratch(batch, heads, head_dim)
+    if resolved.brick != (1, 1, 1):
+        bricks = math.prod(-(-n // b) for n, b in zip(resolved.geometry.tiles, resolved.brick, strict=True))
+        q_amax, k_amax = (scratch(batch, heads, bricks, zero=True) for _ in "qk")
+    with torch.cuda.device(q.device):
+        _C.quantize(
+            **{name: x.data_ptr() for name, x in zip("qkv", (q, k, v), strict=True)},
+            **{f"{name}_strides": _strides(name, x) for name, x in zip("qkv", heads_first, strict=True)},
+            q_blocks=q_blocks.data_ptr(),
+            kv_blocks=kv_blocks.data_ptr(),
+            v_amax=v_amax.data_ptr(),
+            k_sum=k_sum.data_ptr(),
+            k_mean=k_mean.data_ptr(),
+            lse_shift=lse_shift.data_ptr(),
+            q_amax=q_amax.data_ptr(),
+            k_amax=k_amax.data_ptr(),
+            grid=resolved.grid,
+            tile=resolved.tile,
+            brick=resolved.brick,
+            batch=batch,
+            heads=heads,
+            head_dim=head_dim,
+            dtype=DTYPES[q.dtype],
+            scale=scale,
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+    return images
+
+
+def _quantize_fake(q, k, v, grid, tile, quant_tile, smooth_k, scale, tensor_layout) -> Images:
+    heads = _heads_first(q, tensor_layout).shape[1]
+    resolved = _resolve(grid, tile, heads, quant_tile=quant_tile, smooth_k=smooth_k)
+    return _quantize_shapes(q, k, v, resolved, tensor_layout)
+
+
+def _attend_shapes(
+    v_amax: Tensor, resolved: ResolvedConfig, tensor_layout: str, dtype
+) -> tuple[Tensor, Tensor]:
+    batch, heads, head_dim = v_amax.shape
+    tokens = resolved.geometry.n_tokens
+    shape = (batch, tokens, heads, head_dim) if tensor_layout == "NHD" else (batch, heads, tokens, head_dim)
+    return v_amax.new_empty(shape, dtype=dtype), v_amax.new_empty(batch, heads, tokens)
+
+
+def _attend_cuda(
+    q_blocks, kv_blocks, v_amax, lse_shift, grid, tile, windows, truncate, scale, tensor_layout, dtype
+) -> tuple[Tensor, Tensor]:
+    batch, heads, head_dim = v_amax.shape
+    resolved = _resolve(grid, tile, heads, windows=windows, truncate=truncate)
+    out, lse = _attend_shapes(v_amax, resolved, tensor_layout, dtype)
+    if out.numel() == 0:
+        return out, lse
+    with torch.cuda.device(v_amax.device):
+        _C.attn_fwd(
+            q_blocks=q_blocks.data_ptr(),
+            kv_blocks=kv_blocks.data_ptr(),
+            v_amax=v_amax.data_ptr(),
+            lse_shift=lse_shift.data_ptr(),
+            out=out.data_ptr(),
+            lse=lse.data_ptr(),
+            out_strides=_strides("out", _heads_first(out, tensor_layout)),
+            grid=resolved.grid,
+            tile=resolved.tile,
+            windows=resolved.windows,
+            truncate=resolved.truncate,
+            batch=batch,
+            heads=heads,
+            head_dim=head_dim,
+            dtype=DTYPES[dtype],
+            scale=scale,
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+    return out, lse
+
+
+def _attend_fake(
+    q_blocks, kv_blocks, v_amax, lse_shift, grid, tile, windows, truncate, scale, tensor_layout, dtype
+) -> tuple[Tensor, Tensor]:
+    resolved = _resolve(grid, tile, v_amax.shape[1], windows=windows, truncate=truncate)
+    return _attend_shapes(v_amax, resolved, tensor_layout, dtype)
+
+
+_library = torch.library.Library("fpsattention", "DEF")
+_library.define(
+    "quantize(Tensor q, Tensor k, Tensor v, int[] grid, int[] tile, int[] quant_tile, bool smooth_k, float scale, "
+    "str tensor_layout) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "attend(Tensor q_blocks, Tensor kv_blocks, Tensor v_amax, Tensor lse_shift, int[] grid, int[] tile, "
+    "int[] windows, bool truncate, float scale, str tensor_layout, ScalarType dtype) -> (Tensor, Tensor)"
+)
+_library.impl("quantize", _quantize_cuda, "CUDA")
+_library.impl("attend", _attend_cuda, "CUDA")
+torch.library.register_fake("fpsattention::quantize", _quantize_fake)
+torch.library.register_fake("fpsattention::attend", _attend_fake)

@@ -1,0 +1,191 @@
+"""Choosing a tile: ranks the tiles of any token grid by the padding they cost, and explains the choice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import _C
+from .geometry import Triple, as_grid, tile_geometry
+
+if TYPE_CHECKING:
+    from .config import AttentionConfig, ResolvedConfig
+
+# A token of the models this serves is a patch of 1 x 2 x 2 latent pixels; a compact tile is compact in those.
+PATCH = (1, 2, 2)
+
+# What a tile may waste more than another and still be preferred, because it is more compact (a window of it
+# reaches equally far in every direction) or smaller (finer windows, finer scales).
+WASTE_PER_DOUBLED_SURFACE = 0.04
+WASTE_PER_DOUBLED_SLOT = 0.02
+
+
+@dataclass(frozen=True)
+class TileChoice:
+    """A tile (t, h, w) in tokens for some grid.
+
+    Attributes:
+        tile: tokens per axis.
+        slot: rows a tile owns in the kernels: 128, 256, 384 or 512.
+        tiles: tiles per axis.
+        waste: rows computed over tokens, less 1; padding inside 128-row blocks that hold a token.
+    """
+
+    tile: Triple
+    slot: int
+    tiles: Triple
+    waste: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The best tiles of one grid. `print(plan.explain())` says what they mean.
+
+    Attributes:
+        grid: tokens (T, H, W).
+        candidates: tiles, best first; the best few of every slot size.
+    """
+
+    grid: Triple
+    candidates: tuple[TileChoice, ...]
+
+    @property
+    def best(self) -> TileChoice:
+        return self.candidates[0]
+
+    def explain(
+        self, config: AttentionConfig | None = None, heads: int | None = None, head_dim: int = 128
+    ) -> str:
+        """An account for people: tile, waste, window, density, work, legal windows, and what would run here.
+
+        Args:
+            config: what to explain; None explains dense FP8 attention with the best tile.
+            heads: number of heads; None: as many as the config has windows.
+            head_dim: channels per head.
+
+        Raises as `AttentionConfig.resolve` does.
+        """
+        from .config import AttentionConfig  # config.py imports this module
+
+        config = config or AttentionConfig()
+        if heads is None:
+            per_head = config.window is not None and isinstance(config.window[0], tuple)
+            heads = len(config.window) if per_head else 1
+        return "\n".join(
+            [*_explain_tile(self, config.resolve(self.grid, heads), heads, head_dim), *_explain_choice(self)]
+        )
+
+
+def plan(grid: Sequence[int], *, top: int = 3) -> Plan:
+    """Rank tiles for a token grid (T, H, W) by padding waste, near-equal ones by compactness and size.
+    Cached.
+
+    Args:
+        grid: tokens per axis; any grid is legal.
+        top: tiles kept of each slot size.
+
+    Raises TypeError or ValueError when the grid is not three integers, each at least 0, or `top` is below 1.
+    """
+    if top < 1:
+        raise ValueError(f"top: {top} must be at least 1")
+    return _plan(as_grid(grid), top)
+
+
+@lru_cache(maxsize=256)
+def _plan(grid: Triple, top: int) -> Plan:
+    kept: dict[int, list[TileChoice]] = {}
+    for choice in sorted(_choices(grid), key=_rank):
+        of_slot = kept.setdefault(choice.slot, [])
+        if len(of_slot) < top:
+            of_slot.append(choice)
+    best_first = sorted((choice for of_slot in kept.values() for choice in of_slot), key=_rank)
+    return Plan(grid, tuple(best_first))
+
+
+def _choices(grid: Triple) -> list[TileChoice]:
+    """Every tile that fits in a slot and in the grid (an empty axis counts as one token)."""
+    t_max, h_max, w_max = (max(x, 1) for x in grid)
+    return [
+        _choice(grid, (t, h, w))
+        for t in range(1, min(t_max, _C.MAX_SLOT) + 1)
+        for h in range(1, min(h_max, _C.MAX_SLOT // t) + 1)
+        for w in range(1, min(w_max, _C.MAX_SLOT // (t * h)) + 1)
+    ]
+
+
+def _choice(grid: Triple, tile: Triple) -> TileChoice:
+    g = tile_geometry.__wrapped__(grid, tile)  # thousands of tiles: leave the cache to those in use
+    return TileChoice(tile, g.slot, g.tiles, g.waste)
+
+
+def _rank(choice: TileChoice) -> tuple:
+    t, h, w = (x * p for x, p in zip(choice.tile, PATCH, strict=True))
+    surface = (t * h + h * w + w * t) / (3 * (t * h * w) ** (2 / 3))  # 1 for a cube
+    cost = (
+        choice.waste
+        + WASTE_PER_DOUBLED_SURFACE * math.log2(surface)
+        + WASTE_PER_DOUBLED_SLOT * math.log2(choice.slot / _C.BLOCK)
+    )
+    return round(cost, 9), choice.slot, choice.tile
+
+
+def _explain_tile(plan: Plan, resolved: ResolvedConfig, heads: int, head_dim: int) -> list[str]:
+    g, border = resolved.geometry, resolved.border
+    attended = sum(g.attended_pairs(w, border) for w in resolved.windows)
+    computed = sum(g.computed_pairs(w, border) for w in resolved.windows)
+    flops = heads / len(resolved.windows) * sum(g.flops(w, border, head_dim) for w in resolved.windows)
+    dense = resolved.windows == (g.tiles,)
+    windows = ", ".join(str(w) for w in resolved.windows[:4]) + (", ..." if len(resolved.windows) > 4 else "")
+    scales = "the tile" if resolved.brick == (1, 1, 1) else f"bricks of {resolved.quant_tile} tokens"
+    quant = (
+        "none"
+        if resolved.quant == "none"
+        else f"E4M3, Q and K scaled by {scales}{', K smoothed' if resolved.smooth_k else ''}"
+    )
+    kind = f"border {border!r}{' (dense)' if dense else ''}"
+    legal = "; ".join(_legal(n, axis) for n, axis in zip(g.tiles, "thw", strict=True))
+    overhead = f"; the kernel computes {computed / attended:.2f} times that" if attended else ""
+    return [
+        f"grid     {plan.grid}: {g.n_tokens:,} tokens",
+        f"tile     {g.tile}: {math.prod(g.tile)} tokens in a slot of {g.slot} rows; "
+        f"{g.tiles} = {g.n_tiles:,} tiles; padding waste {g.waste:.1%}",
+        f"window   {windows} tiles, {kind}; density {resolved.density:.3f}",
+        f"legal    windows, {legal}",
+        f"work     {flops / 1e12:.3g} TFLOP forward, batch 1, heads {heads}, head_dim {head_dim}{overhead}",
+        f"rounding {quant}",
+        f"runs     {_what_runs(resolved, head_dim)}",
+    ]
+
+
+def _explain_choice(plan: Plan) -> list[str]:
+    header = f"{'tile':>14} {'slot':>5} {'tiles':>16} {'waste':>9}"
+    rows = [f"{c.tile!s:>14} {c.slot:>5} {c.tiles!s:>16} {c.waste:>9.1%}" for c in plan.candidates]
+    return ["tiles    best first:", header, *rows]
+
+
+def _legal(n: int, axis: str) -> str:
+    odd = [str(w) for w in range(1, n, 2)]
+    if len(odd) > 4:
+        odd = [odd[0], odd[1], "...", odd[-1]]
+    return f"{axis}: {', '.join([*odd, f'{n} or more (all)'])}"
+
+
+def _what_runs(resolved: ResolvedConfig, head_dim: int) -> str:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    if resolved.quant == "none":
+        torchs = "torch SDPA" if resolved.windows == (resolved.geometry.tiles,) else "torch FlexAttention"
+        return f"{torchs} on {gpu}" if gpu else f"the reference (exact attention): no GPU for {torchs}"
+    if head_dim not in (64, 128):
+        return f"the reference (emulated FP8): the Hopper kernel needs head_dim 64 or 128, not {head_dim}"
+    if not gpu:
+        return "the reference (emulated FP8): the Hopper kernel needs a GPU of compute capability 9.0"
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) != (9, 0):
+        has = f"{gpu} has {major}.{minor}"
+        return f"the reference (emulated FP8): the Hopper kernel needs compute capability 9.0, {has}"
+    return f"the FP8 Hopper kernel on {gpu}"

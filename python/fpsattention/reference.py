@@ -1,0 +1,368 @@
+"""The numeric contract, executable: exact attention, and the FP8 arithmetic that the kernels are held to.
+
+Plain torch on any device, blockwise: besides inputs and outputs, memory is a few buffers of `BUDGET`
+elements. Query tiles that attend the same box of key tiles are one *group*, and groups of equal size are
+computed together, so dense attention is a handful of large matrix products and windowed attention a handful
+of batched ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from .config import AttentionConfig, ResolvedConfig
+from .geometry import Triple, as_grid
+
+E4M3_MAX = 448.0
+AMAX_FLOOR = 2.0**-100  # a group no larger than this counts as zero: 448 / amax would overflow fp32
+BUDGET = 2**25  # most elements of one buffer of scores or of gathered keys
+LOG2E = math.log2(math.e)
+
+
+def to_heads_first(x: torch.Tensor, tensor_layout: str) -> torch.Tensor:
+    """A view of `x` as [B, H, L, D], from "NHD" [B, L, H, D] or "HND" [B, H, L, D]. Its own inverse."""
+    if tensor_layout not in ("NHD", "HND"):
+        raise ValueError(
+            f'tensor_layout: {tensor_layout!r} must be "NHD" ([B, L, H, D]) or "HND" ([B, H, L, D])'
+        )
+    return x.transpose(1, 2) if tensor_layout == "NHD" else x
+
+
+def check_inputs(q, k, v, grid, tensor_layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Views of q, k, v as [B, H, L, D], once they are known to be alike and to fill the grid.
+
+    Raises TypeError for what is no floating-point tensor, ValueError for a rank, shape, dtype, device or
+    token count that does not fit.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor) or not x.dtype.is_floating_point:
+            kind = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+            raise TypeError(f"{name}: must be a floating-point tensor, got {kind}")
+        if x.dim() != 4:
+            shape = "[B, L, H, D]" if tensor_layout == "NHD" else "[B, H, L, D]"
+            raise ValueError(f"{name}: must have 4 dimensions {shape}, got shape {list(x.shape)}")
+        for what in ("shape", "dtype", "device"):
+            mine, first = getattr(x, what), getattr(q, what)
+            if mine != first:
+                raise ValueError(f"{name}: {what} {mine} must be that of q, {first}")
+    heads_first = tuple(to_heads_first(x, tensor_layout) for x in (q, k, v))
+    tokens, expected = heads_first[0].shape[2], math.prod(as_grid(grid))
+    if tokens != expected:
+        raise ValueError(
+            f"q: has {tokens} tokens in layout {tensor_layout}, but grid {tuple(grid)} has {expected}"
+        )
+    return heads_first
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Rounded operands of one call, heads first and in raster order whatever the layout of the inputs.
+
+    Attributes:
+        q8, k8, v8: float8_e4m3fn [B, H, L, D]; k8 is of K less its mean when smoothing.
+        q_scale, k_scale: fp32 [B, H, n_tiles], x = x8 * scale; tiles of one brick have equal scales.
+        v_scale: fp32 [B, H, D].
+        k_mean: fp32 [B, H, D], or None without smoothing.
+        tile_of_token: int64 [L].
+    """
+
+    q8: torch.Tensor
+    k8: torch.Tensor
+    v8: torch.Tensor
+    q_scale: torch.Tensor
+    k_scale: torch.Tensor
+    v_scale: torch.Tensor
+    k_mean: torch.Tensor | None
+    tile_of_token: torch.Tensor
+
+    @property
+    def q(self) -> torch.Tensor:
+        """fp32 [B, H, L, D]: the values that q8 stands for."""
+        return self.q8.float() * self.q_scale[:, :, self.tile_of_token, None]
+
+    @property
+    def k(self) -> torch.Tensor:
+        """fp32 [B, H, L, D]: the values that k8 stands for; the mean is not added back."""
+        return self.k8.float() * self.k_scale[:, :, self.tile_of_token, None]
+
+    @property
+    def v(self) -> torch.Tensor:
+        """fp32 [B, H, L, D]: the values that v8 stands for."""
+        return self.v8.float() * self.v_scale[:, :, None]
+
+
+def _scales(amax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(inv, scale) of groups with this amax: x8 = e4m3(x * inv), x = x8 * scale."""
+    empty = amax <= AMAX_FLOOR
+    top = torch.full_like(amax, E4M3_MAX)  # with a Python number torch may multiply by a rounded reciprocal
+    return (top / amax).masked_fill(empty, 1.0), (amax / top).masked_fill(empty, 1.0)
+
+
+def _to_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """Round to nearest even, saturating; the cast alone makes NaN of what is too large in some versions."""
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def quantize(q, k, v, resolved: ResolvedConfig, tensor_layout: str = "NHD") -> Quantized:
+    """Round Q, K, V to E4M3 as the kernels do, bit for bit (arXiv 2506.04648, section 3.1).
+
+    Q and K have one scale per (batch, head, tile), or per brick of tiles when `resolved.quant_tile` is larger
+    than the tile; V has one per (batch, head, channel). amax is of the inputs in fp32; a group whose amax is
+    at most `AMAX_FLOOR` has scale 1 and rounds to zeros. A NaN or Inf in the input spreads over its group.
+
+    Args:
+        q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), any floating dtype; read as fp32.
+
+    Raises as `check_inputs` does.
+    """
+    q, k, v = (x.float() for x in check_inputs(q, k, v, resolved.grid, tensor_layout))
+    k_mean = None
+    if resolved.smooth_k:
+        k_mean = k.mean(dim=2, dtype=torch.float64).float()
+        k = k - k_mean[:, :, None]
+    geometry = resolved.geometry
+    tile_of_token = geometry.tile_of_token.to(q.device)
+    brick_of_tile = geometry.brick_of_tile(resolved.quant_tile).to(q.device)
+    brick_of_token = brick_of_tile[tile_of_token]
+    n_bricks = math.prod(-(-n // b) for n, b in zip(geometry.tiles, resolved.brick, strict=True))
+
+    def per_brick(x):
+        amax = x.new_zeros(*x.shape[:2], n_bricks)
+        amax.scatter_reduce_(2, brick_of_token.expand(x.shape[:3]), x.abs().amax(3), "amax")
+        inv, scale = _scales(amax)
+        return _to_e4m3(x * inv[:, :, brick_of_token, None]), scale[:, :, brick_of_tile]
+
+    q8, q_scale = per_brick(q)
+    k8, k_scale = per_brick(k)
+    v_amax = v.abs().amax(2) if geometry.n_tokens else v.new_zeros(*v.shape[:2], v.shape[3])
+    v_inv, v_scale = _scales(v_amax)
+    v8 = _to_e4m3(v * v_inv[:, :, None])
+    return Quantized(q8, k8, v8, q_scale, k_scale, v_scale, k_mean, tile_of_token)
+
+
+@contextmanager
+def _ieee_matmul() -> Iterator[None]:
+    """fp32 matrix products on CUDA in fp32, not TF32; the caller's setting is restored."""
+    matmul = torch.backends.cuda.matmul
+    name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(matmul, name)
+    setattr(matmul, name, exact)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
+
+
+def _chunks(
+    resolved: ResolvedConfig, window: Triple, heads: int, head_dim: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Pairs of token indices (queries [n, rows], keys [n, keys]) computed in one go; -1 is padding.
+
+    Row i of `queries` attends row i of `keys`; every query token comes once. heads * n * keys * rows and
+    heads * n * keys * head_dim stay within `BUDGET`, unless a single row, or the keys of a single group, are
+    more.
+    """
+    geometry = resolved.geometry
+    if not geometry.n_tiles:
+        return
+    rows_of_tile = geometry.slot_tokens[:, : int(geometry.valid.max())]
+    boxes, group_of_tile = geometry.key_boxes(window, resolved.border).unique(dim=0, return_inverse=True)
+    tiles_by_group = group_of_tile.argsort(stable=True)
+    query_tiles = group_of_tile.bincount()
+    first = query_tiles.cumsum(0) - query_tiles
+    sizes = torch.cat([query_tiles[:, None], boxes[..., 1] - boxes[..., 0]], dim=1)
+    for size in sizes.unique(dim=0):
+        alike = (sizes == size).all(1).nonzero()[:, 0]
+        n_query_tiles, n_key_tiles = int(size[0]), int(size[1:].prod())
+        per_row = heads * n_key_tiles * rows_of_tile.shape[1]
+        rows = min(n_query_tiles * rows_of_tile.shape[1], max(1, BUDGET // per_row))
+        n = max(1, BUDGET // (per_row * max(rows, head_dim)))
+        for groups in alike.split(n):
+            tiles = tiles_by_group[first[groups, None] + torch.arange(n_query_tiles)]
+            queries = rows_of_tile[tiles].flatten(1)
+            keys = rows_of_tile[geometry.tiles_in(boxes[groups])].flatten(1)
+            for some in queries.split(rows, dim=1):
+                yield some, keys
+
+
+def _take(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """x [heads, L, ...] at tokens [n, m]: [heads, n, m, ...]. Not every torch gathers FP8; bytes it does."""
+    if x.dtype == torch.float8_e4m3fn:
+        return x.view(torch.uint8)[:, tokens].view(x.dtype)
+    return x[:, tokens]
+
+
+def _blockwise(
+    compute: Callable,
+    of_queries: tuple,
+    of_keys: tuple,
+    resolved: ResolvedConfig,
+    window: Triple,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of some heads under one window: `compute` on every chunk, results back in raster order.
+
+    Args:
+        compute: takes the chunk's slices of `of_queries` [heads, n, rows, ...] and of `of_keys` [heads, n,
+            keys, ...], and a mask [n, 1, keys], True where a key is padding, or None; returns out [heads, n,
+            rows, D] and lse [heads, n, rows] in `dtype`. Differentiable when the operands require a gradient:
+            chunks are recomputed.
+        of_queries, of_keys: tensors [heads, L, ...], the first of each with D channels.
+
+    Returns out [heads, L, D] and lse [heads, L].
+    """
+    q = of_queries[0]
+    heads, _, head_dim = q.shape
+    out = torch.empty(q.shape, dtype=dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=dtype, device=q.device)
+
+    def run(queries, keys, padding, *operands):
+        values = [_take(x, queries) for x in operands[: len(of_queries)]]
+        values += [_take(x, keys) for x in operands[len(of_queries) :]]
+        with _ieee_matmul():
+            return compute(*values, padding)
+
+    for queries, keys in _chunks(resolved, window, heads, head_dim):
+        rows, valid = queries.clamp(min=0).to(q.device), queries >= 0
+        padding = (keys < 0)[:, None].to(q.device) if keys.min() < 0 else None
+        args = (rows, keys.clamp(min=0).to(q.device), padding, *of_queries, *of_keys)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (*of_queries, *of_keys)):
+            some_out, some_lse = checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
+        else:
+            some_out, some_lse = run(*args)
+        tokens, valid = queries[valid].to(q.device), valid.to(q.device)
+        out[:, tokens] = some_out[:, valid]
+        lse[:, tokens] = some_lse[:, valid]
+    return out, lse
+
+
+def _head_slices(q: torch.Tensor, resolved: ResolvedConfig) -> Iterator[tuple[Triple, tuple]]:
+    """(window, index into [B, H]) of all heads of q [B, H, L, D], in parts whose copies fit in `BUDGET`."""
+    batch, heads, tokens, head_dim = q.shape
+    at_once = max(1, BUDGET // max(1, tokens * head_dim))
+    windows = resolved.windows * (heads if len(resolved.windows) == 1 else 1)
+    for window in dict.fromkeys(windows):
+        pairs = torch.tensor([(b, h) for b in range(batch) for h in range(heads) if windows[h] == window])
+        for some in pairs.reshape(-1, 2).split(at_once):
+            if len(some):
+                yield window, tuple(some.to(q.device).unbind(1))
+
+
+def _set_up(q, k, v, grid, config: AttentionConfig, scale, tensor_layout):
+    q, k, v = check_inputs(q, k, v, grid, tensor_layout)
+    return q, k, v, config.resolve(grid, q.shape[1]), q.shape[3] ** -0.5 if scale is None else scale
+
+
+def exact_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    grid: Triple,
+    config: AttentionConfig,
+    scale: float | None = None,
+    tensor_layout: str = "NHD",
+    dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention under the config's window, on the values as given: nothing is rounded to FP8.
+
+    Differentiable; the backward recomputes block by block. With `dtype` float32 its products follow torch's
+    TF32 setting.
+
+    Args:
+        q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), L = T * H * W in raster order.
+        grid: tokens (T, H, W).
+        config: tile, window and border are used; quant, quant_tile and smooth_k do not apply here.
+        scale: of the scores before softmax; None: D ** -0.5.
+        dtype: of the arithmetic and the results.
+
+    Returns out, like q but of `dtype`, and lse [B, H, L] of `dtype`, natural logarithm.
+    Raises TypeError or ValueError that name the argument.
+    """
+    q, k, v, resolved, scale = _set_up(q, k, v, grid, config, scale, tensor_layout)
+
+    def compute(q, k, v, padding):
+        scores = (q * scale) @ k.mT
+        if padding is not None:
+            scores.masked_fill_(padding, -math.inf)
+        shift = scores.detach().amax(-1, keepdim=True)
+        p = scores.sub_(shift).exp_()
+        l = p.sum(-1)  # noqa: E741
+        return p @ v / l[..., None], shift[..., 0] + l.log()
+
+    out = torch.empty(q.shape, dtype=dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
+    for window, heads in _head_slices(q, resolved):
+        operands = [x[heads].to(dtype) for x in (q, k, v)]
+        out[heads], lse[heads] = _blockwise(compute, operands[:1], operands[1:], resolved, window, dtype)
+    return to_heads_first(out, tensor_layout), lse
+
+
+def emulated_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    grid: Triple,
+    config: AttentionConfig,
+    scale: float | None = None,
+    tensor_layout: str = "NHD",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The FP8 contract: what the kernels compute, with the same roundings (arXiv 2506.04648, section 3).
+
+    With z = q8.k8 * s_q * s_k * scale * log2(e), m = ceil(max z) over the keys of a row, P = 2^(z - m), l =
+    sum P and p8 = e4m3(448 P): out = sum(p8 * v8) * s_v / (448 l), lse = ln(2) * (m + log2 l). m is an
+    integer, so that rescaling by a running maximum, as the kernels do, is exact.
+
+    Args:
+        q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), L = T * H * W in raster order; any floating
+            dtype.
+        grid: tokens (T, H, W).
+        config: all of it; `quant` must be "fp8".
+        scale: of the scores before softmax; None: D ** -0.5.
+
+    Returns out, like q, and lse fp32 [B, H, L], natural logarithm.
+    Raises TypeError or ValueError that name the argument; NotImplementedError when a gradient is asked for.
+    """
+    q, k, v, resolved, scale = _set_up(q, k, v, grid, config, scale, tensor_layout)
+    if resolved.quant != "fp8":
+        raise ValueError(
+            f'config: quant={resolved.quant!r} has nothing to emulate; use "fp8", or exact_attention'
+        )
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise NotImplementedError(
+            "q, k, v: FP8 attention has no backward yet, but one of them requires a gradient; "
+            'call it under torch.no_grad(), or use quant="none"'
+        )
+
+    def compute(q8, q_scale, k8, k_scale, v8, padding):
+        z = q8.float() @ k8.float().mT
+        z *= (q_scale * (scale * LOG2E))[..., None]
+        z *= k_scale[..., None, :]
+        if padding is not None:
+            z.masked_fill_(padding, -math.inf)
+        m = z.amax(-1, keepdim=True).ceil_()
+        p = z.sub_(m).exp2_()
+        l = p.sum(-1)  # noqa: E741
+        p8 = p.mul_(E4M3_MAX).to(torch.float8_e4m3fn).float()  # at most 448: nothing to saturate
+        return p8 @ v8.float() / (E4M3_MAX * l)[..., None], math.log(2) * (m[..., 0] + l.log2())
+
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    for window, heads in _head_slices(q, resolved):
+        x = quantize(*(t[heads][None] for t in (q, k, v)), resolved, "HND")
+        q_scale, k_scale = (s[0][:, x.tile_of_token] for s in (x.q_scale, x.k_scale))
+        some_out, some_lse = _blockwise(
+            compute, (x.q8[0], q_scale), (x.k8[0], k_scale, x.v8[0]), resolved, window, torch.float32
+        )
+        if x.k_mean is not None:
+            some_lse += scale * (q[heads].float() * x.k_mean[0][:, None]).sum(-1)
+        out[heads] = (some_out * x.v_scale[0][:, None]).to(q.dtype)
+        lse[heads] = some_lse
+    return to_heads_first(out, tensor_layout), lse

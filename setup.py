@@ -1,0 +1,82 @@
+"""Builds the extension with CMake. CMakeLists.txt is the one place for sources and flags; this file finds the tools."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def package_dir(name: str) -> Path | None:
+    """Where an installed package lies, found without importing it."""
+    spec = importlib.util.find_spec(name)
+    return Path(next(iter(spec.submodule_search_locations))) if spec else None
+
+
+def nvcc_version(nvcc: str) -> tuple[int, int]:
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return tuple(int(x) for x in re.search(r"release (\d+)\.(\d+)", text).groups())
+
+
+def nvcc_on_path() -> str | None:
+    """nvcc from PATH when it is new enough for the kernels: 12.8 or later."""
+    nvcc = shutil.which("nvcc")
+    return nvcc if nvcc and nvcc_version(nvcc) >= (12, 8) else None
+
+
+def find_nvcc() -> str:
+    """nvcc from PATH, else the one of the PyPI compiler wheels that pyproject's build backend asked for."""
+    nvcc = nvcc_on_path()
+    if nvcc:
+        return nvcc
+    cuda = package_dir("nvidia.cu13")
+    if cuda and (cuda / "bin" / "nvcc").exists():
+        return str(cuda / "bin" / "nvcc")
+    raise RuntimeError(
+        "no nvcc: PATH has none of version 12.8 or later, and the nvidia-cuda-nvcc wheel is not installed; "
+        "build with pip's build isolation (the default), which fetches it"
+    )
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(os.environ.get("FPSATTENTION_BUILD_DIR", Path(self.build_temp).resolve() / ext.name))
+        build.mkdir(parents=True, exist_ok=True)
+        cutlass = package_dir("cutlass_library")
+        pybind11 = package_dir("pybind11")
+        if cutlass is None or pybind11 is None:
+            missing = "nvidia-cutlass" if cutlass is None else "pybind11"
+            raise RuntimeError(f"{missing} is not installed; build with pip's build isolation (the default)")
+        nvcc = Path(find_nvcc())
+        # The PyPI toolkit keeps its libraries in lib/, where its nvcc does not look.
+        paths = [str(nvcc.parent.parent / "lib"), os.environ.get("LIBRARY_PATH", "")]
+        env = os.environ | {"LIBRARY_PATH": ":".join(filter(None, paths))}
+        debug = "ON" if os.environ.get("FPSATTENTION_DEBUG") == "1" else "OFF"
+        subprocess.run(
+            [
+                *("cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
+                f"-DCMAKE_CUDA_COMPILER={nvcc}",
+                f"-DCUTLASS_INCLUDE_DIR={cutlass / 'source' / 'include'}",
+                f"-Dpybind11_DIR={pybind11 / 'share' / 'cmake' / 'pybind11'}",
+                f"-DPython_EXECUTABLE={sys.executable}",
+                f"-DFPS_DEBUG={debug}",
+            ],
+            check=True,
+            env=env,
+        )
+        subprocess.run(["cmake", "--build", str(build)], check=True, env=env)
+        (module,) = build.glob("_C*.so")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(module, target)
+
+
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("fpsattention._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -1,0 +1,163 @@
+"""Which tests run on this machine, and the receipt of those that ran on a GPU.
+
+Tests marked `gpu` need a device of compute capability 9.0. Elsewhere they are deselected, which the summary
+says, and `tests/gpu_receipt.json` stands for them (see receipt.py).
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import receipt
+
+# GPU examples are slow at first and run in a fixed order, so that a receipt can be reproduced.
+settings.register_profile(
+    "fpsattention", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("fpsattention")
+
+HUNG_AFTER_S = 120  # one GPU test takes seconds: beyond this a kernel waits for something that never comes
+
+
+def has_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--gpu-receipt", metavar="PATH", type=Path, help="write the GPU receipt here")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a GPU of compute capability 9.0")
+    config.addinivalue_line("markers", "receipt: holds the GPU receipt against the sources")
+    config.gpu_deselected = 0
+    config.stderr_fd = os.dup(sys.__stderr__.fileno())  # capturing is suspended here: this is the real one
+    if path := config.getoption("--gpu-receipt"):
+        if not has_hopper():
+            raise pytest.UsageError("--gpu-receipt: there is no GPU of compute capability 9.0 here")
+        if config.getoption("numprocesses", None):
+            raise pytest.UsageError("--gpu-receipt: run the tests in one process, without -n")
+        config.pluginmanager.register(ReceiptWriter(path))
+
+
+def pytest_collection_modifyitems(config, items):
+    marker = "receipt" if has_hopper() else "gpu"
+    dropped = [item for item in items if item.get_closest_marker(marker)]
+    if not dropped:
+        return
+    items[:] = [item for item in items if not item.get_closest_marker(marker)]
+    if marker == "gpu":
+        config.gpu_deselected = len(dropped)
+    config.hook.pytest_deselected(items=dropped)
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist: the summary is written elsewhere
+        session.config.workeroutput["gpu_deselected"] = session.config.gpu_deselected
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    node.config.gpu_deselected = getattr(node, "workeroutput", {}).get("gpu_deselected", 0)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.gpu_deselected:
+        terminalreporter.write_line(
+            f"{config.gpu_deselected} GPU tests were deselected: no device of compute capability 9.0 here. "
+            f"tests/gpu_receipt.json stands for them.",
+            yellow=True,
+        )
+
+
+@pytest.fixture(autouse=True)
+def _gpu_guard(request):
+    """Around each GPU test: a hang ends the run with a traceback, and a lost CUDA context ends it at once
+    instead of failing every later test.
+    """
+    if not request.node.get_closest_marker("gpu"):
+        yield
+        return
+    faulthandler.dump_traceback_later(HUNG_AFTER_S, exit=True, file=request.config.stderr_fd)
+    try:
+        yield
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            request.session.shouldstop = f"the CUDA context is lost: {error}"
+            raise
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture
+def seed(request) -> int:
+    """A seed of the test's own, the same in every run."""
+    return zlib.crc32(f"{request.module.__name__}::{request.node.name}".encode())
+
+
+class ReceiptWriter:
+    """Counts outcomes and writes the receipt when the session ends."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.start = time.monotonic()
+        self.sources = receipt.sources_hash(receipt.ROOT)
+        self.machine = receipt.environment()
+        self.counts = dict.fromkeys(
+            ("passed", "failed", "skipped", "deselected", "gpu_passed", "gpu_deselected"), 0
+        )
+        self.gpu_files: set[str] = set()
+        self.failures: list[str] = []
+
+    def pytest_deselected(self, items):
+        items = [item for item in items if not item.get_closest_marker("receipt")]
+        self.counts["deselected"] += len(items)
+        self.counts["gpu_deselected"] += sum(item.get_closest_marker("gpu") is not None for item in items)
+
+    def pytest_collectreport(self, report):
+        if report.failed:
+            self._fail(report.nodeid)
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self._fail(report.nodeid)
+        elif report.skipped:
+            self.counts["skipped"] += 1
+        elif report.when == "call":
+            self.counts["passed"] += 1
+            if "gpu" in report.keywords:
+                self.counts["gpu_passed"] += 1
+                self.gpu_files.add(Path(report.location[0]).name)
+
+    def _fail(self, nodeid):
+        if nodeid not in self.failures:
+            self.counts["failed"] += 1
+            self.failures.append(nodeid)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session, exitstatus):
+        if exitstatus == pytest.ExitCode.INTERRUPTED:
+            self._fail("the run was interrupted")
+        if self.sources != receipt.sources_hash(receipt.ROOT):
+            self._fail("the sources changed during the run")
+        receipt.write(
+            self.path,
+            sources=self.sources,
+            machine=self.machine,
+            counts=self.counts,
+            gpu_files=self.gpu_files,
+            failures=self.failures,
+            duration_s=time.monotonic() - self.start,
+        )
+        if not self.counts["gpu_passed"] or self.failures:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -1,0 +1,57 @@
+"""Small launches of every kernel variant, for compute-sanitizer:
+
+compute-sanitizer --tool memcheck python tests/sanitizer_cases.py
+compute-sanitizer --tool synccheck python tests/sanitizer_cases.py
+
+What is computed is checked elsewhere; here it need only be finite. Under a sanitizer a launch takes seconds,
+so the grids are of a few tiles, which still have ragged edges, padding blocks and several key blocks per row.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+import fpsattention as fps
+
+# (grid, config)
+CASES = (
+    ((1, 1, 1), fps.AttentionConfig(tile=(4, 4, 4))),
+    ((4, 8, 8), fps.AttentionConfig(tile=(4, 4, 8))),  # full blocks, no mask
+    ((5, 7, 9), fps.AttentionConfig(tile=(2, 3, 4), window=(1, 3, 3))),
+    ((5, 7, 9), fps.AttentionConfig(tile=(2, 3, 4), window=((1, 1, 1), (3, 3, 1)), border="truncate")),
+    ((5, 7, 9), fps.AttentionConfig(tile=(2, 3, 4), quant_tile=(4, 6, 8), smooth_k=True)),
+    ((9, 9, 9), fps.AttentionConfig(tile=(6, 6, 6))),  # slots of 256, some blocks hold padding only
+    ((9, 9, 9), fps.AttentionConfig(tile=(6, 8, 8), window=(1, 3, 3))),  # of 384
+    ((9, 8, 12), fps.AttentionConfig(tile=(8, 8, 8), smooth_k=True)),  # of 512
+)
+
+
+def main() -> None:
+    launches = 0
+    for grid, config in CASES:
+        for head_dim in (64, 128):
+            for tensor_layout, dtype in (("NHD", torch.bfloat16), ("HND", torch.float16)):
+                tokens = math.prod(grid)
+                shape = (2, tokens, 2, head_dim) if tensor_layout == "NHD" else (2, 2, tokens, head_dim)
+                q, k, v = (torch.randn(shape, dtype=dtype, device="cuda") for _ in range(3))
+                out, lse = fps.attention(
+                    q,
+                    k,
+                    v,
+                    grid=grid,
+                    config=config,
+                    return_lse=True,
+                    tensor_layout=tensor_layout,
+                    backend="sm90",
+                )
+                case = f"{grid}, {config}, head_dim {head_dim}, {tensor_layout}, {dtype}"
+                assert out.isfinite().all(), f"out is not finite: {case}"
+                assert lse.isfinite().all(), f"lse is not finite: {case}"
+                launches += 1
+    print(f"{launches} calls, all finite")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,533 @@
+"""The bench without a GPU: cases, timing order, counts, records, targets, pictures; made-up contenders."""
+
+import argparse
+import dataclasses
+import importlib.machinery
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fpsattention as fps
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+sys.path.insert(0, str(BENCH))
+
+import bench_forward as bench  # noqa: E402
+import common  # noqa: E402
+import contenders  # noqa: E402
+import shapes  # noqa: E402
+
+TINY = shapes.Shape("tiny", (3, 5, 4), 2, (2, 2, 3), (None, (1, 3, 1)), head_dim=16, batch=2)
+WINDOW = TINY.windows[1]
+
+
+class FakeClock:
+    """Runs what it is given on the CPU and answers with `ms_of(what it returned, bursts so far)`."""
+
+    device = "cpu"
+
+    def __init__(self, ms_of):
+        self.ms_of, self.log = ms_of, []
+
+    def burst(self, fn, calls):
+        name = fn()
+        self.log.append((name, calls))
+        return [self.ms_of(name, len(self.log))] * calls
+
+    def check(self, after):
+        pass
+
+    def copy(self):
+        pass
+
+
+class NoMonitor:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def between(self, start, end):
+        return 1500.0, 600.0
+
+
+def make_record(case="36x48x48/6,6,1", op=common.OURS, ms=10.0, **fields):
+    grid = (36, 48, 48)
+    base = dict(case=case, op=op, grid=grid, heads=24, head_dim=128, batch=1, layout="NHD", tile=(6, 8, 8))
+    return common.Record(**base | dict(window=(6, 6, 1), density=1 / 6, ms=ms) | fields)
+
+
+def sdpa(q, k, v, mask=None):
+    q, k, v = (x.transpose(1, 2).float() for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).to(torch.bfloat16).transpose(1, 2)
+
+
+def contender(name, fn, window=None, tolerance=contenders.TOLERANCE_16_BIT, parts=None):
+    return contenders.Contender(
+        name,
+        window,
+        lambda q, k, v: lambda: fn(q, k, v),
+        lambda out: out.transpose(1, 2),
+        tolerance,
+        parts=parts,
+    )
+
+
+def full_mask(shape, window):
+    """bool [L, L] from tile coordinates alone: |key - centre| <= w // 2, the centre moved inside the grid."""
+    t, h, w = torch.meshgrid(*(torch.arange(n) for n in shape.grid), indexing="ij")
+    mask = torch.ones(shape.tokens, shape.tokens, dtype=torch.bool)
+    for x, tokens, n_tokens, wide in zip((t, h, w), shape.tile, shape.grid, window, strict=True):
+        tile, n = x.reshape(-1) // tokens, -(-n_tokens // tokens)
+        if wide < n:
+            centre = tile.clamp(wide // 2, n - 1 - wide // 2)
+            mask &= (tile[None, :] - centre[:, None]).abs() <= wide // 2
+    return mask
+
+
+def run_tiny(monkeypatch, cast, ms=None, shape=TINY):
+    """bench_shape on CPU, where every call really runs and the clock says `ms[key]` for the timed key."""
+    ms = ms or {}
+
+    def fake_time(entries, clock, rounds, burst_ms, seed):
+        def timing(name):
+            entries[name]()
+            return common.Timing(ms.get(name, 1.0), 0.0)
+
+        return {name: timing(name) for name in entries}
+
+    monkeypatch.setattr(bench, "time_interleaved", fake_time)
+    clock = FakeClock(lambda name, i: 1.0)
+    return bench.bench_shape(shape, cast, clock, NoMonitor(), 1, 1.0)
+
+
+# --- cases
+
+
+def test_every_shape_resolves_and_the_issue_cases_are_there():
+    names = [shape.name for shape in shapes.SHAPES]
+    assert len(set(names)) == len(names)
+    cases = {}
+    for shape in shapes.SHAPES:
+        for window in dict.fromkeys(shape.windows + shape.sweep):
+            cases[shape.case(window)] = shape
+            resolved = contenders.config_of(shape, window).resolve(shape.grid, shape.heads)
+            assert resolved.tile == shape.tile and len(resolved.windows) == 1
+        assert set(shape.flex) | set(shape.emulated) <= set(shape.windows)
+    assert cases[shapes.PAPER].grid == (36, 48, 48) and cases[shapes.PAPER].heads == 24
+    assert cases[shapes.WAN_DENSE].grid == (21, 45, 80) and cases[shapes.WAN_DENSE].heads == 40
+    assert cases[shapes.COG_DENSE].head_dim == 64 and cases[shapes.COG_DENSE].heads == 48
+    assert cases["18x48x80/3,3,3"].tile == (6, 8, 8)
+    assert {s.layout for s in shapes.SHAPES} == {"NHD", "HND"}
+
+
+def test_select():
+    full, quick = shapes.select([]), shapes.select([], quick=True)
+    assert {s.suite for s in full} == {"core", "more"} and {s.suite for s in quick} == {"core"}
+    assert {shapes.PAPER, shapes.WAN_DENSE, shapes.COG_DENSE} <= {s.case(w) for s in quick for w in s.windows}
+    assert not any(s.sweep or s.flex or s.emulated for s in quick)
+    (one,) = shapes.select(["wan14b-720p/dense"], heads_scale=0.25)
+    assert one.windows == (None,) and one.heads == 10 and not one.sweep
+    (swept,) = shapes.select(["36x48x48/3,3,1"])
+    assert swept.windows == ((3, 3, 1),) and not swept.sweep
+    assert {s.head_dim for s in shapes.select(["length"])} == {64, 128}
+    with pytest.raises(ValueError, match="wan15b"):
+        shapes.select(["wan14b-720p", "wan15b"])
+
+
+# --- counts
+
+
+def test_paper_setting_counts():
+    (shape,) = shapes.select([shapes.PAPER])
+    work = bench.work_of(shape, (6, 6, 1))
+    tokens = 36 * 48 * 48
+    assert work.density == pytest.approx(1 / 6)
+    assert work.pairs == work.computed_pairs == tokens**2 // 6  # no padding in this setting
+    assert common.attention_flops(work.pairs, 24, 128, 1) == 4 * 128 * 24 * tokens**2 // 6
+    assert common.quantize_bytes(tokens=1000, heads=3, head_dim=64, batch=2, image_bytes=7) == 8 * 384_000 + 7
+
+
+def test_allowed_is_the_window_rule():
+    rows = torch.arange(TINY.tokens)
+    assert torch.equal(bench.work_of(TINY, WINDOW).allowed(rows), full_mask(TINY, WINDOW))
+    assert bench.work_of(TINY, None).allowed(rows).all()
+    assert bench.work_of(TINY, WINDOW).pairs == full_mask(TINY, WINDOW).sum()
+
+
+# --- timing
+
+
+def test_rounds_are_interleaved_and_medians_are_taken():
+    ms = {"slow": 50.0, "fast": 1.0}
+    clock = FakeClock(lambda name, i: ms[name] * (3 if i > 20 else 1))
+    entries = {name: lambda name=name: name for name in ms}
+    results = common.time_interleaved(entries, clock, rounds=10, burst_ms=20.0)
+    warm, timed = clock.log[:4], clock.log[4:]
+    assert [name for name, _ in warm] == ["slow", "slow", "fast", "fast"]
+    assert {calls for name, calls in timed if name == "fast"} == {20}  # 20 ms of a call of 1 ms
+    assert {calls for name, calls in timed if name == "slow"} == {1}
+    for i in range(0, len(timed), 2):
+        assert {name for name, _ in timed[i : i + 2]} == {"slow", "fast"}
+    assert len({name for name, _ in timed[::2]}) == 2  # neither always goes first
+    assert results["fast"].ms == 1.0 and results["slow"].ms == 50.0  # 8 of 10 rounds were undisturbed
+    assert results["fast"].spread == pytest.approx(2.0)
+
+
+def test_a_contender_that_fails_is_reported_and_the_rest_is_timed():
+    def broken():
+        raise RuntimeError("no kernel image\nmore text")
+
+    clock = FakeClock(lambda name, i: 2.0)
+    results = common.time_interleaved({"broken": broken, "good": lambda: "good"}, clock, 2, 1.0)
+    assert results["broken"] == "RuntimeError: no kernel image"
+    assert results["good"].ms == 2.0
+
+
+def test_a_lost_device_ends_the_timing():
+    class Lost(FakeClock):
+        def check(self, after):
+            raise common.DeviceLost(after)
+
+    def broken():
+        raise RuntimeError("illegal memory access")
+
+    with pytest.raises(common.DeviceLost, match="broken"):
+        common.time_interleaved({"broken": broken}, Lost(None), 2, 1.0)
+
+
+def test_monitor_takes_only_samples_and_only_of_the_interval():
+    monitor = common.GpuMonitor("GPU-none")
+    for line in ("1500, 600.5", "N/A, N/A", "No devices were found", "1700, 700.5", "1600, 650.5"):
+        monitor.add(line)
+    assert monitor.between(0, float("inf")) == (1600, 650.5)
+    assert monitor.between(-2, -1) == (None, None)
+
+
+def test_monitor_reads_lines_as_they_come():
+    with common.GpuMonitor("GPU-none") as absent:
+        pass
+    assert absent.between(0, float("inf")) == (None, None)  # no nvidia-smi, or no such GPU
+    monitor = common.GpuMonitor("GPU-none")
+    monitor._command = ["sh", "-c", "echo 1500, 600.5; sleep 60"]
+    with monitor:
+        deadline = time.monotonic() + 10
+        while monitor.between(0, float("inf"))[0] is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert monitor.between(0, float("inf")) == (1500, 600.5)  # long before the process ends
+
+
+# --- a whole shape
+
+
+def test_bench_shape_fills_records(monkeypatch):
+    mask, image = full_mask(TINY, WINDOW), 1000
+
+    def windowed(q, k, v):
+        return sdpa(q, k, v, mask)
+
+    parts = contenders.Parts(lambda: None, lambda: None, image)
+    cast = [
+        *(contender(name, sdpa) for name in common.TORCH_DENSE),
+        contender(common.OURS, windowed, WINDOW, parts=lambda q, k, v: parts),
+    ]
+    ms = {
+        "tiny/dense sdpa-cudnn": 8.0,
+        "tiny/dense sdpa-flash": 6.0,
+        "tiny/1,3,1 fpsattention": 2.0,
+        "tiny/1,3,1 fpsattention attend": 1.5,
+        "quantize": 0.5,
+        "copy": 2.0,
+    }
+    cudnn, flash, ours = run_tiny(monkeypatch, cast, ms)
+    assert not any(r.error for r in (cudnn, flash, ours))
+    assert 0 < ours.rel_rms < 0.01 and ours.density == pytest.approx(mask.float().mean().item())
+    assert (ours.ms, ours.attn_ms, ours.quant_ms) == (2.0, 1.5, 0.5)
+    flops = 4 * TINY.head_dim * TINY.heads * TINY.batch * int(mask.sum())
+    assert ours.tflops == pytest.approx(flops / 1.5e-3 / 1e12)
+    assert ours.tflops_total == pytest.approx(flops / 2e-3 / 1e12)
+    assert ours.tflops_computed > ours.tflops
+    assert (ours.baseline, ours.baseline_ms, ours.speedup) == (common.CUDNN, 8.0, 4.0)
+    assert (ours.fastest_torch, ours.speedup_fastest_torch) == (common.FLASH, 3.0)
+    assert cudnn.speedup == 1.0 and cudnn.tflops is None
+    elements = TINY.tokens * TINY.heads * TINY.head_dim * TINY.batch
+    assert ours.quant_bytes == 4 * 2 * elements + image
+    assert ours.quant_gbps == pytest.approx(ours.quant_bytes / 0.5e-3 / 1e9)
+    assert ours.copy_gbps == pytest.approx(2 * common.COPY_BYTES / 2e-3 / 1e9)
+    assert ours.sm_clock_mhz == 1500.0
+    assert ours.attn_hbm_bytes == image + 2 * elements + 4 * elements // TINY.head_dim
+
+
+def crash(q, k, v):
+    raise RuntimeError("no kernel image")
+
+
+def test_wrong_answers_are_named_and_never_compared(monkeypatch):
+    cast = [
+        contender(common.CUDNN, sdpa),
+        contender("zeros", lambda q, k, v: torch.zeros_like(q)),
+        contender("nan", lambda q, k, v: torch.full_like(q, float("nan"))),
+        contender("crash", crash),
+        contender("dense instead", sdpa, WINDOW),
+    ]
+    good, *bad = run_tiny(monkeypatch, cast)
+    assert good.speedup == 1.0 and not good.error
+    assert all(r.speedup is None and r.error for r in bad)
+    assert bad[0].rel_rms == 1.0 and "not finite" in bad[1].error and "no kernel image" in bad[2].error
+    assert bad[2].ms is None and bad[3].rel_rms > 0.1
+    text = common.table([good, *bad])
+    assert all(f"{r.op}: {r.error}" in text for r in bad)
+
+
+def test_an_answer_left_in_memory_by_another_contender_is_wrong(monkeypatch):
+    kept = {}
+
+    def honest(q, k, v):
+        kept.setdefault("out", sdpa(q, k, v))
+        return sdpa(q, k, v)
+
+    cast = [contender(common.CUDNN, honest), contender("thief", lambda q, k, v: kept["out"])]
+    good, thief = run_tiny(monkeypatch, cast)
+    assert not good.error and thief.rel_rms > 1
+
+
+def test_own_kernel_on_cpu_tensors_is_a_record_with_an_error(monkeypatch):
+    (record,) = run_tiny(monkeypatch, [contenders.ours(TINY, WINDOW)])
+    assert record.error and record.ms is None and record.op == common.OURS
+
+
+def test_own_kernel_is_held_against_the_emulation(monkeypatch):
+    shape = dataclasses.replace(TINY, emulated=(WINDOW,))
+    config = contenders.config_of(shape, WINDOW)
+
+    def emulated(q, k, v):
+        return fps.attention(q, k, v, grid=shape.grid, config=config, backend="reference")
+
+    (record,) = run_tiny(monkeypatch, [contender(common.OURS, emulated, WINDOW, 0.1)], shape=shape)
+    assert record.rms_to_emulation == 0 and record.error_over_emulation == 1 and not record.error
+    assert 0.01 < record.emulation_rel_rms < 0.1  # of one head; rel_rms is of all
+    assert record.rel_rms == pytest.approx(record.emulation_rel_rms, rel=0.5)
+
+
+@pytest.mark.filterwarnings("ignore:fpsattention runs its reference")
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_torch_contenders_answer_in_their_layout(monkeypatch, layout):
+    shape = dataclasses.replace(TINY, layout=layout)
+    flash = contenders.torch_dense(shape)[1]
+    records = run_tiny(monkeypatch, [flash, contenders.flex(shape, WINDOW)], shape=shape)
+    assert [r.op for r in records] == [common.FLASH, common.FLEX]
+    assert all(r.rel_rms < 0.01 and not r.error for r in records)
+
+
+def fake_peers(monkeypatch):
+    """Modules with the peers' names and signatures over plain attention."""
+
+    def flash_attn_func(q, k, v, q_descale=None, k_descale=None, v_descale=None):
+        def value(x, descale):
+            return x if descale is None else (x.float() * descale[:, None, :, None]).to(torch.bfloat16)
+
+        pairs = zip((q, k, v), (q_descale, k_descale, v_descale), strict=True)
+        return sdpa(*(value(x, descale) for x, descale in pairs)), None
+
+    def sageattn(q, k, v, tensor_layout, is_causal):
+        assert not is_causal
+        out = sdpa(*(contenders.as_nhd(x, tensor_layout) for x in (q, k, v)))
+        return contenders.as_nhd(out, tensor_layout)
+
+    def single_prefill_with_kv_cache(q, k, v, causal, kv_layout, backend):
+        assert (causal, kv_layout) == (False, "NHD")
+        return sdpa(q[None], k[None], v[None])[0]
+
+    def sliding_tile_attention(q, k, v, windows, text_length, has_text, seq_shape):
+        assert (windows, text_length, has_text) == ([[1, 2, 2]] * q.shape[1], 0, False)
+        assert seq_shape == "4x8x16" and q.is_contiguous()
+        return sdpa(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    for module, function in (
+        ("flash_attn_interface", flash_attn_func),
+        ("sageattention", sageattn),
+        ("flashinfer", single_prefill_with_kv_cache),
+        ("st_attn", sliding_tile_attention),
+    ):
+        fake = types.ModuleType(module)
+        fake.__spec__ = importlib.machinery.ModuleSpec(module, None)
+        setattr(fake, function.__name__, function)
+        monkeypatch.setitem(sys.modules, module, fake)
+    monkeypatch.setattr(contenders, "FASTVIDEO_TILE", (4, 4, 8))
+    monkeypatch.setattr(contenders, "FASTVIDEO_GRIDS", ((4, 8, 16),))
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_peers_are_found_and_their_adapters_fit(monkeypatch, layout):
+    fake_peers(monkeypatch)
+    shape = shapes.Shape("peers", (4, 8, 16), 2, (4, 4, 8), (None, (1, 2, 2)), head_dim=16, layout=layout)
+    found, failures = contenders.peers(shape)
+    assert not failures and {"flash_attn_interface", "st_attn"} <= set(contenders.installed_peers())
+    records = run_tiny(monkeypatch, found, shape=shape)
+    ops = ["fa3-bf16", "fa3-fp8", "sageattention", "flashinfer-bf16", "fastvideo-sta"]
+    assert [r.op for r in records] == ops
+    assert all(not r.error for r in records)
+    assert 0.01 < records[1].rel_rms < 0.1  # it did round
+
+
+def test_a_peer_that_cannot_be_set_up_is_reported(monkeypatch):
+    fake_peers(monkeypatch)
+    del sys.modules["sageattention"].sageattn
+    _, failures = contenders.peers(TINY)  # of batch 2
+    assert [f.split(":")[0] for f in failures] == ["sageattention", "flashinfer"]
+
+
+def run_all(monkeypatch, path, cast_of, clock):
+    monkeypatch.setattr(bench, "CudaClock", lambda: clock)
+    monkeypatch.setattr(bench, "GpuMonitor", lambda device: NoMonitor())
+    monkeypatch.setattr(bench, "device_query", lambda: "GPU-none")
+    monkeypatch.setattr(bench, "conditions", lambda: {"gpu": "made up"})
+    monkeypatch.setattr(bench, "contenders_of", lambda shape: (cast_of(shape), ["peer: broken"]))
+    options = argparse.Namespace(quick=True, heads_scale=1.0)
+    other = dataclasses.replace(TINY, name="other", flex=(WINDOW,))
+    return bench.run([TINY, other], options, path)
+
+
+def test_run_measures_saves_and_judges(monkeypatch, tmp_path):
+    path = tmp_path / "r.json"
+    clock = FakeClock(lambda result, i: 0.25)
+    results = run_all(monkeypatch, path, lambda shape: [contender(common.CUDNN, sdpa)], clock)
+    saved = common.Results.load(path)
+    assert [r.case for r in saved.records] == ["tiny/dense", "other/dense"]
+    assert saved.records[0].ms == results.records[0].ms == 0.25 and saved.records[0].power_w == 600.0
+    assert saved.meta["sm_clock_mhz"] == 1500.0 and saved.meta["peer_failures"] == ["peer: broken"] * 2
+    assert len(saved.targets) == len(bench.TARGETS)
+
+
+def test_run_keeps_what_it_has_when_the_device_is_lost(monkeypatch, tmp_path):
+    class Lost(FakeClock):
+        def check(self, after):
+            raise common.DeviceLost(f"after {after}")
+
+    def cast_of(shape):
+        return [contender(common.CUDNN, sdpa if shape is TINY else crash)]
+
+    path = tmp_path / "r.json"
+    run_all(monkeypatch, path, cast_of, Lost(lambda result, i: 1.0))
+    saved = common.Results.load(path)
+    assert [r.case for r in saved.records] == ["tiny/dense"]
+    assert saved.meta["device_lost"] == "other: after other/dense sdpa-cudnn"
+
+
+# --- records, targets, words
+
+
+def test_results_survive_the_file(tmp_path):
+    results = common.Results({"gpu": "made up"}, [make_record(rel_rms=0.123456789)], [{"met": None}])
+    path = tmp_path / "new" / "r.json"
+    results.save(path)
+    loaded = common.Results.load(path)
+    assert loaded.meta == results.meta and loaded.targets == results.targets
+    assert loaded.records[0].rel_rms == 0.123457 and loaded.records[0].ms == 10.0
+
+
+def judged(records):
+    return [t.judge(records)["met"] for t in bench.TARGETS]
+
+
+def test_targets():
+    dense = dict(window=None, density=1.0, baseline=common.CUDNN)
+    wan = make_record(shapes.WAN_DENSE, speedup=1.36, quant_gbps=2200.0, copy_gbps=3000.0, **dense)
+    cog = make_record(shapes.COG_DENSE, speedup=1.01, **dense)
+    errors = dict(error_over_emulation=1.0, rms_to_emulation=1e-3)
+    paper = make_record(shapes.PAPER, speedup=7.1, baseline=common.CUDNN, **errors)
+    assert judged([paper, wan, cog]) == [True] * 7
+    assert judged([]) == [None] * 7
+    paper.speedup, wan.quant_gbps, cog.baseline = 7.0, 2000.0, common.FLASH
+    assert judged([paper, wan, cog]) == [False, True, None, False, True, True, True]
+    paper.error_over_emulation, paper.rms_to_emulation = 1.2, 6e-3
+    wan.fail("relative RMS error")
+    assert judged([paper, wan, cog]) == [False, None, None, None, False, False, False]
+
+
+def test_table_and_target_lines_fit():
+    long = make_record("wan1.3b-480p-hnd/1,5,9", "flashinfer-bf16", 1234.5678, spread=0.123, rel_rms=1e-3)
+    long.attn_ms, long.quant_ms, long.tflops, long.speedup = 1000.0, 999.9, 1234.0, 123.45
+    wrong = make_record(ms=None)
+    wrong.fail("bad")
+    lines = common.table([long, wrong]).splitlines()
+    assert max(map(len, lines)) <= 110
+    assert "wan1.3b-480p-hnd/1,5,9 " in lines[1] and "1234.568" in lines[1] and "123.45" in lines[1]
+    text = common.target_lines([t.judge([]) for t in bench.TARGETS])
+    assert text.count("not measured") == len(bench.TARGETS) and max(map(len, text.splitlines())) <= 110
+
+
+def test_gpu_slug():
+    assert common.gpu_slug("NVIDIA H100 80GB HBM3") == "h100"
+    assert common.gpu_slug("NVIDIA GeForce RTX 4090") == "nvidia-geforce-rtx-4090"
+
+
+def test_main_without_gpu_measures_nothing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    output = tmp_path / "r.json"
+    assert bench.main(["--quick", "--output", str(output)]) == 2
+    assert bench.main(["--case", "nothing"]) == 2
+    said = capsys.readouterr().err
+    assert "no CUDA device" in said and "nothing" in said and not output.exists()
+
+
+# --- pictures
+
+
+def synthetic_results():
+    records = [
+        make_record("36x48x48/dense", common.CUDNN, 140.0, window=None, density=1.0, tflops_total=600.0)
+    ]
+    for density in (1.0, 0.5, 1 / 6, 0.05):
+        attn_ms = 100 * density
+        flops = 4 * 128 * density * (36 * 48 * 48) ** 2 * 24
+        records.append(
+            make_record(
+                f"36x48x48/{density:.2f}",
+                ms=attn_ms + 1,
+                density=density,
+                attn_ms=attn_ms,
+                quant_ms=1.0,
+                tflops=flops / attn_ms / 1e9,
+                quant_bytes=2_800_000_000,
+                attn_hbm_bytes=10**9,
+                attn_l2_bytes=int(flops / 250),
+            )
+        )
+    for r in records:
+        r.baseline, r.baseline_ms, r.speedup = common.CUDNN, 140.0, 140.0 / r.ms
+    return common.Results({"gpu": "made up"}, records)
+
+
+def test_plot_points():
+    plots = pytest.importorskip("plots")
+    results = synthetic_results()
+    results.records.append(
+        make_record("36x48x48/wrong", ms=0.001, speedup=1e5, baseline=common.CUDNN, error="wrong")
+    )
+    points = plots.attention_points(results.records)
+    assert len(points["FP8 attention, D 128"]) == 4 and not points["FP8 attention, D 64"]
+    assert all(x == pytest.approx(250, rel=1e-3) for x, _ in points["same, per byte from L2"])
+    ((x, y),) = points["quantisation"]  # one per shape: the windows share it
+    elements = 36 * 48 * 48 * 24 * 128
+    assert y == pytest.approx(6 * elements / 1e-3 / 1e12) and x == pytest.approx(6 * elements / 2.8e9)
+    swept, series, dense = plots.density_series(results.records)
+    assert swept == "36x48x48" and dense == pytest.approx(140 / 101)
+    assert series[swept] == sorted(series[swept]) and len(series[swept]) == 4
+
+
+def test_pictures_are_drawn(tmp_path):
+    plots = pytest.importorskip("plots")
+    synthetic_results().save(tmp_path / "r.json")
+    assert plots.main(["--input", str(tmp_path / "r.json"), "--output", str(tmp_path / "images")]) == 0
+    for name in ("roofline.png", "speedup_over_density.png"):
+        image = plots.plt.imread(tmp_path / "images" / name)
+        assert image.shape[0] > 500 and image.std() > 0.02  # not blank
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plots.speedup_over_density(common.Results({"gpu": "made up"}), tmp_path / "x.png")

@@ -1,0 +1,339 @@
+"""What the API says no to, what it falls back from, and what importing it may touch. Runs anywhere.
+
+The checks that come after the choice of a Hopper GPU are reached with fake CUDA tensors, which have shapes
+and no memory; test_runtime_gpu.py has those that need memory.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fpsattention as fps
+from fpsattention import api
+from inputs import poisoned
+
+GRID = (4, 6, 8)
+CONFIG = fps.AttentionConfig(tile=(2, 3, 2), window=(1, 1, 3))
+BACKENDS = pytest.mark.parametrize("backend", ["reference", "sm90"])
+
+
+def tensor(*shape, dtype=torch.bfloat16, device="cpu"):
+    return torch.zeros(shape or (1, 192, 2, 64), dtype=dtype, device=device)
+
+
+@pytest.fixture
+def device(backend, monkeypatch):
+    """Where a backend's tensors live. For "sm90" the device is fake, but claims to be a Hopper GPU."""
+    if backend == "reference":
+        yield "cpu"
+        return
+    monkeypatch.setattr(api, "_capability", lambda index: 90)
+    with FakeTensorMode():
+        yield "cuda"
+
+
+def attend(q, k=None, v=None, *, grid=GRID, config=CONFIG, **kwargs):
+    return fps.attention(q, q if k is None else k, q if v is None else v, grid=grid, config=config, **kwargs)
+
+
+def says(*words):
+    """A pattern for messages that contain all words, in any order."""
+    return "(?s)" + "".join(f"(?=.*{word})" for word in words)
+
+
+@BACKENDS
+@pytest.mark.parametrize("tensor_layout", ["NHD", "HND"])
+@pytest.mark.parametrize("config", [CONFIG, fps.AttentionConfig(), None], ids=["tile", "plan", "none"])
+def test_good_call(backend, device, config, tensor_layout):
+    q = tensor(*((2, 192, 3, 64) if tensor_layout == "NHD" else (2, 3, 192, 64)), device=device)
+    out, lse = attend(q, config=config, tensor_layout=tensor_layout, return_lse=True, backend=backend)
+    assert (out.shape, out.dtype, out.device) == (q.shape, q.dtype, q.device)
+    assert (lse.shape, lse.dtype, lse.device) == ((2, 3, 192), torch.float32, q.device)
+    alone = attend(q, config=config, tensor_layout=tensor_layout, backend=backend)
+    assert isinstance(alone, torch.Tensor) and alone.shape == q.shape
+
+
+# (operand, its shape, its other properties, words of the message)
+BAD_TENSORS = {
+    "rank 2": ("v", (192, 64), {}, ("4", r"\[192, 64\]")),
+    "rank 3": ("q", (192, 2, 64), {}, ("4", r"\[192, 2, 64\]")),
+    "rank 5": ("k", (1, 1, 192, 2, 64), {}, ("4", r"\[1, 1, 192, 2, 64\]")),
+    "fewer tokens": ("k", (1, 96, 2, 64), {}, ("shape", "1, 96, 2, 64")),
+    "fewer heads": ("k", (1, 192, 1, 64), {}, ("shape", "1, 192, 1, 64")),
+    "more channels": ("v", (1, 192, 2, 128), {}, ("shape", "1, 192, 2, 128")),
+    "larger batch": ("v", (2, 192, 2, 64), {}, ("shape", "2, 192, 2, 64")),
+    "k of another dtype": ("k", (), {"dtype": torch.float16}, ("dtype", "torch.float16", "torch.bfloat16")),
+    "v of another dtype": ("v", (), {"dtype": torch.float32}, ("dtype", "torch.float32", "torch.bfloat16")),
+    "k on another device": ("k", (), {"device": "meta"}, ("device", "meta")),
+    "v on another device": ("v", (), {"device": "meta"}, ("device", "meta")),
+}
+
+
+@BACKENDS
+@pytest.mark.parametrize(("name", "shape", "changes", "words"), BAD_TENSORS.values(), ids=BAD_TENSORS.keys())
+def test_bad_tensor(backend, device, name, shape, changes, words):
+    operands = {n: tensor(device=device) for n in "qkv"}
+    operands[name] = tensor(*shape, **{"device": device, **changes})
+    with pytest.raises(ValueError, match=says(rf"\b{name}:", *words)):
+        fps.attention(**operands, grid=GRID, config=CONFIG, backend=backend)
+
+
+@BACKENDS
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_no_floating_point_tensor(backend, device, name):
+    for value, kind in ((tensor(dtype=torch.int32, device=device), "int32"), ([1.0], "list"), (None, "None")):
+        operands = {n: tensor(device=device) for n in "qkv"}
+        operands[name] = value
+        with pytest.raises(TypeError, match=says(rf"\b{name}:", kind)):
+            fps.attention(**operands, grid=GRID, config=CONFIG, backend=backend)
+
+
+@BACKENDS
+def test_heads_first_called_nhd(backend, device):
+    """The likeliest slip: 192 heads of 2 tokens, which the grid does not have."""
+    with pytest.raises(ValueError, match=says(r"\bq:", "2 tokens", "NHD", "192")):
+        attend(tensor(1, 2, 192, 64, device=device), backend=backend)
+
+
+BAD_ARGUMENTS = {
+    "grid of other tokens": ({"grid": (4, 6, 9)}, ValueError, ("grid", r"\(4, 6, 9\)", "192", "216")),
+    "grid of two axes": ({"grid": (24, 8)}, ValueError, ("grid", r"\(24, 8\)", "three")),
+    "grid of floats": ({"grid": (4, 6, 8.0)}, TypeError, ("grid", r"8\.0")),
+    "grid below zero": ({"grid": (-4, -6, 8)}, ValueError, ("grid", "-4")),
+    "grid a number": ({"grid": 192}, TypeError, ("grid", "192")),
+    "unknown layout": ({"tensor_layout": "BHLD"}, ValueError, ("tensor_layout", "BHLD", "NHD", "HND")),
+    "unknown backend": ({"backend": "sm100"}, ValueError, ("backend", "sm100", "sm90", "reference")),
+    "scale of zero": ({"scale": 0.0}, ValueError, ("scale", r"0\.0", "positive")),
+    "scale below zero": ({"scale": -0.125}, ValueError, ("scale", r"-0\.125", "positive")),
+    "scale of nan": ({"scale": math.nan}, ValueError, ("scale", "nan")),
+    "scale of inf": ({"scale": math.inf}, ValueError, ("scale", "inf")),
+    "scale a string": ({"scale": "auto"}, (ValueError, TypeError), ("scale", "auto")),
+}
+
+
+@BACKENDS
+@pytest.mark.parametrize(("change", "error", "words"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS.keys())
+def test_bad_argument(backend, device, change, error, words):
+    with pytest.raises(error, match=says(*words)):
+        attend(tensor(device=device), **{"backend": backend, **change})
+
+
+BAD_CONFIGS = {
+    "tile over 512 tokens": ({"tile": (8, 9, 8)}, ValueError, ("tile", r"\(8, 9, 8\)", "576", "512")),
+    "tile of zero": ({"tile": (2, 0, 2)}, ValueError, ("tile", r"\(2, 0, 2\)")),
+    "tile below zero": ({"tile": (2, -3, 2)}, ValueError, ("tile", "-3")),
+    "tile of two axes": ({"tile": (2, 3)}, ValueError, ("tile", r"\(2, 3\)", "three")),
+    "tile of floats": ({"tile": (2, 3, 2.5)}, TypeError, ("tile", r"2\.5")),
+    "even window": ({"window": (1, 1, 2)}, ValueError, ("window", r"\(1, 1, 2\)", "odd", r"\b1\b", r"\b3\b")),
+    "even for a head": ({"window": ((1, 1, 1), (1, 1, 2))}, ValueError, ("window", r"\(1, 1, 2\)", "odd")),
+    "window of zero": ({"window": (1, 0, 1)}, ValueError, ("window", r"\(1, 0, 1\)")),
+    "window of two axes": ({"window": (1, 3)}, ValueError, ("window", r"\(1, 3\)", "three")),
+    "window of floats": ({"window": (1, 1, 3.0)}, TypeError, ("window", r"3\.0")),
+    "windows for three heads": ({"window": ((1, 1, 1),) * 3}, ValueError, ("window", "3", "2", "heads")),
+    "window for one head": ({"window": ((1, 1, 1),)}, None, ()),
+    "unknown border": ({"border": "wrap"}, ValueError, ("border", "wrap", "clamp", "truncate")),
+    "unknown quant": ({"quant": "int8"}, ValueError, ("quant", "int8", "fp8", "none")),
+    "brick no multiple": ({"quant_tile": (2, 4, 2)}, ValueError, ("quant_tile", r"\(2, 4, 2\)", "multiple")),
+    "brick below tile": ({"quant_tile": (2, 1, 2)}, ValueError, ("quant_tile", r"\(2, 1, 2\)", "multiple")),
+    "smooth_k a string": ({"smooth_k": "yes"}, TypeError, ("smooth_k", "yes")),
+}  # fmt: skip
+
+
+@BACKENDS
+@pytest.mark.parametrize(("change", "error", "words"), BAD_CONFIGS.values(), ids=BAD_CONFIGS.keys())
+def test_bad_config(backend, device, change, error, words):
+    """Some are refused when the config is made, some when it meets a grid; all name the field."""
+
+    def call():
+        config = fps.AttentionConfig(**{"tile": (2, 3, 2), **change})
+        return attend(tensor(device=device), config=config, backend=backend)
+
+    if error is None:
+        assert call().shape == (1, 192, 2, 64)
+        return
+    with pytest.raises(error, match=says(*words)):
+        call()
+
+
+def test_quant_tile_that_does_not_fit_the_planned_tile():
+    planned = fps.plan(GRID).best.tile
+    config = fps.AttentionConfig(quant_tile=tuple(2 * t + 1 if t > 1 else t for t in planned))
+    assert max(planned) > 1
+    with pytest.raises(ValueError, match=says("quant_tile", "multiple")):
+        attend(tensor(), config=config, backend="reference")
+
+
+@pytest.mark.parametrize("head_dim", [32, 96, 256])
+def test_sm90_head_dims(monkeypatch, head_dim):
+    monkeypatch.setattr(api, "_capability", lambda index: 90)
+    with FakeTensorMode():
+        q = tensor(1, 192, 2, head_dim, device="cuda")
+        with pytest.raises(
+            RuntimeError, match=says('backend="sm90"', "head_dim", "64", "128", f"got {head_dim}")
+        ):
+            attend(q, backend="sm90")
+        name, reason = fps.backend_for(q, CONFIG)
+        assert name == "reference" and str(head_dim) in reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sm90_dtypes(monkeypatch, dtype):
+    monkeypatch.setattr(api, "_capability", lambda index: 90)
+    with FakeTensorMode():
+        q = tensor(dtype=dtype, device="cuda")
+        with pytest.raises(RuntimeError, match=says('backend="sm90"', "dtype", str(dtype), "bfloat16")):
+            attend(q, backend="sm90")
+        name, reason = fps.backend_for(q, CONFIG)
+        assert name == "reference" and str(dtype) in reason
+
+
+@pytest.mark.parametrize("capability", [80, 89, 100, 120])
+def test_sm90_devices(monkeypatch, capability):
+    """The kernels are of one architecture; a newer GPU cannot run them either."""
+    monkeypatch.setattr(api, "_capability", lambda index: capability)
+    with FakeTensorMode():
+        q = tensor(device="cuda")
+        with pytest.raises(RuntimeError, match=says('backend="sm90"', "Hopper", "9.0", f"{capability / 10}")):
+            attend(q, backend="sm90")
+        assert fps.backend_for(q, CONFIG)[0] == "reference"
+
+
+def test_sm90_on_the_cpu():
+    with pytest.raises(RuntimeError, match=says('backend="sm90"', "CUDA", "cpu")):
+        attend(tensor(), backend="sm90")
+    name, reason = fps.backend_for(tensor(), CONFIG)
+    assert name == "reference" and "cpu" in reason
+
+
+def test_backend_for_names_what_would_run(monkeypatch):
+    monkeypatch.setattr(api, "_capability", lambda index: 90)
+    unquantized = fps.AttentionConfig(quant="none")
+    assert fps.backend_for(tensor(), CONFIG, "reference")[0] == "reference"
+    assert fps.backend_for(tensor(), unquantized)[0] == "reference"
+    with FakeTensorMode():
+        q = tensor(device="cuda")
+        assert fps.backend_for(q, CONFIG)[0] == fps.backend_for(q, CONFIG, "sm90")[0] == "sm90"
+        assert fps.backend_for(q, CONFIG, "reference")[0] == "reference"
+        assert fps.backend_for(q, unquantized)[0] == "torch"
+    with pytest.raises(ValueError, match=says("backend", "fast")):
+        fps.backend_for(tensor(), CONFIG, "fast")
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_gradient_of_fp8_is_refused(name):
+    operands = {n: tensor().requires_grad_(n == name) for n in "qkv"}
+    with pytest.raises(RuntimeError, match=says("gradient", "backward")):
+        fps.attention(**operands, grid=GRID, config=CONFIG, backend="reference")
+    with torch.no_grad():
+        out = fps.attention(**operands, grid=GRID, config=CONFIG, backend="reference")
+    assert not out.requires_grad
+
+
+@BACKENDS
+@pytest.mark.parametrize(("batch", "grid"), [(0, (4, 6, 8)), (1, (0, 6, 8)), (1, (4, 0, 0))])
+def test_empty(backend, device, batch, grid):
+    q = tensor(batch, math.prod(grid), 2, 64, device=device)
+    out, lse = attend(q, grid=grid, return_lse=True, backend=backend)
+    assert out.shape == q.shape and lse.shape == (batch, 2, math.prod(grid))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8], ids=str)
+def test_poison_works(dtype):
+    """The helper of the GPU tests, here on the CPU; and it leaves no trace."""
+    before = torch.are_deterministic_algorithms_enabled()
+    with poisoned():
+        x = torch.empty(1000, dtype=dtype)
+    assert (x == 255).all() if dtype == torch.uint8 else x.isnan().all()
+    assert torch.are_deterministic_algorithms_enabled() == before
+
+
+def test_strict_mode_refuses_the_fallback(monkeypatch):
+    """Also after a lenient call has already given its notice."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        monkeypatch.delenv("FPSATTENTION_STRICT", raising=False)
+        attend(tensor())
+    monkeypatch.setenv("FPSATTENTION_STRICT", "1")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=says("FPSATTENTION_STRICT", "cpu")):
+            attend(tensor())
+    assert attend(tensor(), backend="reference").shape == (1, 192, 2, 64), "asked for: no fallback"
+
+
+def run_python(code, **env):
+    """stdout of a fresh interpreter, which sees no GPU."""
+    path = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", **env},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+CALL = """
+import torch, warnings, fpsattention as fps
+q = torch.zeros(1, 8, 1, 64, dtype=torch.bfloat16)
+def call(**kwargs):
+    return fps.attention(q, q, q, grid=(2, 2, 2), config=fps.AttentionConfig(tile=(2, 2, 2)), **kwargs)
+"""
+
+
+def test_fallback_warns_once():
+    code = (
+        CALL
+        + """
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    call(backend="reference")
+    assert not caught, "it was asked for"
+    call(), call(), call()
+assert [w.category for w in caught] == [UserWarning], caught
+print(caught[0].message)
+"""
+    )
+    assert "cpu" in run_python(code)
+
+
+def test_import_touches_no_gpu():
+    """Without a GPU the package imports, and on any machine importing it does not start CUDA, nor load what
+    older versions of torch do not have.
+    """
+    code = """
+import sys, torch
+before = set(sys.modules)
+import fpsattention
+new = set(sys.modules) - before
+assert not torch.cuda.is_initialized()
+late = ("torch.nn.attention", "av", "rich", "matplotlib")
+assert not [m for m in new if m.startswith(late)], new
+print(fpsattention.__version__)
+"""
+    assert run_python(code) == fps.__version__
+
+
+def test_compiled_module_needs_neither_torch_nor_cuda():
+    """It is loaded alone: its symbols resolve without torch's libraries, the CUDA runtime or the driver."""
+    origin = importlib.util.find_spec("fpsattention._C").origin
+    code = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("_C", {origin!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+assert "torch" not in sys.modules
+maps = open("/proc/self/maps").read()
+assert not [x for x in ("libtorch", "libc10", "libcudart", "libcuda.so") if x in maps]
+print(module.BLOCK)
+"""
+    assert run_python(code) == "128"
