@@ -100,7 +100,6 @@ struct WorkItem {
         in_tile = block % g.blocks_per_tile() * kBlock;
         tile = g.tile_coord(block / g.blocks_per_tile());
         extent = g.extent(tile);
-
         keys = g.keys_of(tile, p.windows[p.n_windows == 1 ? 0 : head], p.border);
     }
     __device__ bool has_tokens() const { return in_tile < extent.volume(); }
@@ -175,16 +174,27 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// By which powers of two the accumulated sums of a thread's two rows shrink when their maxima move: two bf16 bit
-// patterns, so that they take one register.
+// By which powers of two the accumulated sums of a thread's two rows shrink when their maxima move: two biased
+// exponents, 8 bits each.
 struct Shrink {
     uint32_t bits;
 
-    __device__ Shrink(float exponent0, float exponent1) : bits(biased(exponent0) << 7 | biased(exponent1) << 23) {}
-    __device__ float row(int r) const { return __uint_as_float(r == 0 ? bits << 16 : bits & 0xffff0000u); }
+    __device__ static Shrink from(float exponent0, float exponent1) {
+        return {biased(exponent0) | biased(exponent1) << 8};
+    }
+    __device__ float row(int r) const { return __uint_as_float((bits >> 8 * r & 0xff) << 23); }
 
 private:
     __device__ static uint32_t biased(float exponent) { return max(__float2int_rn(exponent), -127) + 127; }
+};
+
+// Those of the last two steps, in one register.
+struct ShrinkPair {
+    uint32_t bits = 0;
+
+    __device__ void push(Shrink s) { bits = bits << 16 | s.bits; }
+    __device__ Shrink last() const { return {bits & 0xffff}; }
+    __device__ Shrink older() const { return {bits >> 16}; }
 };
 
 // The two rows of a thread: m (integer, log2 domain) and l (its own columns' share, times 448).
@@ -259,7 +269,7 @@ __device__ __forceinline__ Shrink update_max(TensorS &s, RowState &row, float sc
         }
     }
     const float m[2] = {fmaxf(row.m[0], ceilf(top[0] * scale_log2)), fmaxf(row.m[1], ceilf(top[1] * scale_log2))};
-    const Shrink shrink(row.m[0] - m[0], row.m[1] - m[1]);
+    const Shrink shrink = Shrink::from(row.m[0] - m[0], row.m[1] - m[1]);
     row.m[0] = m[0];
     row.m[1] = m[1];
     return shrink;
@@ -301,9 +311,9 @@ __device__ __forceinline__ void pack_p(const TensorS &s, TensorP &p) {
 // O s_v / l in raster order, and LSE. A quad holds 8 consecutive columns of a row, two per lane; transposing four such
 // groups gives each lane 16 contiguous bytes.
 template <class Cfg, class T, class TensorO>
-__device__ void store(const ForwardParams &p, const WorkItem &item, TensorO &o, RowState &row, int warpgroup) {
+__device__ void store(const ForwardParams &p, const WorkItem &item, TensorO &o, RowState &row) {
     const TileGrid &g = p.geometry;
-    const int thread = opaque(threadIdx.x % 128), lane = thread % 4;
+    const int thread = opaque(threadIdx.x) % Cfg::kTenantThreads, lane = thread % 4;
     const float l[2] = {quad_sum(row.l[0]), quad_sum(row.l[1])};
     const float inverse[2] = {__fdiv_rn(1.0f, l[0]), __fdiv_rn(1.0f, l[1])};
     const float *v_amax = p.v_amax + item.bh * Cfg::kHeadDim;
@@ -316,7 +326,7 @@ __device__ void store(const ForwardParams &p, const WorkItem &item, TensorO &o, 
             o(4 * j + i) = o(4 * j + i) * inverse[i / 2] * scale[i % 2];
         }
     }
-    const int first = item.in_tile + warpgroup * Cfg::kRows + thread / 32 * 16 + thread % 32 / 4;
+    const int first = item.in_tile + thread / 32 * 16 + thread % 32 / 4;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const bool valid = first + 8 * r < item.extent.volume();
@@ -362,8 +372,7 @@ __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int tenant, int
     Tensor rK = thr_qk.partition_fragment_B(sK);
     Tensor rV = thr_pv.partition_fragment_B(sV);
     Tensor rS = partition_fragment_C(mma_qk, Shape<Int<Cfg::kRows>, Int<Cfg::kStep>>{});
-    Tensor rP0 = make_tensor<E4M3>(partition_shape_A(mma_pv, Shape<Int<Cfg::kRows>, Int<Cfg::kStep>>{}));
-    Tensor rP1 = make_fragment_like(rP0);  // packed while PV still reads the other
+    Tensor rP = make_tensor<E4M3>(partition_shape_A(mma_pv, Shape<Int<Cfg::kRows>, Int<Cfg::kStep>>{}));
     Tensor rT = partition_fragment_C(mma_pv, Shape<Int<Cfg::kRows>, Int<Cfg::kHeadDim>>{});
     Tensor rO = make_fragment_like(rT);
 
@@ -378,7 +387,7 @@ __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int tenant, int
         }
         warpgroup_commit_batch();
     };
-    const auto issue_pv = [&](auto &rP, int stage, int step_in_block) {
+    const auto issue_pv = [&](int stage, int step_in_block) {
         warpgroup_fence_operand(rT);
         warpgroup_arrive();
         mma_pv.accumulate_ = GMMA::ScaleOut::Zero;
@@ -409,10 +418,11 @@ __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int tenant, int
             }
         };
         const auto softmax = [&](int step_in_block) {
+            const float scale_log2 = q_scale_log2 * meta.scale;
             warpgroup_fence_operand(rS);
             mask(rS, meta.valid - step_in_block * Cfg::kStep);
-            const Shrink shrink = update_max(rS, row, q_scale_log2 * meta.scale);
-            exponentiate(rS, row, shrink, q_scale_log2 * meta.scale);
+            const Shrink shrink = update_max(rS, row, scale_log2);
+            exponentiate(rS, row, shrink, scale_log2);
             return shrink;
         };
         const auto accumulate = [&](Shrink shrink) {
@@ -426,43 +436,34 @@ __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int tenant, int
         if constexpr (Cfg::kOverlapPV) {
             wait_for_stage();
             issue_qk(ring.stage(), 0);
+            ShrinkPair shrinks;
             warpgroup_wait<0>();
-            Shrink shrink = softmax(0);
-            pack_p(rS, rP0);
-            // S of this block and PV of the previous one are in flight together; softmax then runs beside PV.
-            const auto step = [&](auto &rP, auto &rPNext) {
+            shrinks.push(softmax(0));
+            pack_p(rS, rP);
+            clear(rT);
+            // T of two steps ago joins O while QK of this step runs; then softmax runs beside PV of the previous step.
+            for (int left = n_blocks - 1; left > 0; --left) {
                 const int previous = ring.stage();
                 ring.next();
                 wait_for_stage();
                 issue_qk(ring.stage(), 0);
-                issue_pv(rP, previous, 0);
-                warpgroup_wait<1>();
-                const Shrink next = softmax(0);
-                pack_p(rS, rPNext);
+                accumulate(shrinks.older());
+                issue_pv(previous, 0);
+                warpgroup_wait<1>();  // S is there; PV may still run
+                shrinks.push(softmax(0));
                 warpgroup_wait<0>();
                 release_stage(previous);
-                accumulate(shrink);
-                shrink = next;
-            };
-            for (int left = n_blocks - 1;; left -= 2) {
-                if (left == 0) {
-                    issue_pv(rP0, ring.stage(), 0);
-                    break;
-                }
-                step(rP0, rP1);
-                if (left == 1) {
-                    issue_pv(rP1, ring.stage(), 0);
-                    break;
-                }
-                step(rP1, rP0);
+                pack_p(rS, rP);
             }
+            accumulate(shrinks.older());
+            issue_pv(ring.stage(), 0);
             if (thread == 0) {
                 smem.q_empty.arrive();
             }
             warpgroup_wait<0>();
             release_stage(ring.stage());
             ring.next();
-            accumulate(shrink);
+            accumulate(shrinks.last());
         } else {
             for (int j = 0; j < n_blocks; ++j) {
                 wait_for_stage();
@@ -471,8 +472,8 @@ __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int tenant, int
                     issue_qk(ring.stage(), i);
                     warpgroup_wait<0>();
                     const Shrink shrink = softmax(i);
-                    pack_p(rS, rP0);
-                    issue_pv(rP0, ring.stage(), i);
+                    pack_p(rS, rP);
+                    issue_pv(ring.stage(), i);
                     warpgroup_wait<0>();
                     accumulate(shrink);
                 }
@@ -485,7 +486,7 @@ __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int tenant, int
         }
         q_ring.next();
         // Worked out anew: nothing of the item but its index stays in registers through the loop.
-        store<Cfg, T>(p, WorkItem(p, opaque(index)), rO, row, warpgroup);
+        store<Cfg, T>(p, WorkItem(p, opaque(index)), rO, row);
     });
 }
 

@@ -66,11 +66,11 @@ cudaStream_t stream_of(uintptr_t address) {
     return reinterpret_cast<cudaStream_t>(address);
 }
 
-// The kernels index blocks and work items with int, and put the batch in gridDim.z.
+// The kernels count work items in int, with room to step past the last one, and put the batch in gridDim.z.
 void check_size(const TileGrid &g, int batch, int heads) {
     FPS_CHECK(batch <= 65535, "batch must be at most 65535, got ", batch);
-    const int64_t rows = int64_t(batch) * heads * g.tiles.volume() * g.slot;
-    FPS_CHECK(rows / kBlock <= INT32_MAX, "batch * heads * blocks must be below 2^31, got ", rows / kBlock);
+    const int64_t blocks = int64_t(batch) * heads * g.tiles.volume() * g.blocks_per_tile();
+    FPS_CHECK(blocks <= 1 << 30, "batch * heads * blocks must be at most 2^30, got ", blocks);
 }
 
 void bind_quantize(uintptr_t q, uintptr_t k, uintptr_t v, const StrideTriple &q_strides, const StrideTriple &k_strides,

@@ -120,7 +120,7 @@ CASES = {
         (9, 17, 22), (3, 4, 4), (1, 3, 3), "clamp", (6, 8, 12), True, batch=2, layout="HND", kind="key_mean"
     ),
     "smooth_k, scale": Case((10, 18, 20), (5, 6, 4), smooth_k=True, scale=0.05, kind="key_mean"),
-    "scale": Case((10, 18, 20), (5, 6, 4), (1, 3, 3), scale=0.1),
+    "scale": Case((10, 18, 20), (5, 6, 4), (1, 3, 3), scale=0.07),
     "single tokens as tiles": Case((4, 5, 6), (1, 1, 1), (1, 3, 3)),
     "flat": Case((1, 36, 50), (1, 9, 14), (1, 3, 1)),
     "line": Case((1, 1, 2000), (1, 1, 300), (1, 1, 3)),
