@@ -41,7 +41,7 @@ plots: $(VENV)/installed
 	$(RUN) bench/plots.py
 
 $(VENV)/lint: $(VENV)/torch
-	$(RUN) -m pip install --quiet 'clang-format==23.1.*' 'ruff==0.17.*' nvidia-cuda-cuobjdump
+	$(RUN) -m pip install --quiet 'clang-format==23.1.*' 'ruff==0.17.*' nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	touch $@
 
 lint: $(VENV)/lint

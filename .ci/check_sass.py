@@ -1,6 +1,7 @@
 """Holds the built extension's machine code to the design: FP8 tensor core instructions, no local memory, registers."""
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -15,8 +16,17 @@ def package_dir(name: str) -> Path:
 
 
 def cuobjdump(option: str, module: Path) -> str:
-    tool = package_dir("nvidia.cu13") / "bin" / "cuobjdump"
-    return subprocess.run([tool, option, module], capture_output=True, text=True, check=True).stdout
+    tools = package_dir("nvidia.cu13") / "bin"  # cuobjdump calls nvdisasm
+    env = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
+    done = subprocess.run([tools / "cuobjdump", option, module], env=env, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"cuobjdump {option} failed:\n{done.stderr}")
+    return done.stdout
+
+
+def demangled(name: str) -> str:
+    text = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout.strip()
+    return text.replace("fps::(anonymous namespace)::", "").removeprefix("void ").partition("(")[0]
 
 
 def functions(sass: str) -> dict[str, str]:
@@ -44,6 +54,8 @@ def main() -> int:
             head_dim = int(re.search(r"FwdConfigILi(\d+)E", name)[1])
             if not qgmma:
                 faults.append(f"{name}: no QGMMA")
+            if len(re.findall(r"\bWARPGROUP\.DEPBAR\b", text)) >= qgmma:
+                faults.append(f"{name}: ptxas waits after every wgmma (warnings C7510 to C7514 say why)")
             if registers != LAUNCH_REGISTERS[head_dim]:
                 faults.append(f"{name}: {registers} registers at launch, not {LAUNCH_REGISTERS[head_dim]}")
         print(
