@@ -58,9 +58,7 @@ def main() -> int:
                 faults.append(f"{name}: ptxas waits after every wgmma (warnings C7510 to C7514 say why)")
             if registers != LAUNCH_REGISTERS[head_dim]:
                 faults.append(f"{name}: {registers} registers at launch, not {LAUNCH_REGISTERS[head_dim]}")
-        print(
-            f"{registers:4} registers {qgmma:3} QGMMA  {re.sub(r'.*_GLOBAL__N__[0-9a-f_]+', '', name)[:70]}"
-        )
+        print(f"{registers:4} registers {qgmma:3} QGMMA  {demangled(name)}")
     if forwards != 2 * len(LAUNCH_REGISTERS):
         faults.append(f"{forwards} forward kernels, not one for each head_dim and dtype")
     print("\n".join(faults) or f"{len(code)} kernels, no local memory, no spills")
