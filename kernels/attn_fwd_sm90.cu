@@ -33,7 +33,7 @@ struct FwdConfig {
     // the whole SM for one, whose PV runs beside the next step's softmax. D 64 spends twice as long in softmax per
     // tensor operation: there two tenants, with half-block steps and no such overlap, hide each other's latencies.
     static constexpr int kTenants = kHeadDim == 128 ? 1 : 2;
-    static constexpr bool kOverlapPV = kTenants == 1;
+    static constexpr bool kOverlapPV = kTenants == 1, kTakeTurns = kTenants == 1;
     static constexpr int kStep = kTenants == 1 ? 128 : 64;  // keys per softmax step
     static constexpr int kStepsPerBlock = kBlock / kStep;
     static constexpr int kStages = 4;
@@ -399,6 +399,21 @@ __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int tenant, int
         warpgroup_commit_batch();
     };
 
+    // The two warpgroups take turns at the exponentials: side by side they would each wait for the unit half of the
+    // time, and then both leave it idle.
+    const auto wait_turn = [&] {
+        if constexpr (Cfg::kTakeTurns) {
+            named_barrier_sync(1 + warpgroup, Cfg::kTenantThreads);
+        }
+    };
+    const auto pass_turn = [&] {
+        if constexpr (Cfg::kTakeTurns) {
+            named_barrier_arrive(1 + (warpgroup ^ 1), Cfg::kTenantThreads);
+        }
+    };
+    if (warpgroup == 1) {
+        pass_turn();
+    }
     RingState<1> q_ring;
     RingState<Cfg::kStages> ring;
     for_each_item<Cfg>(p, tenant, [&](const WorkItem &item, int index) {
@@ -418,11 +433,18 @@ __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int tenant, int
             }
         };
         const auto softmax = [&](int step_in_block) {
-            const float scale_log2 = q_scale_log2 * meta.scale;
+            float scale_log2 = q_scale_log2 * meta.scale;
             warpgroup_fence_operand(rS);
             mask(rS, meta.valid - step_in_block * Cfg::kStep);
             const Shrink shrink = update_max(rS, row, scale_log2);
+            if constexpr (Cfg::kTakeTurns) {
+                wait_turn();
+                // Read once more, or ptxas would move the exponentials up past the barrier.
+                scale_log2 =
+                    q_scale_log2 * *const_cast<const volatile float *>(&smem.stages[ring.stage()].block.meta.scale);
+            }
             exponentiate(rS, row, shrink, scale_log2);
+            pass_turn();
             return shrink;
         };
         const auto accumulate = [&](Shrink shrink) {
@@ -488,6 +510,9 @@ __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int tenant, int
         // Worked out anew: nothing of the item but its index stays in registers through the loop.
         store<Cfg, T>(p, WorkItem(p, opaque(index)), rO, row);
     });
+    if (warpgroup == 0) {
+        wait_turn();  // the one that the other passed last, so that no barrier is left half full
+    }
 }
 
 template <class Cfg, class T>

@@ -76,6 +76,14 @@ __device__ __forceinline__ void bulk_load(void *smem, const void *gmem, int byte
                  : "memory");
 }
 
+// bar.sync / bar.arrive on a named barrier that `threads` threads share. ID 0 is __syncthreads.
+__device__ __forceinline__ void named_barrier_sync(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // setmaxnreg: hands registers back to, or takes them from, the CTA's pool.
 template <int kRegisters>
 __device__ __forceinline__ void release_registers() {
