@@ -62,7 +62,9 @@ class CMakeBuild(build_ext):
         debug = "ON" if os.environ.get("FPSATTENTION_DEBUG") == "1" else "OFF"
         subprocess.run(
             [
-                *("cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
+                # Afresh: a cache left by an earlier build names tools of pip's build environment, which is gone.
+                *("cmake", "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+                "-DCMAKE_BUILD_TYPE=Release",
                 f"-DCMAKE_CUDA_COMPILER={nvcc}",
                 f"-DCUTLASS_INCLUDE_DIR={cutlass / 'source' / 'include'}",
                 f"-Dpybind11_DIR={pybind11 / 'share' / 'cmake' / 'pybind11'}",
