@@ -35,13 +35,13 @@ sanitize: $(VENV)/installed  ## compute-sanitizer over small launches of every k
 
 bench: $(VENV)/installed  ## every number of the README, in one run on one Hopper GPU
 	$(RUN) bench/bench_forward.py --output bench/results/h100.json
-	$(RUN) bench/plots.py
+	$(MAKE) plots
 
 plots: $(VENV)/installed
 	$(RUN) bench/plots.py
 
-$(VENV)/lint: $(VENV)/torch
-	$(RUN) -m pip install --quiet 'clang-format==23.1.*' 'ruff==0.17.*' nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+$(VENV)/lint: $(VENV)/torch pyproject.toml
+	$(RUN) -m pip install --quiet --group lint
 	touch $@
 
 lint: $(VENV)/lint
