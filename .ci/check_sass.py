@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Launch registers of the forward, by head_dim: 64 Ki over the threads of a CTA, in multiples of 8 (FwdConfig).
-LAUNCH_REGISTERS = {128: 168, 64: 96}
+# Of the forward, by head_dim. Launch registers: 64 Ki over the threads of a CTA, in multiples of 8 (FwdConfig). QGMMA:
+# QK and PV, at two places each. A third copy would mean that the compiler split the loop over keys by a condition that
+# may differ between the warps of a warpgroup, which must all execute the same wgmma.
+LAUNCH_REGISTERS = {128: 128, 64: 128}
+QGMMA = {128: 16, 64: 12}
 
 
 def package_dir(name: str) -> Path:
@@ -52,8 +55,8 @@ def main() -> int:
         if "attn_fwd_sm90" in name:
             forwards += 1
             head_dim = int(re.search(r"FwdConfigILi(\d+)E", name)[1])
-            if not qgmma:
-                faults.append(f"{name}: no QGMMA")
+            if qgmma != QGMMA[head_dim]:
+                faults.append(f"{name}: {qgmma} QGMMA, not {QGMMA[head_dim]}")
             if len(re.findall(r"\bWARPGROUP\.DEPBAR\b", text)) >= qgmma:
                 faults.append(f"{name}: ptxas waits after every wgmma (warnings C7510 to C7514 say why)")
             if registers != LAUNCH_REGISTERS[head_dim]:
