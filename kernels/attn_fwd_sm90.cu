@@ -539,10 +539,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1) attn_fwd_sm90(const __grid_c
 
 void attn_fwd(ForwardParams p, cudaStream_t stream) {
     const TileGrid &g = p.geometry;
-    const auto whole = [&](int axis) {
-        return std::all_of(p.windows, p.windows + p.n_windows, [&](Int3 w) { return w[axis] == g.tiles[axis]; });
-    };
-    const Int3 run{whole(0) ? g.tiles.t : 1, whole(1) ? g.tiles.h : 1, whole(2) ? g.tiles.w : 1};
+    const Int3 run = g.run(p.windows, p.n_windows);
     std::iota(p.run_axis, p.run_axis + 3, 0);
     std::stable_partition(p.run_axis, p.run_axis + 3, [&](int axis) { return g.grid[axis] % g.tile[axis] == 0; });
     for (int i = 0; i < 3; ++i) {

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <string>
@@ -51,6 +52,13 @@ void slot_tokens(const Triple &grid, const Triple &tile, uintptr_t out_address) 
 int valid_blocks(const Triple &grid, const Triple &tile, const Triple &window, bool truncate, int query_tile) {
     const TileGrid g(int3(grid), int3(tile));
     return g.valid_blocks(g.keys_of(g.tile_coord(query_tile), int3(window), border_of(truncate)));
+}
+
+Triple run(const Triple &grid, const Triple &tile, const std::vector<Triple> &windows) {
+    std::vector<Int3> list(windows.size());
+    std::transform(windows.begin(), windows.end(), list.begin(), int3);
+    const Int3 size = TileGrid(int3(grid), int3(tile)).run(list.data(), int(list.size()));
+    return {size.t, size.h, size.w};
 }
 
 Dtype dtype_of(const std::string &name) {
@@ -141,6 +149,7 @@ PYBIND11_MODULE(_C, m) {
           [](int j, int n, int w, bool truncate) { return pair(axis_queries(j, n, w, border_of(truncate))); });
     m.def("slot_tokens", &slot_tokens);
     m.def("valid_blocks", &valid_blocks);
+    m.def("run", &run);
     m.def("q_block_bytes", &q_block_bytes);
     m.def("kv_block_bytes", &kv_block_bytes);
     m.def("quantize_chunks", &quantize_chunks);

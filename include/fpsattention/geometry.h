@@ -125,6 +125,17 @@ struct TileGrid {
                 axis_queries(key.w, tiles.w, window.w, border)};
     }
 
+    // Tiles per axis of a *run*: query tiles that see the same keys under every one of these windows. They differ only
+    // on axes whose window is the whole axis.
+    FPS_HD Int3 run(const Int3 *windows, int n_windows) const {
+        Int3 size = tiles;
+        for (int i = 0; i < n_windows; ++i) {
+            const Int3 w = windows[i];
+            size = {w.t == tiles.t ? size.t : 1, w.h == tiles.h ? size.h : 1, w.w == tiles.w ? size.w : 1};
+        }
+        return size;
+    }
+
     // Blocks that hold at least one valid token, over all tiles of the box. Only the last tile of an axis is
     // ragged, so at most eight kinds of tile occur: two kinds per axis.
     FPS_HD int valid_blocks(TileBox box) const {

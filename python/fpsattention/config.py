@@ -120,13 +120,10 @@ class ResolvedConfig:
     def item_fill(self) -> float:
         """Query blocks over the places for them in the Hopper kernel's work items, of full tiles.
 
-        An item takes three blocks of 64 rows that see the same keys: of one tile, or of tiles that differ on axes whose
-        window is the whole axis (kernels/README.md, "Windows").
+        An item takes three blocks of 64 rows of one run: tiles that see the same keys (kernels/README.md, "Windows").
         """
-        tiles = self.geometry.tiles
-        whole = [all(w[axis] == n for w in self.windows) for axis, n in enumerate(tiles)]
-        sharing = math.prod(n if all_of_it else 1 for n, all_of_it in zip(tiles, whole, strict=True))
-        blocks = sharing * self.geometry.slot // _C.QUERY_BLOCK
+        run = _C.run(self.grid, self.tile, self.windows)
+        blocks = math.prod(run) * self.geometry.slot // _C.QUERY_BLOCK
         return blocks / (-(-blocks // _C.BLOCKS_PER_ITEM) * _C.BLOCKS_PER_ITEM) if blocks else 1.0
 
 
