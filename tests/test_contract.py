@@ -370,6 +370,18 @@ print(caught[0].message)
     assert "cpu" in run_python(code)
 
 
+@pytest.mark.parametrize(
+    ("call", "quant"), [(fps.attention, "fp8"), (fps.attention, "none"), (fps.quantize_qkv, "fp8")]
+)
+def test_fallback_warns_of_the_callers_line(call, quant, monkeypatch):
+    monkeypatch.delenv("FPSATTENTION_STRICT", raising=False)
+    api._warn_once.cache_clear()
+    q = tensor()
+    with pytest.warns(UserWarning, match="cpu") as caught:
+        call(q, q, q, grid=GRID, config=replace(CONFIG, quant=quant))
+    assert caught[0].filename == __file__
+
+
 def test_import_touches_no_gpu():
     """Without a GPU the package imports, and on any machine importing it does not start CUDA, nor load what
     older versions of torch do not have.

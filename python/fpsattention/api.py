@@ -61,26 +61,7 @@ def quantize_qkv(
 
     Args and errors are those of `attention`; config.quant must be "fp8".
     """
-    config = _DEFAULT_CONFIG if config is None else config
-    if config.quant != "fp8":
-        raise ValueError(f'config: quant={config.quant!r} rounds nothing; use quant="fp8"')
-    q_heads_first = reference.check_inputs(q, k, v, grid, tensor_layout)[0]
-    scale = _checked_scale(scale, q_heads_first.shape[3])
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        raise RuntimeError(
-            "q, k, v: a gradient is required, but FP8 attention has no backward yet; call it under torch.no_grad(), or "
-            'use AttentionConfig(quant="none"), which is differentiable'
-        )
-    name, reason = backend_for(q, config, backend)
-    operands = (q, k, v)
-    if name == "sm90":
-        tile, quant_tile = list(config.tile or ()), list(config.quant_tile or ())
-        operands = torch.ops.fpsattention.quantize(
-            q, k, v, list(grid), tile, quant_tile, config.smooth_k, scale, tensor_layout
-        )
-    elif backend == "auto":
-        _notice(reason)
-    return QuantizedQKV(tuple(operands), tuple(grid), config, scale, tensor_layout, q.dtype, name)
+    return _quantize(q, k, v, grid, config or _DEFAULT_CONFIG, scale, tensor_layout, backend)
 
 
 def attention(
@@ -128,22 +109,33 @@ def attention(
         raise TypeError("grid: is missing; give the tokens (T, H, W)")
     config = _DEFAULT_CONFIG if config is None else config
     tensor_layout = "NHD" if tensor_layout is None else tensor_layout
-    call = {"grid": grid, "config": config, "scale": scale, "tensor_layout": tensor_layout}
     if config.quant == "fp8":
-        out, lse = _attend(quantize_qkv(q, k, v, **call, backend=backend), config)
+        out, lse = _attend(_quantize(q, k, v, grid, config, scale, tensor_layout, backend), config)
     else:
-        _, heads, _, head_dim = reference.check_inputs(q, k, v, grid, tensor_layout)[0].shape
-        call["scale"] = scale = _checked_scale(scale, head_dim)
-        name, reason = backend_for(q, config, backend)
-        if name == "torch":
-            out, lse = _unquantized(q, k, v, config.resolve(grid, heads), scale, tensor_layout, return_lse)
-        else:
-            if backend == "auto":
-                _notice(reason)
-            dtype = torch.promote_types(q.dtype, torch.float32)
-            out, lse = reference.exact_attention(q, k, v, dtype=dtype, **call)
-            out, lse = out.to(q.dtype), lse.float()
+        out, lse = _attend_exactly(q, k, v, grid, config, scale, tensor_layout, backend, return_lse)
     return (out, lse) if return_lse else out
+
+
+def _quantize(q, k, v, grid, config, scale, tensor_layout, backend) -> QuantizedQKV:
+    if config.quant != "fp8":
+        raise ValueError(f'config: quant={config.quant!r} rounds nothing; use quant="fp8"')
+    q_heads_first = reference.check_inputs(q, k, v, grid, tensor_layout)[0]
+    scale = _checked_scale(scale, q_heads_first.shape[3])
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise RuntimeError(
+            "q, k, v: a gradient is required, but FP8 attention has no backward yet; call it under torch.no_grad(), or "
+            'use AttentionConfig(quant="none"), which is differentiable'
+        )
+    name, reason = backend_for(q, config, backend)
+    operands = (q, k, v)
+    if name == "sm90":
+        tile, quant_tile = list(config.tile or ()), list(config.quant_tile or ())
+        operands = torch.ops.fpsattention.quantize(
+            q, k, v, list(grid), tile, quant_tile, config.smooth_k, scale, tensor_layout
+        )
+    elif backend == "auto":
+        _notice(reason)
+    return QuantizedQKV(tuple(operands), tuple(grid), config, scale, tensor_layout, q.dtype, name)
 
 
 def _attend(quantized: QuantizedQKV, config: AttentionConfig) -> tuple[Tensor, Tensor]:
@@ -157,6 +149,22 @@ def _attend(quantized: QuantizedQKV, config: AttentionConfig) -> tuple[Tensor, T
     return torch.ops.fpsattention.attend(
         *x.operands, list(x.grid), tile, window, truncate, x.scale, x.tensor_layout, x.dtype
     )
+
+
+def _attend_exactly(q, k, v, grid, config, scale, tensor_layout, backend, return_lse):
+    """(out, lse) of unrounded operands; the lse is None where it is not asked for and not at hand."""
+    _, heads, _, head_dim = reference.check_inputs(q, k, v, grid, tensor_layout)[0].shape
+    scale = _checked_scale(scale, head_dim)
+    name, reason = backend_for(q, config, backend)
+    if name == "torch":
+        return _unquantized(q, k, v, config.resolve(grid, heads), scale, tensor_layout, return_lse)
+    if backend == "auto":
+        _notice(reason)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    out, lse = reference.exact_attention(
+        q, k, v, grid=grid, config=config, scale=scale, tensor_layout=tensor_layout, dtype=dtype
+    )
+    return out.to(q.dtype), lse.float()
 
 
 def _checked_scale(scale: float | None, head_dim: int) -> float:
@@ -246,6 +254,7 @@ def _notice(reason: str) -> None:
 
 @cache
 def _warn_once(message: str) -> None:
+    # Past _notice, what calls that, and the public function: the caller's line.
     warnings.warn(message, stacklevel=5)
 
 
