@@ -109,6 +109,11 @@ def random_input(shape: Shape, device: str, seed_text: str) -> torch.Tensor:
     )
 
 
+def random_qkv(shape: Shape, device: str) -> tuple[torch.Tensor, ...]:
+    """The shape's Q, K and V: the same in every run."""
+    return tuple(random_input(shape, device, f"{shape.name} {name}") for name in "qkv")
+
+
 def exact_rows(q, k, v, rows: torch.Tensor, allowed: torch.Tensor, scale: float) -> torch.Tensor:
     """Exact attention in fp64 of some query rows of one head: q, k, v [L, D], allowed [rows, L]."""
     scores = (q[rows].double() @ k.double().T).mul_(scale).masked_fill_(~allowed, float("-inf"))
@@ -235,7 +240,7 @@ def bench_shape(
     shape: Shape, contenders: list[Contender], clock, monitor: GpuMonitor, rounds: int, burst_ms: float
 ) -> list[Record]:
     """Check and time everyone on one shape. Raises DeviceLost."""
-    q, k, v = (random_input(shape, clock.device, f"{shape.name} {name}") for name in "qkv")
+    q, k, v = random_qkv(shape, clock.device)
     entries, image_bytes, measured = make_entries(shape, contenders, q, k, v, clock)
     entries["copy"] = clock.copy
     start = time.monotonic()
@@ -261,8 +266,8 @@ def measure_graph_gaps(shapes: list[Shape], records: list[Record], device: str) 
             if record.op != OURS or record.case not in window_of:
                 continue
             try:
-                q, k, v = (random_input(shape, device, f"{shape.name} {name}") for name in "qkv")
-                record.graph_gap_us = graph_gap_us(ours(shape, window_of[record.case]).prepare(q, k, v))
+                call = ours(shape, window_of[record.case]).prepare(*random_qkv(shape, device))
+                record.graph_gap_us = graph_gap_us(call)
             except Exception as error:  # the times are there all the same
                 record.remark(f"gaps not measured: {first_line(error)}")
 

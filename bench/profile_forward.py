@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench_forward import random_input
+from bench_forward import random_qkv
 from contenders import ours
 from shapes import WAN_DENSE, Shape, Window, select
 
@@ -48,8 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         print("no CUDA device: nothing to profile", file=sys.stderr)
         return 2
     with torch.no_grad():
-        q, k, v = (random_input(shape, "cuda", f"{shape.name} {name}") for name in "qkv")
-        run(options.case, ours(shape, window).prepare(q, k, v), options.calls)
+        run(options.case, ours(shape, window).prepare(*random_qkv(shape, "cuda")), options.calls)
     return 0
 
 
