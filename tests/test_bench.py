@@ -1,4 +1,4 @@
-"""The bench without a GPU: cases, timing order, counts, records, targets, pictures; made-up contenders."""
+"""The bench without a GPU: cases, timing order, counts, records, targets; made-up contenders."""
 
 import argparse
 import contextlib
@@ -7,22 +7,17 @@ import importlib.machinery
 import sys
 import time
 import types
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import bench_forward as bench
+import common
+import contenders
 import fpsattention as fps
-
-BENCH = Path(__file__).resolve().parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
-
-import bench_forward as bench  # noqa: E402
-import common  # noqa: E402
-import contenders  # noqa: E402
-import profile_forward  # noqa: E402
-import shapes  # noqa: E402
+import shapes
+from records import make_record
 
 TINY = shapes.Shape("tiny", (3, 5, 4), 2, (2, 2, 3), (None, (1, 3, 1)), head_dim=16, batch=2)
 WINDOW = TINY.windows[1]
@@ -57,12 +52,6 @@ class NoMonitor:
 
     def between(self, start, end):
         return 1500.0, 600.0
-
-
-def make_record(case="36x48x48/6,6,1", op=common.OURS, ms=10.0, **fields):
-    grid = (36, 48, 48)
-    base = dict(case=case, op=op, grid=grid, heads=24, head_dim=128, batch=1, layout="NHD", tile=(6, 8, 8))
-    return common.Record(**base | dict(window=(6, 6, 1), density=1 / 6, ms=ms) | fields)
 
 
 def sdpa(q, k, v, mask=None):
@@ -582,152 +571,3 @@ def test_main_without_gpu_measures_nothing(monkeypatch, tmp_path, capsys):
 
 
 # --- the profiler's script
-
-
-def test_profile_forward_takes_one_case():
-    shape, window = profile_forward.one_case(shapes.WAN_480P_WINDOW)
-    assert (shape.name, window) == ("wan1.3b-480p", (1, 5, 3))
-    assert profile_forward.one_case("36x48x48/3,3,1")[1] == (3, 3, 1)  # of the sweep
-    for name in ("wan1.3b-480p", "18x48x80", "length"):
-        with pytest.raises(ValueError, match="more than one case"):
-            profile_forward.one_case(name)
-
-
-def test_profile_forward_calls_in_ranges(monkeypatch):
-    log = []
-
-    @contextlib.contextmanager
-    def ranged(name):
-        log.append(name)
-        yield
-        log.append("end")
-
-    monkeypatch.setattr(torch.cuda.nvtx, "range", ranged)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
-    profile_forward.run("a/dense", lambda: log.append("called"), 2)
-    assert log == ["a/dense, call 0", "called", "end", "a/dense, call 1", "called", "end", "synchronize"]
-
-
-def test_profile_forward_without_gpu_profiles_nothing(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert profile_forward.main([]) == 2 and profile_forward.main(["--case", "nothing"]) == 2
-    said = capsys.readouterr().err
-    assert "no CUDA device" in said and "nothing" in said
-
-
-# --- pictures
-
-
-def synthetic_results():
-    records = [
-        make_record("36x48x48/dense", common.CUDNN, 140.0, window=None, density=1.0, tflops_total=600.0)
-    ]
-    for density in (1.0, 0.5, 1 / 6, 0.05):
-        attn_ms = 100 * density
-        flops = 4 * 128 * density * (36 * 48 * 48) ** 2 * 24
-        records.append(
-            make_record(
-                f"36x48x48/{density:.2f}",
-                ms=attn_ms + 1,
-                density=density,
-                attn_ms=attn_ms,
-                quant_ms=1.0,
-                tflops=flops / attn_ms / 1e9,
-                quant_bytes=2_800_000_000,
-                attn_hbm_bytes=10**9,
-                attn_l2_bytes=int(flops / 250),
-            )
-        )
-    for r in records:
-        r.baseline, r.baseline_ms, r.speedup = common.CUDNN, 140.0, 140.0 / r.ms
-    return common.Results({"gpu": "made up"}, records)
-
-
-def with_lengths(results):
-    for tokens, tflops in ((16, 900.0), (4, 700.0)):
-        for op, share in ((common.OURS, 0.95), (common.CUDNN, 0.6), (common.FLASH, 0.4)):
-            fields = dict(window=None, density=1.0, grid=(tokens, 32, 32), tflops_total=tflops * share)
-            if op == common.OURS:
-                fields |= dict(tflops=tflops, attn_ms=0.9, quant_ms=0.1, speedup=1.6, baseline=common.CUDNN)
-            results.records.append(make_record(f"length-{tokens}k-d128/dense", op, 1.0, **fields))
-    return results
-
-
-def test_plot_points():
-    plots = pytest.importorskip("plots")
-    results = synthetic_results()
-    results.records.append(
-        make_record("36x48x48/wrong", ms=0.001, speedup=1e5, baseline=common.CUDNN, error="wrong")
-    )
-    points = plots.attention_points(results.records)
-    assert len(points["FP8 attention, D 128"]) == 4 and not points["FP8 attention, D 64"]
-    assert all(x == pytest.approx(250, rel=1e-3) for x, _ in points["same, per byte from L2"])
-    ((x, y),) = points["quantisation"]  # one per shape: the windows share it
-    elements = 36 * 48 * 48 * 24 * 128
-    assert y == pytest.approx(6 * elements / 1e-3 / 1e12) and x == pytest.approx(6 * elements / 2.8e9)
-    swept, series, dense = plots.density_series(results.records)
-    assert swept == "36x48x48" and dense == pytest.approx(140 / 101)
-    assert series[swept] == sorted(series[swept]) and len(series[swept]) == 4
-
-
-def test_time_over_density_points():
-    plots = pytest.importorskip("plots")
-    results = synthetic_results()
-    results.records += [
-        make_record("other/dense", ms=1.0, density=1.0),
-        make_record("36x48x48/0.50", common.FLEX, 90.0, density=0.5),
-    ]
-    series = plots.time_series(results.records, "36x48x48")
-    assert series[plots.WITH_QUANTISATION][-1] == (1.0, 101.0) and len(series[plots.WITH_QUANTISATION]) == 4
-    assert series[plots.KERNEL_ALONE][0] == (0.05, 5.0)
-    assert series["FlexAttention BF16"] == [(0.5, 90.0)] and series["dense BF16 cuDNN"] == [(1.0, 140.0)]
-    assert set(series) <= set(plots.TIME_STYLES)
-
-
-def test_length_points():
-    plots = pytest.importorskip("plots")
-    results = with_lengths(synthetic_results())
-    lengths = plots.of_lengths(results.records)
-    assert len(lengths) == 6 and len(plots.of_models(results.records)) == 5
-    series = plots.length_series(lengths, 128)
-    assert series[plots.KERNEL_ALONE] == [(4096, 700.0), (16384, 900.0)]
-    assert series[plots.WITH_QUANTISATION] == [(4096, 665.0), (16384, 855.0)]
-    assert series["cuDNN BF16"][1] == (16384, 540.0) and series["torch flash BF16"][0] == (4096, 280.0)
-    assert set(series) == set(plots.LENGTH_STYLES) and not plots.length_series(lengths, 64)
-    assert {peer.name for peer in plots.PEERS} == set(plots.PEER_STYLES)
-
-
-def test_split_bars():
-    plots = pytest.importorskip("plots")
-    records = synthetic_results().records
-    assert plots.split_bars(records, dense=True) == [("36x48x48/1.00", 1.0, 100.0)]
-    windowed = plots.split_bars(records, dense=False)
-    assert [case for case, _, _ in windowed] == ["36x48x48/0.05", "36x48x48/0.17", "36x48x48/0.50"]
-
-
-def test_pictures_are_drawn(tmp_path, capsys):
-    plots = pytest.importorskip("plots")
-    with_lengths(synthetic_results()).save(tmp_path / "r.json")
-    assert plots.main(["--input", str(tmp_path / "r.json"), "--output", str(tmp_path / "images")]) == 0
-    names = {"roofline.png", "speedup_over_density.png", "tflops_over_length.png", "time_split.png"}
-    assert names == set(plots.PICTURES)
-    for name in names:
-        image = plots.plt.imread(tmp_path / "images" / name)
-        assert image.shape[0] > 400 and image.std() > 0.02  # not blank
-    assert "skipped" not in capsys.readouterr().out
-
-
-def test_a_picture_without_records_is_skipped(tmp_path, capsys):
-    plots = pytest.importorskip("plots")
-    only_lengths = with_lengths(common.Results({"gpu": "made up"}))
-    only_models = synthetic_results()
-    for results, skipped in (
-        (only_models, ["tflops_over_length.png"]),
-        (only_lengths, ["roofline.png", "speedup_over_density.png", "time_split.png"]),
-        (common.Results({"gpu": "made up"}), list(plots.PICTURES)),
-    ):
-        results.save(tmp_path / "r.json")
-        assert plots.main(["--input", str(tmp_path / "r.json"), "--output", str(tmp_path)]) == 0
-        lines = capsys.readouterr().out.splitlines()
-        assert [line.split()[0] for line in lines if "skipped: no record" in line] == skipped
-        assert len(lines) == len(plots.PICTURES)
