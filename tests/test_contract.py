@@ -224,8 +224,6 @@ def test_nothing_to_quantize():
         fps.quantize_qkv(q, q, q, grid=GRID, config=fps.AttentionConfig(quant="none"))
     with pytest.raises(TypeError, match=says("grid")):
         fps.attention(q, q, q)
-    with pytest.raises(RuntimeError, match=says("gradient")):
-        fps.quantize_qkv(q.requires_grad_(), q, q, grid=GRID, config=CONFIG)
 
 
 def test_quant_tile_that_does_not_fit_the_planned_tile():
@@ -293,13 +291,26 @@ def test_backend_for_names_what_would_run(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
-def test_gradient_of_fp8_is_refused(name):
+def test_gradient_of_the_kernel_is_refused(name, monkeypatch):
+    """A fake CUDA tensor cannot require a gradient where there is no CUDA: only the choice is faked."""
+    monkeypatch.setattr(api, "backend_for", lambda *_: ("sm90", "it is pretended"))
     operands = {n: tensor().requires_grad_(n == name) for n in "qkv"}
-    with pytest.raises(RuntimeError, match=says("gradient", "backward")):
-        fps.attention(**operands, grid=GRID, config=CONFIG, backend="reference")
+    for call in (fps.attention, fps.quantize_qkv):
+        with pytest.raises(RuntimeError, match=says("gradient", "backward", "no_grad", "reference")):
+            call(**operands, grid=GRID, config=CONFIG)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_gradient_of_the_reference(name):
+    operands = {n: tensor().requires_grad_(n == name) for n in "qkv"}
+    call = {"grid": GRID, "config": CONFIG, "backend": "reference"}
+    out = fps.attention(**operands, **call)
+    quantized = fps.quantize_qkv(**operands, **call)
+    for x in (out, fps.attention(quantized)):
+        x.sum().backward()
+    assert operands[name].grad.dtype == out.dtype and operands[name].grad.shape == out.shape
     with torch.no_grad():
-        out = fps.attention(**operands, grid=GRID, config=CONFIG, backend="reference")
-    assert not out.requires_grad
+        assert not fps.attention(**operands, **call).requires_grad
 
 
 @BACKENDS
