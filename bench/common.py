@@ -207,10 +207,12 @@ class GpuMonitor:
 class Record:
     """One contender on one case. Times in ms, bandwidths in GB/s (1e9), errors are relative RMS.
 
-    `tflops` is useful work, 4 * head_dim * attended pairs * heads * batch, over `attn_ms`; `tflops_total` the
-    same over `ms`, quantisation included; `tflops_computed` is what the kernel computes, padding inside its
-    blocks included, over `attn_ms`. `speedup` is baseline_ms / ms. `graph_gap_us` is the largest gap between the
-    kernels of one call under a CUDA graph. A record with an `error` is used in no comparison.
+    A case that ends in "backward" is the backward alone, one in "training" forward and backward; the others are
+    forwards. `tflops` is useful work, 4 * head_dim * attended pairs * heads * batch, over `attn_ms`; `tflops_total` the
+    same over `ms`, quantisation included (2.5 times that work in a backward, 3.5 times in training);
+    `tflops_computed` is what the kernel computes, padding inside its blocks included, over `attn_ms`. `speedup` is
+    baseline_ms / ms. `graph_gap_us` is the largest gap between the kernels of one call under a CUDA graph. A
+    record with an `error` is used in no comparison.
     """
 
     case: str
@@ -250,6 +252,10 @@ class Record:
     power_w: float | None = None
     note: str = ""
     error: str = ""
+
+    @property
+    def is_forward(self) -> bool:
+        return not self.case.endswith((" backward", " training"))
 
     def fail(self, message: str) -> None:
         self.error = f"{self.error}; {message}" if self.error else message

@@ -292,8 +292,8 @@ def test_backend_for_names_what_would_run(monkeypatch):
 
 @pytest.fixture
 def pretended_kernel(monkeypatch):
-    """Tensors that record gradients, on a backend said to be the kernel: its fakes stand for it, on the CPU. A fake CUDA
-    tensor cannot require a gradient where there is no CUDA.
+    """Fake tensors on the CPU, and a backend said to be the kernel, whose ops have fakes. A fake CUDA tensor cannot
+    require a gradient where there is no CUDA.
     """
     monkeypatch.setattr(api, "backend_for", lambda *_: ("sm90", "it is pretended"))
     with FakeTensorMode():
