@@ -394,6 +394,7 @@ __device__ void math(const BackwardParams &p, BwdSmem<Cfg> &smem, int warpgroup)
 
 template <class Cfg, class T>
 __global__ void __launch_bounds__(Cfg::kThreads, 1) attn_bwd_sm90(const __grid_constant__ BackwardParams p) {
+    wait_for_previous();
     if (!KeyBlock(p).exists()) {
         return;
     }

@@ -479,6 +479,7 @@ __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int warpgroup) 
 
 template <class Cfg, class T>
 __global__ void __launch_bounds__(Cfg::kThreads, 1) attn_fwd_sm90(const __grid_constant__ ForwardParams p) {
+    wait_for_previous();
     extern __shared__ char smem_bytes[];
     // The runtime aligns dynamic shared memory to 16 bytes only; the swizzle needs 1024.
     auto &smem = *reinterpret_cast<FwdSmem<Cfg> *>(smem_bytes + (-smem_address(smem_bytes) & 1023));

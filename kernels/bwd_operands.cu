@@ -68,6 +68,7 @@ struct Block {
 // grid (heads * query blocks, 1, batch)
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, kCtas) query_operands(const __grid_constant__ BackwardParams p) {
+    wait_for_previous();
     constexpr int kLanes = kHeadDim / kVec, kRowsPerPass = kThreads / kLanes;
     const Block<kQueryBlock> block(p);
     if (block.valid <= 0) {
@@ -127,6 +128,7 @@ __global__ void __launch_bounds__(kThreads, kCtas) query_operands(const __grid_c
 // grid (heads * key blocks, 1, batch)
 template <int kHeadDim>
 __global__ void __launch_bounds__(kThreads, kCtas) key_operands(const __grid_constant__ BackwardParams p) {
+    wait_for_previous();
     constexpr int kLanes = kHeadDim / kVec, kChunks = kBlock / 16;
     constexpr int kPitch = kBlock + 4;  // bytes of a channel's tokens: the next channel is a bank further on
     __shared__ alignas(16) uint8_t tokens_of[kHeadDim * kPitch];
@@ -178,6 +180,7 @@ __global__ void __launch_bounds__(kThreads, kCtas) key_operands(const __grid_con
 // grid (heads * query blocks, 1, batch), a warpgroup for each half of the channels, as attn_bwd's summed them up.
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads) finish_dq(const __grid_constant__ BackwardParams p) {
+    wait_for_previous();
     constexpr int kColumns = kHeadDim / 2, kGroups = kColumns / 8;
     const Block<kQueryBlock> block(p);
     if (block.valid <= 0) {

@@ -63,6 +63,13 @@ struct RingState {
     __device__ void next() { ++count; }
 };
 
+// griddepcontrol: the next kernel on the stream may take SMs from here on, and this thread waits until the kernels
+// before have ended and what they wrote is visible. Nothing may be read or written ahead of it.
+__device__ __forceinline__ void wait_for_previous() {
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 // fence.mbarrier_init: barrier initialisation becomes visible to the copy engine.
 __device__ __forceinline__ void fence_barrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
