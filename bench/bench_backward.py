@@ -11,9 +11,11 @@ from collections.abc import Callable
 import torch
 
 from common import (
+    BACKWARD,
     CUDNN,
     FLEX,
     OURS,
+    TRAINING,
     GpuMonitor,
     Record,
     Timing,
@@ -25,7 +27,6 @@ from contenders import TOLERANCE_8_BIT, Contender, as_hnd, cudnn, flex, ours
 from shapes import Shape
 
 # Operations of a pass in units of the forward's: five products instead of two.
-BACKWARD, TRAINING = "backward", "training"
 FORWARDS_WORTH = {BACKWARD: 2.5, TRAINING: 3.5}
 
 

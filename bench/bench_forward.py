@@ -23,6 +23,7 @@ import torch
 
 import fpsattention as fps
 from bench_backward import bench_training
+from bench_block import bench_block
 from common import (
     COPY_BYTES,
     CUDNN,
@@ -257,10 +258,12 @@ def bench_shape(
     records = [record for record, _, _ in measured]
     compare(records)
     del entries, timings
+    timed = (clock, monitor, rounds, burst_ms, seed_of(shape.name))
     if shape.training:
-        records += bench_training(
-            shape, (q, k, v), work_of, clock, monitor, rounds, burst_ms, seed_of(shape.name)
-        )
+        records += bench_training(shape, (q, k, v), work_of, *timed)
+    if shape.mlp:
+        del q, k, v
+        records += bench_block(shape, work_of, *timed)
     return records
 
 

@@ -21,6 +21,7 @@ class Shape:
         emulated: windows whose output is also held against the emulated FP8 contract; left out of quick runs.
         graph: windows whose call is also replayed as a CUDA graph, for the gaps between its kernels.
         training: windows whose backward, and forward with backward, are also measured.
+        mlp: hidden channels of a transformer block's MLP, of which a training step is also measured; 0: it is not.
         suite: "core" is in every run, the others in full runs; each can be asked for by its name.
     """
 
@@ -37,6 +38,7 @@ class Shape:
     emulated: tuple[Window, ...] = ()
     graph: tuple[Window, ...] = ()
     training: tuple[Window, ...] = ()
+    mlp: int = 0
     suite: str = "more"
 
     @property
@@ -74,6 +76,7 @@ _WAN_480P = Shape(
     (None, (1, 5, 3)),
     flex=((1, 5, 3),),
     graph=((1, 5, 3),),
+    mlp=8960,
     suite="core",
 )
 
@@ -98,6 +101,7 @@ SHAPES = (
         (None, (3, 3, 9)),
         flex=((3, 3, 9),),
         training=((3, 3, 9),),
+        mlp=13824,
         suite="core",
     ),
     Shape("train-16k", (16, 32, 32), 40, (2, 8, 8), (None,), training=(None,), suite="core"),
@@ -127,7 +131,7 @@ SHAPES = (
         "hunyuan-720p-deep", (33, 45, 80), 24, (17, 3, 5), ((2, 5, 5),), suite="core"
     ),  # a tenth of the pairs
     _WAN_480P,
-    replace(_WAN_480P, name="wan1.3b-480p-hnd", layout="HND", flex=(), graph=(), suite="more"),
+    replace(_WAN_480P, name="wan1.3b-480p-hnd", layout="HND", flex=(), graph=(), mlp=0, suite="more"),
     Shape("18x48x80", (18, 48, 80), 24, (6, 8, 8), ((3, 3, 3),), flex=((3, 3, 3),)),
     *_lengths(),
 )

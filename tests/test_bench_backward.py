@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 
 import bench_backward
+import bench_block
 import bench_forward
 import common
 import contenders
 import fpsattention as fps
+from fpsattention import video
 from shapes import Shape
 
 WINDOW = (1, 1, 1)
@@ -27,31 +29,45 @@ class Clock:
 
     def burst(self, fn, calls):
         self.bursts += 1
-        assert all(g.shape == (1, 192, 2, 64) for g in fn())
+        assert all(g.isfinite().all() for g in fn())
         return [float(self.bursts)] * calls
 
     def check(self, after):
         pass
 
+    def peak_gib(self, fn):
+        fn()
+        return 1.5
 
-def bench(monkeypatch, spoil=lambda out: out):
-    """{(case, op): record} with the reference in the kernel's place."""
 
-    def ours(shape, window):
-        call = {"grid": shape.grid, "config": contenders.config_of(shape, window), "backend": "reference"}
-        return replace(
-            contenders.ours(shape, window),
-            prepare=lambda q, k, v: lambda: spoil(fps.attention(q, k, v, **call)),
-        )
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """The reference in the kernel's place, and torch's own SDPA on the CPU; `spoil` is applied to our output."""
 
-    def cudnn(shape):
-        def prepare(*qkv):
-            return lambda: F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv))
+    def put(spoil=lambda out: out):
+        def ours(shape, window):
+            config = contenders.config_of(shape, window)
 
-        return replace(contenders.cudnn(shape), prepare=prepare)
+            def prepare(*qkv):
+                return lambda: spoil(fps.attention(*qkv, grid=shape.grid, config=config, backend="reference"))
 
-    monkeypatch.setattr(bench_backward, "ours", ours)
-    monkeypatch.setattr(bench_backward, "cudnn", cudnn)
+            return replace(contenders.ours(shape, window), prepare=prepare)
+
+        def cudnn(shape):
+            def prepare(*qkv):
+                return lambda: F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv))
+
+            return replace(contenders.cudnn(shape), prepare=prepare)
+
+        for module in (bench_backward, bench_block):
+            monkeypatch.setattr(module, "ours", ours)
+            monkeypatch.setattr(module, "cudnn", cudnn)
+
+    return put
+
+
+def bench():
+    """{(case, op): record}"""
     qkv = [x.float() for x in bench_forward.random_qkv(SHAPE, "cpu")]
     with torch.no_grad():  # as the bench runs
         records = bench_backward.bench_training(
@@ -61,8 +77,9 @@ def bench(monkeypatch, spoil=lambda out: out):
 
 
 @pytest.mark.filterwarnings("ignore:fpsattention runs its reference")
-def test_records(monkeypatch):
-    records = bench(monkeypatch)
+def test_records(stand_ins):
+    stand_ins()
+    records = bench()
     cases = [f"t/{window} {name}" for window in ("dense", "1,1,1") for name in ("backward", "training")]
     assert set(records) == {
         *((case, common.OURS) for case in cases),
@@ -80,15 +97,45 @@ def test_records(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:fpsattention runs its reference")
-def test_wrong_gradients_are_named(monkeypatch):
-    records = bench(monkeypatch, lambda out: 1.3 * out)
+def test_wrong_gradients_are_named(stand_ins):
+    stand_ins(lambda out: 1.3 * out)
+    records = bench()
     for (_, op), r in records.items():
         assert ("gradients differ" in r.error) == (op == common.OURS)
 
 
 @pytest.mark.filterwarnings("ignore:fpsattention runs its reference")
-def test_a_contender_without_gradient_is_a_record_with_an_error(monkeypatch):
-    records = bench(monkeypatch, lambda out: out.detach())
+def test_a_contender_without_gradient_is_a_record_with_an_error(stand_ins):
+    stand_ins(lambda out: out.detach())
+    records = bench()
     for (_, op), r in records.items():
         assert ("does not require grad" in r.error) == (op == common.OURS)
         assert (r.ms is None) == (op == common.OURS)
+
+
+def test_a_block_is_timed_with_every_attention(stand_ins):
+    stand_ins()
+    shape = replace(SHAPE, windows=(None, WINDOW), mlp=96)
+    with torch.no_grad():
+        records = bench_block.bench_block(
+            shape, bench_forward.work_of, Clock(), common.GpuMonitor("none"), 2, 1e-3, 0
+        )
+    assert [(r.case, r.op) for r in records] == [
+        ("t/dense block step", common.CUDNN),
+        ("t/dense block step", common.OURS),
+        ("t/1,1,1 block step", common.OURS),
+    ]
+    for r in records:
+        assert not r.error and not r.is_forward and r.peak_gib == 1.5
+        assert r.speedup == records[0].ms / r.ms
+
+
+def test_the_block_attends_in_its_own_layout():
+    """With attention that returns V the block is a function of each token alone."""
+    block = bench_block.Block(replace(SHAPE, mlp=96))
+    torch.nn.init.normal_(block.modulation)
+    angles = video.rope_angles(SHAPE.grid, 64)
+    x = torch.randn(1, 192, 128)
+    out = block(x, angles, lambda q, k, v: v)
+    order = torch.randperm(192)
+    torch.testing.assert_close(block(x[:, order], angles, lambda q, k, v: v), out[:, order])
