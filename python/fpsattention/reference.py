@@ -350,11 +350,12 @@ def emulated_attention(
     integer, so that rescaling when it grows from block to block, as the kernels do, is exact. The kernels' m is
     that or up to some five larger, which changes nothing but where the codes of p8 end at the bottom.
 
-    Differentiable, any number of times; the backward recomputes block by block (arXiv 2307.08691). All roundings
-    are straight-through: their derivative is one, and scales, m and K's mean are constants (smoothing moves
-    neither out nor lse, so its mean has no gradient to give). With x^ = x8 * s_x, P / l as the probabilities,
-    delta = rowsum(dO * out) - dlse and dS = P / l * (dO v^.T - delta) that is dV = (p8 / 448 l).T dO, dQ = scale *
-    (dS k^ + dlse * k_mean), dK = scale * dS.T q^.
+    Differentiable, any number of times; the backward recomputes block by block (arXiv 2307.08691), and its fp32
+    products follow torch's TF32 setting. All roundings are straight-through: their derivative is one, and scales, m
+    and K's mean are constants (smoothing changes nothing that is not rounded, so its mean has no gradient to give).
+    With x^ = x8 * s_x, delta = rowsum(dO * out) - dlse and dS = P / l * (dO v^.T - delta):
+
+        dV = (p8 / 448 l).T dO        dK = scale * dS.T q^        dQ = scale * (dS k^ + dlse * k_mean)
 
     Args:
         q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), L = T * H * W in raster order; any floating
