@@ -38,8 +38,10 @@ struct BwdConfig {
     static constexpr int kStages = 2;
     static constexpr int kWarpgroups = 2, kMathThreads = 128 * kWarpgroups, kThreads = kMathThreads + 128;
     static constexpr int kKeys = kBlock / kWarpgroups;  // of a warpgroup
+    // At launch every warp has as many, in multiples of 8; then the load warps give theirs up to the math warps.
+    static constexpr int kLaunchRegisters = 64 * 1024 / kThreads / 8 * 8;
     static constexpr int kLoadRegisters = 24, kMathRegisters = 240;
-    static_assert(128 * kLoadRegisters + kMathThreads * kMathRegisters <= 64 * 1024);
+    static_assert(128 * kLoadRegisters + kMathThreads * kMathRegisters <= kThreads * kLaunchRegisters);
     static_assert(kHeadDim == 64 || kHeadDim == 128);
 
     // Rows by channels. "By channels" the tensor core sums over channels; an image in parts of 64 columns serves both
@@ -165,7 +167,9 @@ __device__ void load(const BackwardParams &p, BwdSmem<Cfg> &smem) {
     smem.keys_full.arrive();
     bulk_load(smem.k8, kv, kK8Bytes, smem.keys_full);
     bulk_load(&smem.k_meta, kv + 2 * kK8Bytes, sizeof(BlockMeta), smem.keys_full);
-    bulk_load(&smem.keys, p.key_images + key.image * kKeyBytes, kKeyBytes, smem.keys_full);
+    const uint8_t *images = p.key_images + key.image * kKeyBytes;
+    bulk_load(smem.keys.k, images, kKeyBytes / 2, smem.keys_full);
+    bulk_load(smem.keys.v, images + kKeyBytes / 2, kKeyBytes / 2, smem.keys_full);
 
     const TileBox &box = key.queries;
     const Int3 size{box.t.size(), box.h.size(), box.w.size()};
@@ -230,7 +234,7 @@ __device__ __forceinline__ void add_dq(const BackwardParams &p, Destination to, 
                                        int thread) {
     int *turns = p.turns == nullptr ? nullptr : p.turns + 2 * to.block + warpgroup;
     if (turns != nullptr) {
-        while (load_acquire(turns) != to.turn) {}
+        wait_for(turns, to.turn);
     }
     float *sum = p.dq_sum + to.block * (kQueryBlock * Cfg::kHeadDim) + warpgroup * (kQueryBlock * Cfg::kHalf);
 #pragma unroll

@@ -107,11 +107,22 @@ __device__ __forceinline__ void reduce_add(float *to, float x0, float x1, float 
                  : "memory");
 }
 
-// Acquire and release at GPU scope, for turns taken between CTAs.
-__device__ __forceinline__ int load_acquire(const int *from) {
-    int x;
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
-    return x;
+// Acquire and release at GPU scope, for turns taken between CTAs. A whole warp waits together.
+__device__ __forceinline__ void wait_for(const int *counter, int value) {
+    const auto reached = [&] {
+        int x;
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(counter) : "memory");
+        return __all_sync(~0u, x == value);
+    };
+#ifdef FPS_DEBUG
+    for (int tries = 0; !reached(); ++tries) {
+        if (tries > (1 << 24)) {
+            __trap();
+        }
+    }
+#else
+    while (!reached()) {}
+#endif
 }
 __device__ __forceinline__ void store_release(int *to, int x) {
     asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(to), "r"(x) : "memory");

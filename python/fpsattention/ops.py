@@ -279,10 +279,11 @@ def _attention(quantize, attend):
 
 
 def _loadable(x: Tensor, tensor_layout: str) -> Tensor:
-    """A gradient as the kernels can load it: what autograd hands over may be expanded, or strided in any way."""
-    heads_first = _heads_first(x, tensor_layout)
-    whole_rows = all(s * x.element_size() % 16 == 0 for s in heads_first.stride()[:3])
-    return x if heads_first.stride(3) == 1 and whole_rows and x.data_ptr() % 16 == 0 else x.contiguous()
+    """A gradient as the kernels can load it: what autograd hands over may be expanded, or lie anywhere."""
+    strides = _heads_first(x, tensor_layout).stride()
+    whole_rows = strides[3] == 1 and all(s * x.element_size() % 16 == 0 for s in strides[:3])
+    aligned = x.data_ptr() % 16 == 0
+    return x if whole_rows and aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def _attention_backward_cuda(
