@@ -8,7 +8,7 @@ HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= $(if $(HAS_GPU),,--extra-index-url https://download.pytorch.org/whl/cpu --retries 0)
 
-.PHONY: demo test test-gpu sanitize bench plots lint format sass wheel clean
+.PHONY: demo test test-gpu sanitize bench plots profile lint format sass wheel clean
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,17 @@ bench: $(VENV)/installed  ## every number of the README, in one run on one Hoppe
 
 plots: $(VENV)/installed
 	$(RUN) bench/plots.py
+
+NCU_SECTIONS := SpeedOfLight ComputeWorkloadAnalysis WarpStateStats SourceCounters MemoryWorkloadAnalysis SchedulerStats
+PROFILE := build/profile.ncu-rep
+
+# The third launch: the first two load the kernel and warm the GPU. The clock is left to the GPU, as in real use.
+profile: $(VENV)/installed  ## the forward under Nsight Compute (CASE=shape/window); docs/profiling.md reads the report
+	mkdir -p $(dir $(PROFILE))
+	ncu --clock-control none --kernel-name regex:attn_fwd --launch-skip 2 --launch-count 1 \
+	    $(addprefix --section ,$(NCU_SECTIONS)) --force-overwrite --export $(PROFILE) \
+	    $(RUN) bench/profile_forward.py $(addprefix --case ,$(CASE))
+	ncu --import $(PROFILE) --page details --print-details all
 
 $(VENV)/lint: $(VENV)/torch pyproject.toml
 	$(RUN) -m pip install --quiet --group lint

@@ -29,6 +29,7 @@ HEAD_START_CYCLES = (
     8_000_000  # about 5 ms in which the host queues a burst, so that its own time is not measured
 )
 MAX_CALLS = 50
+GRAPH_REPLAYS = 10
 
 
 class DeviceLost(RuntimeError):
@@ -114,6 +115,44 @@ def time_interleaved(
     return results
 
 
+def largest_gap(events: list[tuple[float, float]], replays: int) -> float:
+    """The longest time for which the GPU idles within one of several equal replays.
+
+    Args:
+        events: (start, end) of everything that ran on the GPU, in any order; events may overlap.
+        replays: how often the same work ran, one replay after the other.
+
+    Raises ValueError when the events are not the same number for each replay: then some were lost.
+    """
+    if not events or len(events) % replays:
+        raise ValueError(f"{len(events)} device events of {replays} replays: not equally many of each")
+    events = sorted(events)
+    size = len(events) // replays
+    gap = 0.0
+    for first in range(0, len(events), size):
+        busy_until = events[first][1]
+        for start, end in events[first + 1 : first + size]:
+            gap = max(gap, start - busy_until)
+            busy_until = max(busy_until, end)
+    return gap
+
+
+def graph_gap_us(call: Callable[[], object]) -> float:
+    """Microseconds of the largest gap between the kernels, memsets and copies of one call, as a CUDA graph."""
+    call()  # loads kernels, which a capture cannot
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    graph.replay()  # the first one uploads the graph
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(GRAPH_REPLAYS):
+            graph.replay()
+        torch.cuda.synchronize()
+    ranges = [e.time_range for e in profile.events() if e.device_type == torch.profiler.DeviceType.CUDA]
+    return largest_gap([(r.start, r.end) for r in ranges], GRAPH_REPLAYS)
+
+
 class GpuMonitor:
     """Samples SM clock and power through nvidia-smi while a bench runs; without nvidia-smi, nothing."""
 
@@ -170,8 +209,8 @@ class Record:
 
     `tflops` is useful work, 4 * head_dim * attended pairs * heads * batch, over `attn_ms`; `tflops_total` the
     same over `ms`, quantisation included; `tflops_computed` is what the kernel computes, padding inside its
-    blocks included, over `attn_ms`. `speedup` is baseline_ms / ms. A record with an `error` is used in no
-    comparison.
+    blocks included, over `attn_ms`. `speedup` is baseline_ms / ms. `graph_gap_us` is the largest gap between the
+    kernels of one call under a CUDA graph. A record with an `error` is used in no comparison.
     """
 
     case: str
@@ -206,6 +245,7 @@ class Record:
     copy_gbps: float | None = None
     attn_hbm_bytes: int | None = None
     attn_l2_bytes: int | None = None
+    graph_gap_us: float | None = None
     sm_clock_mhz: float | None = None
     power_w: float | None = None
     note: str = ""
@@ -213,6 +253,9 @@ class Record:
 
     def fail(self, message: str) -> None:
         self.error = f"{self.error}; {message}" if self.error else message
+
+    def remark(self, message: str) -> None:
+        self.note = f"{self.note}; {message}" if self.note else message
 
 
 @dataclass(frozen=True)
@@ -269,8 +312,11 @@ def attention_flops(pairs: int, heads: int, head_dim: int, batch: int) -> int:
 
 
 def quantize_bytes(tokens: int, heads: int, head_dim: int, batch: int, image_bytes: int) -> int:
-    """Bytes the quantisation moves: Q, K, V in 16 bits, V once more for its channel amax, the FP8 image."""
-    return 4 * 2 * tokens * heads * head_dim * batch + image_bytes
+    """Bytes the quantisation must move: Q, K, V read once in 16 bits, the FP8 image written once.
+
+    A kernel that reads V twice, for its channel amax first, gets no credit for the second time.
+    """
+    return 3 * 2 * tokens * heads * head_dim * batch + image_bytes
 
 
 def device_query() -> str:

@@ -1,4 +1,4 @@
-"""Pictures for docs/images from the records of bench_forward.py: roofline.png and speedup_over_density.png.
+"""Pictures for docs/images from the records of bench_forward.py; a picture that they cannot fill is skipped.
 
 python bench/plots.py [--input FILE] [--output DIRECTORY]
 """
@@ -9,6 +9,7 @@ import argparse
 import math
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -17,7 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from common import CUDNN, FLEX, OURS, Record, Results
+from common import CUDNN, FLASH, FLEX, OURS, Record, Results
 
 # Measured on an H100 SXM 80 GB at 700 W; see docs/performance.md.
 FP8_TFLOPS = 1790  # e4m3 wgmma m64n128k32, at the clock that 700 W allows
@@ -30,6 +31,34 @@ EXPONENTIALS = (
 
 # Operations of the quantisation per element: a comparison for the amax, a product with its inverse.
 QUANTIZE_OPS = 2
+
+
+class Peer(NamedTuple):
+    """A point that others reach: dense, batch 1, useful TFLOP/s; not of the same run as the records."""
+
+    name: str
+    head_dim: int
+    tokens: int
+    tflops: float
+
+
+# On an H100 SXM. FA3 FP8: a scale per tensor, quantisation not in the time; SageAttention2: in the time.
+PEERS = (
+    # measured; 40, 12 and 40 heads
+    Peer("FA3 FP8", 128, 16_384, 875),
+    Peer("FA3 FP8", 128, 32_760, 840),
+    Peer("FA3 FP8", 128, 75_600, 915),
+    Peer("SageAttention2", 128, 16_384, 775),
+    Peer("SageAttention2", 128, 32_760, 815),
+    Peer("SageAttention2", 128, 75_600, 827),
+    Peer("FA3 BF16", 128, 16_384, 692),
+    Peer("FA3 BF16", 128, 32_760, 745),
+    Peer("FA3 BF16", 128, 75_600, 692),
+    # published: the FlashAttention-3 paper, arXiv 2407.08608
+    Peer("FA3 FP8", 64, 16_384, 613),
+)
+
+WITH_QUANTISATION, KERNEL_ALONE = "FPSAttention, with quantisation", "FPSAttention, kernel alone"
 
 INK, GREY, BLUE, ORANGE, GREEN, PURPLE = "#222222", "#8a8a8a", "#1f5fa8", "#d1651b", "#2f8f5b", "#7a4fa3"
 STYLE = {
@@ -47,14 +76,32 @@ STYLE = {
 }
 
 
+class NothingToDraw(ValueError):
+    """The records hold nothing of what a picture shows."""
+
+
 def good(records: list[Record], op: str) -> list[Record]:
     """The records of one op that have a time and no error."""
     return [r for r in records if r.op == op and r.ms and not r.error]
 
 
+def tokens(r: Record) -> int:
+    return math.prod(r.grid)
+
+
 def elements(r: Record) -> int:
     """Elements of Q, and of K, of V and of the output."""
-    return r.batch * r.heads * r.grid[0] * r.grid[1] * r.grid[2] * r.head_dim
+    return r.batch * r.heads * tokens(r) * r.head_dim
+
+
+def of_lengths(records: list[Record]) -> list[Record]:
+    """The records of the suite "length", which has a picture of its own."""
+    return [r for r in records if r.case.startswith("length-")]
+
+
+def of_models(records: list[Record]) -> list[Record]:
+    """All other records."""
+    return [r for r in records if not r.case.startswith("length-")]
 
 
 def attention_points(records: list[Record]) -> dict[str, list[tuple[float, float]]]:
@@ -103,7 +150,9 @@ def _roofs(ax, x: np.ndarray) -> None:
 
 def roofline(results: Results, path: Path) -> None:
     """Measured kernels under the ceilings of the machine; at the right, the corner where attention lives."""
-    groups = {name: pts for name, pts in attention_points(results.records).items() if pts}
+    groups = {name: pts for name, pts in attention_points(of_models(results.records)).items() if pts}
+    if not groups:
+        raise NothingToDraw("no record of an attention kernel")
     with plt.rc_context(STYLE):
         fig, (whole, corner) = plt.subplots(
             1, 2, figsize=(9.6, 3.9), width_ratios=(1.25, 1), layout="constrained"
@@ -152,7 +201,6 @@ def density_series(
 ) -> tuple[str | None, dict[str, list[tuple[float, float]]], float | None]:
     """(swept shape, {label: sorted (density, speed-up)}, dense speed-up of the swept shape)."""
     ours = [r for r in good(records, OURS) if r.speedup and r.baseline == CUDNN and r.head_dim == 128]
-    ours = [r for r in ours if not r.case.startswith("length-")]
     by_shape: dict[str, list[Record]] = {}
     for r in ours:
         by_shape.setdefault(r.case.split("/")[0], []).append(r)
@@ -167,45 +215,192 @@ def density_series(
     return swept, series, dense
 
 
-def speedup_over_density(results: Results, path: Path) -> None:
-    """Speed-up over dense BF16 cuDNN, quantisation included, against the share of pairs attended."""
-    swept, series, dense = density_series(results.records)
-    if swept is None:
-        raise ValueError("no record of FPSAttention with a cuDNN baseline: nothing to draw")
+def time_series(records: list[Record], shape: str) -> dict[str, list[tuple[float, float]]]:
+    """{label: sorted (density, ms)} of one shape's windows."""
+    of_shape = [r for r in records if r.case.split("/")[0] == shape]
+    ours = good(of_shape, OURS)
+    series = {
+        WITH_QUANTISATION: sorted((r.density, r.ms) for r in ours),
+        KERNEL_ALONE: sorted((r.density, r.attn_ms) for r in ours if r.attn_ms),
+        "FlexAttention BF16": sorted((r.density, r.ms) for r in good(of_shape, FLEX)),
+        "dense BF16 cuDNN": sorted((r.density, r.ms) for r in good(of_shape, CUDNN)),
+    }
+    return {label: pts for label, pts in series.items() if pts}
+
+
+def _log_axes(ax, x_ticks: tuple, y_ticks: tuple) -> None:
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    for axis, ticks in ((ax.xaxis, x_ticks), (ax.yaxis, y_ticks)):
+        axis.set_ticks(ticks)
+        axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        axis.set_minor_formatter(NullFormatter())
+
+
+DENSITY_TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 1)
+TIME_STYLES = {
+    WITH_QUANTISATION: dict(marker="o", color=BLUE, lw=1.4),
+    KERNEL_ALONE: dict(marker="o", color=BLUE, markerfacecolor="none", lw=0.8),
+    "FlexAttention BF16": dict(marker="x", color=INK, linestyle=""),
+    "dense BF16 cuDNN": dict(marker="^", color=GREY, linestyle=""),
+}
+
+
+def _draw_speedup(ax, swept: str, series: dict, dense: float | None, x: np.ndarray) -> None:
     others = iter([("s", GREEN), ("^", PURPLE), ("D", ORANGE), ("v", "#b03060"), ("P", "#3a9aa5")])
+    if dense is not None:
+        ax.plot(x, dense / x, color=BLUE, lw=1, ls="--", label=f"ideal: {dense:.2f} / density", zorder=1)
+    ax.plot(x, 1 / x, color=GREY, lw=1, ls=":", label="BF16 ideal: 1 / density", zorder=1)
+    for name, pts in series.items():
+        if name == swept:
+            style = dict(marker="o", color=BLUE, lw=1.4, label=f"FPSAttention, {name}")
+        elif name == "FlexAttention BF16":
+            style = dict(marker="x", color=INK, linestyle="", label=name)
+        else:
+            marker, color = next(others, ("o", GREY))
+            style = dict(marker=marker, color=color, linestyle="", label=f"FPSAttention, {name}")
+        ax.plot(*zip(*pts, strict=True), markersize=5.5, zorder=3, **style)
+    _log_axes(ax, DENSITY_TICKS, (0.5, 1, 2, 5, 10, 20, 50))
+    speeds = [s for pts in series.values() for _, s in pts]
+    ax.set_ylim(min(0.9, *speeds) * 0.9, max((dense or 1) / x[0], *speeds) * 1.1)
+    ax.set_ylabel("speed-up over dense BF16 cuDNN, quantisation included")
+    ax.legend(loc="upper right")
+
+
+def _draw_time(ax, swept: str, series: dict, x: np.ndarray) -> None:
+    for label, pts in series.items():
+        ax.plot(*zip(*pts, strict=True), markersize=5.5, zorder=3, label=label, **TIME_STYLES[label])
+    if dense := dict(series[WITH_QUANTISATION]).get(1.0):
+        label = f"ideal: {dense:.3g} ms * density"
+        ax.plot(x, dense * x, color=BLUE, lw=1, ls="--", label=label, zorder=1)
+    times = [ms for pts in series.values() for _, ms in pts]
+    _log_axes(ax, DENSITY_TICKS, (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500))
+    ax.set_ylim(min(*times, (dense or math.inf) * x[0]) * 0.9, max(times) * 1.2)
+    ax.set_ylabel(f"ms, {swept}")
+    ax.legend(loc="upper left")
+
+
+def speedup_over_density(results: Results, path: Path) -> None:
+    """Against the share of pairs attended: speed-up over dense BF16 cuDNN, quantisation included, and time."""
+    records = of_models(results.records)
+    swept, series, dense = density_series(records)
+    if swept is None:
+        raise NothingToDraw("no record of FPSAttention at head_dim 128 with a cuDNN baseline")
     least = min(density for pts in series.values() for density, _ in pts)
+    x = np.geomspace(least * 0.85, 1, 100)
     with plt.rc_context(STYLE):
-        fig, ax = plt.subplots(figsize=(5.6, 4.2), layout="constrained")
-        x = np.geomspace(least * 0.85, 1, 100)
-        if dense is not None:
-            ax.plot(x, dense / x, color=BLUE, lw=1, ls="--", label=f"ideal: {dense:.2f} / density", zorder=1)
-        ax.plot(x, 1 / x, color=GREY, lw=1, ls=":", label="BF16 ideal: 1 / density", zorder=1)
-        for name, pts in series.items():
-            if name == swept:
-                style = dict(marker="o", color=BLUE, lw=1.4, label=f"FPSAttention, {name}")
-            elif name == "FlexAttention BF16":
-                style = dict(marker="x", color=INK, linestyle="", label=name)
-            else:
-                marker, color = next(others, ("o", GREY))
-                style = dict(marker=marker, color=color, linestyle="", label=f"FPSAttention, {name}")
-            ax.plot(*zip(*pts, strict=True), markersize=5.5, zorder=3, **style)
-        ax.set_xscale("log")
-        ax.set_yscale("log")
-        for axis, ticks in (
-            (ax.xaxis, (0.02, 0.05, 0.1, 0.2, 0.5, 1)),
-            (ax.yaxis, (0.5, 1, 2, 5, 10, 20, 50)),
-        ):
-            axis.set_ticks(ticks)
-            axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-            axis.set_minor_formatter(NullFormatter())
-        speeds = [s for pts in series.values() for _, s in pts]
-        ax.set_xlim(x[0], 1.1)
-        ax.set_ylim(min(0.9, *speeds) * 0.9, max((dense or 1) / x[0], *speeds) * 1.1)
-        ax.set_xlabel("density (attended pairs / all pairs)")
-        ax.set_ylabel("speed-up over dense BF16 cuDNN, quantisation included")
-        ax.set_title(f"{results.meta['gpu']}, batch 1, head_dim 128", fontsize=9)
-        ax.legend(loc="upper right")
+        fig, (speed, time) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+        _draw_speedup(speed, swept, series, dense, x)
+        _draw_time(time, swept, time_series(records, swept), x)
+        for ax in (speed, time):
+            ax.set_xlim(x[0], 1.1)
+            ax.set_xlabel("density (attended pairs / all pairs)")
+        fig.suptitle(f"{results.meta['gpu']}, batch 1, head_dim 128", fontsize=10)
         _save(fig, path)
+
+
+def length_series(records: list[Record], head_dim: int) -> dict[str, list[tuple[int, float]]]:
+    """{label: sorted (tokens, useful TFLOP/s)} of the dense runs over length."""
+
+    def points(op: str, rate: str) -> list[tuple[int, float]]:
+        rated = [(tokens(r), getattr(r, rate)) for r in good(records, op) if r.head_dim == head_dim]
+        return sorted((n, tflops) for n, tflops in rated if tflops)
+
+    series = {
+        KERNEL_ALONE: points(OURS, "tflops"),
+        WITH_QUANTISATION: points(OURS, "tflops_total"),
+        "cuDNN BF16": points(CUDNN, "tflops_total"),
+        "torch flash BF16": points(FLASH, "tflops_total"),
+    }
+    return {label: pts for label, pts in series.items() if pts}
+
+
+LENGTH_STYLES = {
+    KERNEL_ALONE: dict(marker="o", color=BLUE, markerfacecolor="none", ls="--", lw=1.2),
+    WITH_QUANTISATION: dict(marker="o", color=BLUE, lw=1.4),
+    "cuDNN BF16": dict(marker="^", color=GREY, lw=1.2),
+    "torch flash BF16": dict(marker="v", color=INK, lw=1.2),
+}
+PEER_STYLES = {
+    "FA3 FP8": dict(marker="s", color=GREEN),
+    "SageAttention2": dict(marker="D", color=ORANGE),
+    "FA3 BF16": dict(marker="P", color=PURPLE),
+}
+
+
+def tflops_over_length(results: Results, path: Path) -> None:
+    """Useful TFLOP/s of dense attention against the number of tokens, at both head dims."""
+    records = of_lengths(results.records)
+    if not any(length_series(records, d) for d in (64, 128)):
+        raise NothingToDraw('no record of the suite "length"')
+    legend = {}
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(1, 2, figsize=(10.6, 3.9), sharey=True, layout="constrained")
+        for ax, head_dim in zip(axes, (128, 64), strict=True):
+            for label, pts in length_series(records, head_dim).items():
+                (legend[label],) = ax.plot(*zip(*pts, strict=True), markersize=5, **LENGTH_STYLES[label])
+            for name, style in PEER_STYLES.items():
+                pts = [(p.tokens, p.tflops) for p in PEERS if (p.name, p.head_dim) == (name, head_dim)]
+                if pts:
+                    (legend[f"{name} *"],) = ax.plot(*zip(*pts, strict=True), linestyle="", **style)
+            ax.set_xscale("log", base=2)
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n / 1024:g}k"))
+            ax.set_ylim(bottom=0)
+            ax.set_xlabel("tokens")
+            ax.set_title(f"head_dim {head_dim}", fontsize=9)
+        axes[0].set_ylabel("useful TFLOP/s, dense")
+        fig.suptitle(f"{results.meta['gpu']}, batch 1", fontsize=10)
+        fig.legend(
+            legend.values(),
+            legend,
+            loc="outside right center",
+            title="* other runs, or published",
+            title_fontsize=8,
+        )
+        _save(fig, path)
+
+
+def split_bars(records: list[Record], dense: bool) -> list[tuple[str, float, float]]:
+    """(case, ms of quantisation, ms of attention) of every dense case, or of every windowed one, fastest first."""
+    ours = [r for r in good(records, OURS) if r.quant_ms and r.attn_ms and (r.density == 1) == dense]
+    return [(r.case, r.quant_ms, r.attn_ms) for r in sorted(ours, key=lambda r: r.quant_ms + r.attn_ms)]
+
+
+def time_split(results: Results, path: Path) -> None:
+    """What of each case's time is quantisation, and what attention."""
+    panels = {name: split_bars(of_models(results.records), name == "dense") for name in ("dense", "windowed")}
+    panels = {name: bars for name, bars in panels.items() if bars}
+    if not panels:
+        raise NothingToDraw("no record of FPSAttention with the times of its parts")
+    rows = max(len(bars) for bars in panels.values())
+    with plt.rc_context(STYLE | {"axes.grid.axis": "x"}):
+        fig, axes = plt.subplots(
+            1,
+            len(panels),
+            figsize=(4.9 * len(panels), 1.2 + 0.28 * rows),
+            squeeze=False,
+            layout="constrained",
+        )
+        for ax, (name, bars) in zip(axes[0], panels.items(), strict=True):
+            cases, quantise, attend = zip(*bars, strict=True)
+            ax.barh(cases, quantise, color=ORANGE, label="quantisation", zorder=2)
+            ax.barh(cases, attend, left=quantise, color=BLUE, label="attention", zorder=2)
+            for y, (_, q, a) in enumerate(bars):
+                ax.text(q + a, y, f"  {q:.2f} + {a:.2f}: {q / (q + a):.0%}", va="center", fontsize=7)
+            ax.set_xlim(0, 1.45 * max(q + a for _, q, a in bars))
+            ax.set_xlabel("ms (quantisation + attention: share of the former)")
+            ax.set_title(name, fontsize=9)
+            ax.legend(loc="lower right")
+        fig.suptitle(f"{results.meta['gpu']}, batch 1", fontsize=10)
+        _save(fig, path)
+
+
+PICTURES = {
+    "roofline.png": roofline,
+    "speedup_over_density.png": speedup_over_density,
+    "tflops_over_length.png": tflops_over_length,
+    "time_split.png": time_split,
+}
 
 
 def _save(fig, path: Path) -> None:
@@ -221,9 +416,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=root / "docs" / "images")
     options = parser.parse_args(argv)
     results = Results.load(options.input)
-    roofline(results, options.output / "roofline.png")
-    speedup_over_density(results, options.output / "speedup_over_density.png")
-    print(f"wrote {options.output / 'roofline.png'} and {options.output / 'speedup_over_density.png'}")
+    for name, draw in PICTURES.items():
+        try:
+            draw(results, options.output / name)
+            print(f"wrote {options.output / name}")
+        except NothingToDraw as reason:
+            print(f"{name} skipped: {reason}")
     return 0
 
 

@@ -19,7 +19,8 @@ class Shape:
         sweep: more windows, for the picture of speed over density; left out of quick runs.
         flex: windows also run through FlexAttention in BF16, seconds to compile; left out of quick runs.
         emulated: windows whose output is also held against the emulated FP8 contract; left out of quick runs.
-        suite: "core" is in every run, "more" in full runs, any other name only when asked for.
+        graph: windows whose call is also replayed as a CUDA graph, for the gaps between its kernels.
+        suite: "core" is in every run, the others in full runs; each can be asked for by its name.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Shape:
     sweep: tuple[Window, ...] = ()
     flex: tuple[Triple, ...] = ()
     emulated: tuple[Window, ...] = ()
+    graph: tuple[Window, ...] = ()
     suite: str = "more"
 
     @property
@@ -46,22 +48,32 @@ class Shape:
 
 
 def _lengths() -> tuple[Shape, ...]:
-    grids = {
-        4: (8, 16, 32),
-        8: (8, 32, 32),
-        16: (16, 32, 32),
-        32: (16, 32, 64),
-        64: (32, 32, 64),
-        128: (32, 64, 64),
-    }
+    # (thousands of tokens, grid, heads). The longest has half the heads: the slowest contender takes 0.2 s as it is.
+    lengths = (
+        (4, (8, 16, 32), 16),
+        (8, (8, 32, 32), 16),
+        (16, (16, 32, 32), 16),
+        (32, (16, 32, 64), 16),
+        (64, (32, 32, 64), 16),
+        (128, (32, 64, 64), 8),
+    )
     return tuple(
-        Shape(f"length-{k}k-d{d}", grid, 16, (2, 8, 8), (None,), head_dim=d, suite="length")
+        Shape(f"length-{k}k-d{d}", grid, heads, (2, 8, 8), (None,), head_dim=d, suite="length")
         for d in (64, 128)
-        for k, grid in grids.items()
+        for k, grid, heads in lengths
     )
 
 
-_WAN_480P = Shape("wan1.3b-480p", (21, 30, 52), 12, (21, 3, 2), (None, (1, 5, 9)), flex=((1, 5, 9),))
+_WAN_480P = Shape(
+    "wan1.3b-480p",
+    (21, 30, 52),
+    12,
+    (21, 3, 6),
+    (None, (1, 5, 3)),
+    flex=((1, 5, 3),),
+    graph=((1, 5, 3),),
+    suite="core",
+)
 
 # Shapes with a number to reach come first, so that a run cut short has them.
 SHAPES = (
@@ -95,21 +107,33 @@ SHAPES = (
         emulated=(None,),
         suite="core",
     ),
+    Shape(
+        "hunyuan-720p",
+        (33, 45, 80),
+        24,
+        (3, 8, 16),
+        ((3, 3, 3),),
+        sweep=(None,),
+        flex=((3, 3, 3),),
+        suite="core",
+    ),
     _WAN_480P,
-    replace(_WAN_480P, name="wan1.3b-480p-hnd", layout="HND", flex=()),
+    replace(_WAN_480P, name="wan1.3b-480p-hnd", layout="HND", flex=(), graph=(), suite="more"),
     Shape("18x48x80", (18, 48, 80), 24, (6, 8, 8), ((3, 3, 3),), flex=((3, 3, 3),)),
-    Shape("hunyuan-720p", (33, 45, 80), 24, (3, 8, 16), (None, (3, 3, 3)), flex=((3, 3, 3),)),
     *_lengths(),
 )
 
-PAPER, WAN_DENSE, COG_DENSE = "36x48x48/6,6,1", "wan14b-720p/dense", "cogvideox-480p/dense"
+# Cases with a number to reach.
+PAPER, WAN_DENSE, WAN_WINDOW = "36x48x48/6,6,1", "wan14b-720p/dense", "wan14b-720p/3,3,9"
+COG_DENSE, HUNYUAN_WINDOW = "cogvideox-480p/dense", "hunyuan-720p/3,3,3"
+WAN_480P_WINDOW = "wan1.3b-480p/1,5,3"
 
 
 def select(names: list[str], quick: bool = False, heads_scale: float = 1.0) -> list[Shape]:
     """The shapes to run, in order.
 
     Args:
-        names: shapes, cases ("shape/window") or suites; empty: "core", and "more" unless `quick`.
+        names: shapes, cases ("shape/window") or suites; empty: all, or "core" only if `quick`.
         quick: drop the sweeps, FlexAttention and the emulation.
         heads_scale: factor on the number of heads, which is rounded to at least 1.
 
@@ -129,7 +153,7 @@ def select(names: list[str], quick: bool = False, heads_scale: float = 1.0) -> l
             if not whole:
                 windows = tuple(cases[name] for name in named)
                 shape = replace(shape, sweep=())
-        elif shape.suite != "core" and (quick or shape.suite != "more"):
+        elif quick and shape.suite != "core":
             continue
         shape = replace(shape, windows=windows, heads=max(1, round(shape.heads * heads_scale)))
         if quick:

@@ -1,15 +1,20 @@
-// Forward: FP8 sliding-tile attention. A CTA per SM takes work items (batch, head, 128-row query block) in turn.
+// Forward: FP8 sliding-tile attention. A CTA per SM takes work items in turn: three query blocks with the same keys.
 //
-//   warps                     role    waits for              signals                               registers
-//   2 warpgroups per tenant   math    q_full, stage full     q_empty, stage empty                  240 (D 64: 112)
-//   1 warpgroup               load    q_empty, stage empty   q_full, stage full (the copy engine)   24 (D 64: 32)
+//   warps           role   waits for        signals                                          registers
+//   3 warpgroups    math   q_full, full     q_empty, empty                                   160
+//   1 thread        load   q_empty, empty   q_full, full (with the copy engine's bytes)       32
 //
-// Each math warpgroup owns 64 query rows and walks the keys in steps. Per step it computes, in the log2 domain,
-//   z = q8.k8 * s_q s_k scale log2(e)     m = ceil(running row max of z)     P = 2^(z - m)     T = e4m3(448 P) v8
-// and O = O 2^(m_old - m) + T: the tensor core, whose accumulator keeps about 14 bits and truncates, adds up one step
-// only; the sum over steps is full fp32. In the end O s_v / (448 l), l = sum(P).
+// A math warpgroup owns a query block, 64 rows, and walks the key blocks, 128 keys each, that the three share. With
+//   z = q8.k8 * s_q s_k scale log2(e)     P = 2^(z - m)     T = e4m3(448 P) v8
+// a step does O = O 2^(m_old - m) + T: the tensor core, whose accumulator keeps about 14 bits and truncates, adds up
+// one step only; the sum over steps is full fp32. In the end O s_v / (448 l), l = sum(P).
+//
+// m is an integer, at least the row's maximum so far. It is not searched for in every step: the sums of 448 P, needed
+// for l anyway, tell whether m is still large enough (see `exponentiate`).
 #include <algorithm>
+#include <cfloat>
 #include <cute/tensor.hpp>
+#include <numeric>
 
 #include "fpsattention/fp8.cuh"
 #include "fpsattention/hopper.cuh"
@@ -25,43 +30,38 @@ using E4M3 = cute::float_e4m3_t;
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.69314718055994531f;
 constexpr float kLog2P = 8.80735492205760410f;  // log2(448): P is scaled to E4M3's range
+// 448 * 2^x is a finite float for x < 119; the rest is for what z and the norms are rounded by.
+constexpr float kLargestExponent = 110.0f;
+// E4M3 may enlarge an element by 1/17, and a score of two of them by (18/17)^2 = 1.121.
+constexpr float kScoreGrowth = 1.14f;
 
 template <int kHeadDim_>
 struct FwdConfig {
     static constexpr int kHeadDim = kHeadDim_;
-    // A tenant is a pair of math warpgroups with its own work items and its own key ring. D 128 needs the registers of
-    // the whole SM for one, whose PV runs beside the next step's softmax. D 64 spends twice as long in softmax per
-    // tensor operation: there two tenants, with half-block steps and no such overlap, hide each other's latencies.
-    static constexpr int kTenants = kHeadDim == 128 ? 1 : 2;
-    static constexpr bool kOverlapPV = kTenants == 1, kTakeTurns = kTenants == 1;
-    static constexpr int kStep = kTenants == 1 ? 128 : 64;  // keys per softmax step
-    static constexpr int kStepsPerBlock = kBlock / kStep;
-    static constexpr int kStages = 4;
-    static constexpr int kMathWarpgroups = 2, kRows = 64;  // of one tenant; rows of one warpgroup
-    static constexpr int kTenantThreads = 128 * kMathWarpgroups, kMathThreads = kTenants * kTenantThreads;
+    static constexpr int kStages = 4, kQStages = 2;
+    static constexpr int kWarpgroups = kBlocksPerItem, kMathThreads = 128 * kWarpgroups;
     static constexpr int kThreads = kMathThreads + 128;
-    static constexpr int kLoadRegisters = kTenants == 1 ? 24 : 32, kMathRegisters = kTenants == 1 ? 240 : 112;
-    // At launch every warp has as many, in multiples of 8; then the load warps give theirs up to the math warps.
+    // Three warpgroups hide each other's waits; the registers of the SM allow no fourth one. At launch every warp has
+    // as many, in multiples of 8; then the load warps give theirs up to the math warps.
     static constexpr int kLaunchRegisters = 64 * 1024 / kThreads / 8 * 8;
+    static constexpr int kLoadRegisters = 32, kMathRegisters = 160;
     static_assert(128 * kLoadRegisters + kMathThreads * kMathRegisters <= kThreads * kLaunchRegisters);
-    static_assert(kRows * kMathWarpgroups == kBlock && kBlock % kStep == 0);
+    static_assert(kHeadDim == 64 || kHeadDim == 128);
 
     using AtomRow = conditional_t<kHeadDim == 128, GMMA::Layout_K_SW128_Atom<E4M3>, GMMA::Layout_K_SW64_Atom<E4M3>>;
-    using LayoutQ = decltype(tile_to_shape(AtomRow{}, Shape<Int<kRows>, Int<kHeadDim>>{}));
-    using LayoutK = decltype(tile_to_shape(AtomRow{}, Shape<Int<kStep>, Int<kHeadDim>>{}));
+    using LayoutQ = decltype(tile_to_shape(AtomRow{}, Shape<Int<kQueryBlock>, Int<kHeadDim>>{}));
+    using LayoutK = decltype(tile_to_shape(AtomRow{}, Shape<Int<kBlock>, Int<kHeadDim>>{}));
     using LayoutV = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<E4M3>{}, Shape<Int<kHeadDim>, Int<kBlock>>{}));
-    using AtomQK = conditional_t<kStep == 128, SM90::GMMA::MMA_64x128x32_F32E4M3E4M3_SS_TN<>,
-                                 SM90::GMMA::MMA_64x64x32_F32E4M3E4M3_SS_TN<>>;
     using AtomPV = conditional_t<kHeadDim == 128, SM90::GMMA::MMA_64x128x32_F32E4M3E4M3_RS_TN<>,
                                  SM90::GMMA::MMA_64x64x32_F32E4M3E4M3_RS_TN<>>;
-    using MmaQK = decltype(make_tiled_mma(AtomQK{}));
+    using MmaQK = decltype(make_tiled_mma(SM90::GMMA::MMA_64x128x32_F32E4M3E4M3_SS_TN<>{}));
     using MmaPV = decltype(make_tiled_mma(AtomPV{}));
 };
 
 // What one bulk copy brings: the images of params.h.
 template <class Cfg>
 struct QBlock {
-    E4M3 q[kBlock * Cfg::kHeadDim];
+    E4M3 q[kQueryBlock * Cfg::kHeadDim];
     BlockMeta meta;
 };
 template <class Cfg>
@@ -76,71 +76,112 @@ struct FwdSmem {
     struct alignas(1024) Stage {
         KVBlock<Cfg> block;
     };
-    alignas(1024) QBlock<Cfg> q;
+    struct alignas(1024) Query {
+        QBlock<Cfg> block;
+    };
     Stage stages[Cfg::kStages];
-    Barrier q_full, q_empty, full[Cfg::kStages], empty[Cfg::kStages];
+    Query queries[Cfg::kQStages][Cfg::kWarpgroups];
+    Barrier q_full[Cfg::kQStages], q_empty[Cfg::kQStages], full[Cfg::kStages], empty[Cfg::kStages];
 
     static_assert(sizeof(QBlock<Cfg>) == q_block_bytes(Cfg::kHeadDim));
     static_assert(sizeof(KVBlock<Cfg>) == kv_block_bytes(Cfg::kHeadDim));
 };
 
-// One query block of one head and the box of key tiles it sees.
+// Up to three query blocks that see the same keys: neighbours in a *run*, the tiles that differ only on axes whose
+// window is the whole axis (so all of a head's tiles, if it is dense; a single one, if no axis is whole). In a run, the
+// first blocks of all tiles come first, then the second ones, and so on; tiles with ragged axes slowest: so blocks that
+// hold no token lie together, and most fill whole items.
 struct WorkItem {
-    int batch, head, block, in_tile;
+    int batch, head, first;  // `first` block in the run
     int64_t bh;
-    Int3 tile, extent;
+    Int3 origin;  // first tile of the run
     TileBox keys;
 
     __device__ WorkItem(const ForwardParams &p, int index) {
-        const TileGrid &g = p.geometry;
-        bh = index / g.blocks();
-        block = index % g.blocks();
-        batch = bh / p.heads;
-        head = bh % p.heads;
-        in_tile = block % g.blocks_per_tile() * kBlock;
-        tile = g.tile_coord(block / g.blocks_per_tile());
-        extent = g.extent(tile);
-        keys = g.keys_of(tile, p.windows[p.n_windows == 1 ? 0 : head], p.border);
+        first = index % p.items_per_run * kBlocksPerItem;
+        index /= p.items_per_run;
+        origin = coordinates(index % p.n_runs, p.runs);
+        index /= p.n_runs;
+        batch = index / p.heads;
+        head = p.n_windows == 1 ? index % p.heads : p.head_order[index % p.heads];
+        bh = int64_t(batch) * p.heads + head;
+        keys = p.geometry.keys_of(origin, p.windows[p.n_windows == 1 ? 0 : head], p.border);
     }
-    __device__ bool has_tokens() const { return in_tile < extent.volume(); }
 };
 
-// The items of one tenant: every kTenants * gridDim.x-th, so that neighbours in space run at the same time.
-template <class Cfg, class F>
-__device__ __forceinline__ void for_each_item(const ForwardParams &p, int tenant, F &&f) {
-    for (int index = blockIdx.x * Cfg::kTenants + tenant; index < p.items; index += gridDim.x * Cfg::kTenants) {
+// Query block i of an item.
+struct QueryBlock {
+    Int3 tile, extent;
+    int first_row;  // in the tile's slot
+    bool exists;    // and holds a token
+
+    __device__ QueryBlock(const ForwardParams &p, const WorkItem &item, int i) {
+        const int in_run = item.first + i, place = in_run % p.tiles_per_run;
+        const int fast = place % p.run_size[0], rest = place / p.run_size[0];
+        const int middle = rest % p.run_size[1], slow = rest / p.run_size[1];
+        const auto offset = [&](int axis) {
+            return axis == p.run_axis[0] ? fast : axis == p.run_axis[1] ? middle : slow;
+        };
+        tile = {item.origin.t + offset(0), item.origin.h + offset(1), item.origin.w + offset(2)};
+        extent = p.geometry.extent(tile);
+        first_row = in_run / p.tiles_per_run * kQueryBlock;
+        exists = first_row < extent.volume();
+    }
+};
+
+// Every gridDim.x-th item, so that neighbours in space run at the same time and share their keys in L2. The index is a
+// plain function of blockIdx, so that ptxas knows it, and what follows from it, to be warp-uniform.
+template <class F>
+__device__ __forceinline__ void for_each_item(const ForwardParams &p, F &&f) {
+    for (int index = blockIdx.x; index < p.items; index += gridDim.x) {
         const WorkItem item(p, index);
-        if (item.has_tokens()) {
+        bool exists = !p.ragged_runs;
+#pragma unroll 1
+        for (int i = 0; i < kBlocksPerItem && !exists; ++i) {
+            exists = QueryBlock(p, item, i).exists;
+        }
+        if (exists) {
             f(item, index);
         }
     }
 }
 
-// One thread walks every item's box and keeps the ring of key blocks full.
+// One thread walks every item's keys and keeps the ring of key blocks full.
 template <class Cfg>
-__device__ void load(const ForwardParams &p, FwdSmem<Cfg> &smem, int tenant) {
+__device__ void load(const ForwardParams &p, FwdSmem<Cfg> &smem) {
     constexpr int kQBytes = q_block_bytes(Cfg::kHeadDim), kKVBytes = kv_block_bytes(Cfg::kHeadDim);
     const TileGrid &g = p.geometry;
-    RingState<1> q_ring;
+    RingState<Cfg::kQStages> q_ring;
     RingState<Cfg::kStages> ring;
-    for_each_item<Cfg>(p, tenant, [&](const WorkItem &item, int) {
-        smem.q_empty.wait(q_ring.empty_parity());
-        smem.q_full.arrive_expecting(kQBytes);
-        bulk_load(&smem.q, p.q_blocks + (item.bh * g.blocks() + item.block) * kQBytes, kQBytes, smem.q_full);
+    for_each_item(p, [&](const WorkItem &item, int) {
+        Barrier &q_full = smem.q_full[q_ring.stage()];
+        smem.q_empty[q_ring.stage()].wait(q_ring.empty_parity());
+#pragma unroll 1
+        for (int i = 0; i < kBlocksPerItem; ++i) {
+            const QueryBlock block(p, item, i);
+            if (block.exists) {
+                const int64_t slot = item.bh * g.tiles.volume() + g.tile_index(block.tile);
+                const int64_t image = (slot * g.slot + block.first_row) / kQueryBlock;
+                q_full.expect(kQBytes);
+                bulk_load(&smem.queries[q_ring.stage()][i].block, p.q_blocks + image * kQBytes, kQBytes, q_full);
+            }
+        }
+        q_full.arrive();
         q_ring.next();
 
-        const uint8_t *head_blocks = p.kv_blocks + item.bh * g.blocks() * kKVBytes;
         for (int t = item.keys.t.lo; t < item.keys.t.hi; ++t) {
             for (int h = item.keys.h.lo; h < item.keys.h.hi; ++h) {
                 for (int w = item.keys.w.lo; w < item.keys.w.hi; ++w) {
                     const Int3 tile{t, h, w};
                     const int blocks = ceil_div(g.extent(tile).volume(), kBlock);
-                    const uint8_t *from = head_blocks + int64_t(g.tile_index(tile)) * g.blocks_per_tile() * kKVBytes;
+                    const int64_t image = (item.bh * g.tiles.volume() + g.tile_index(tile)) * g.blocks_per_tile();
+                    const uint8_t *from = p.kv_blocks + image * kKVBytes;
                     for (int b = 0; b < blocks; ++b, ring.next()) {
+                        Barrier &full = smem.full[ring.stage()];
                         smem.empty[ring.stage()].wait(ring.empty_parity());
-                        smem.full[ring.stage()].arrive_expecting(kKVBytes);
-                        bulk_load(&smem.stages[ring.stage()].block, from + b * kKVBytes, kKVBytes,
-                                  smem.full[ring.stage()]);
+                        full.expect(kKVBytes);
+                        full.arrive();
+                        bulk_load(&smem.stages[ring.stage()].block, from + b * kKVBytes, kKVBytes, full);
                     }
                 }
             }
@@ -169,129 +210,56 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&x)[4]) {
     }
 }
 
+// A row lives in the four lanes of a quad.
 __device__ __forceinline__ float quad_sum(float x) {
     x += __shfl_xor_sync(~0u, x, 1);
     return x + __shfl_xor_sync(~0u, x, 2);
 }
+__device__ __forceinline__ float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
 
-// By which powers of two the accumulated sums of a thread's two rows shrink when their maxima move: two biased
-// exponents, 8 bits each.
-struct Shrink {
-    uint32_t bits;
-
-    __device__ static Shrink from(float exponent0, float exponent1) {
-        return {biased(exponent0) | biased(exponent1) << 8};
-    }
-    __device__ float row(int r) const { return __uint_as_float((bits >> 8 * r & 0xff) << 23); }
-
-private:
-    __device__ static uint32_t biased(float exponent) { return max(__float2int_rn(exponent), -127) + 127; }
-};
-
-// Those of the last two steps, in one register.
-struct ShrinkPair {
-    uint32_t bits = 0;
-
-    __device__ void push(Shrink s) { bits = bits << 16 | s.bits; }
-    __device__ Shrink last() const { return {bits & 0xffff}; }
-    __device__ Shrink older() const { return {bits >> 16}; }
-};
-
-// The two rows of a thread: m (integer, log2 domain) and l (its own columns' share, times 448).
+// The two rows of a thread: m (an integer, log2 domain), l (its own columns' share, times 448), and by which power of
+// two what was summed up before the current step shrinks.
 struct RowState {
-    float m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0};
+    float m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0}, shrink[2];
 };
 
 // Element (row r, column c) of this thread's share of S: column pairs, then rows, then groups of 8 columns.
 template <class TensorS>
-__device__ __forceinline__ float &at(TensorS &s, int r, int c) {
+__device__ __forceinline__ auto &at(TensorS &s, int r, int c) {
     return s(c % 2 + 2 * r + c / 2 * 4);
 }
-template <class TensorS>
-constexpr int kColumns = decltype(size(TensorS{}))::value / 2;  // of each row, in one thread
+constexpr int kOwnColumns = kBlock / 4;  // of each row, in one thread
 
-// Padding keys, which come last, score -inf. Most steps have none, most others only a few.
-template <class TensorS>
+// Padding keys, which come last, score -inf: own columns from kFirst on.
+template <int kFirst, class TensorS>
 __device__ __forceinline__ void mask(TensorS &s, int valid) {
-    constexpr int kAll = kColumns<TensorS>, kFew = 4;
-    const auto mask_columns = [&](int first, int last) {
+    const int lane = threadIdx.x % 4;
 #pragma unroll
-        for (int c = first; c < last; ++c) {
-            const bool padding = c / 2 * 8 + int(threadIdx.x) % 4 * 2 + c % 2 >= valid;
-            at(s, 0, c) = padding ? -INFINITY : at(s, 0, c);
-            at(s, 1, c) = padding ? -INFINITY : at(s, 1, c);
-        }
-    };
-    if (valid < 4 * kAll) {
-        mask_columns(kAll - kFew, kAll);
-        if (valid < 4 * (kAll - kFew)) {
-            mask_columns(0, kAll - kFew);
-        }
+    for (int c = kFirst; c < kOwnColumns; ++c) {
+        // Key c / 2 * 8 + 2 * lane + c % 2; written so that no register per column is kept through the loop over keys.
+        const bool padding = 2 * lane >= valid - (c / 2 * 8 + c % 2);
+        at(s, 0, c) = padding ? -INFINITY : at(s, 0, c);
+        at(s, 1, c) = padding ? -INFINITY : at(s, 1, c);
     }
 }
 
-// The new integer maxima of a thread's rows; a row lives in the four lanes of a quad. A three-way integer maximum takes
-// two new inputs an instruction, a float one takes one; the floats' bits compare as integers as long as the maximum is
-// not negative. If it is, and the row has seen no larger one, the floats are compared after all.
+// m becomes at least the maximum of these scores.
 template <class TensorS>
-__device__ __forceinline__ Shrink update_max(TensorS &s, RowState &row, float scale_log2) {
-    constexpr int kChains = 4;  // independent ones
-    int bits[2];
+__device__ __forceinline__ void cover_max(const TensorS &s, RowState &row, float scale_log2) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        int chain[kChains];
+        float top = -INFINITY;
 #pragma unroll
-        for (int c = 0; c < kColumns<TensorS>; c += 2 * kChains) {
-#pragma unroll
-            for (int i = 0; i < kChains; ++i) {
-                const int x = __float_as_int(at(s, r, c + i)), y = __float_as_int(at(s, r, c + i + kChains));
-                chain[i] = c == 0 ? max(x, y) : max(max(chain[i], x), y);
-            }
+        for (int c = 0; c < kOwnColumns; ++c) {
+            top = fmaxf(top, at(s, r, c));
         }
-        bits[r] = max(max(chain[0], chain[1]), max(chain[2], chain[3]));
+        const float m = fmaxf(row.m[r], ceilf(quad_max(top) * scale_log2));
+        row.shrink[r] = exp2_approx(row.m[r] - m);
+        row.m[r] = m;
     }
-#pragma unroll
-    for (int lane = 1; lane <= 2; ++lane) {
-        bits[0] = max(bits[0], __shfl_xor_sync(~0u, bits[0], lane));
-        bits[1] = max(bits[1], __shfl_xor_sync(~0u, bits[1], lane));
-    }
-    float top[2] = {__int_as_float(bits[0]), __int_as_float(bits[1])};
-    if (__any_sync(~0u, (bits[0] < 0 && row.m[0] < 0) || (bits[1] < 0 && row.m[1] < 0))) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            top[r] = at(s, r, 0);
-#pragma unroll
-            for (int c = 1; c < kColumns<TensorS>; ++c) {
-                top[r] = fmaxf(top[r], at(s, r, c));
-            }
-            top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 1));
-            top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 2));
-        }
-    }
-    const float m[2] = {fmaxf(row.m[0], ceilf(top[0] * scale_log2)), fmaxf(row.m[1], ceilf(top[1] * scale_log2))};
-    const Shrink shrink = Shrink::from(row.m[0] - m[0], row.m[1] - m[1]);
-    row.m[0] = m[0];
-    row.m[1] = m[1];
-    return shrink;
-}
-
-// S becomes 448 P in place, and l grows.
-template <class TensorS>
-__device__ __forceinline__ void exponentiate(TensorS &s, RowState &row, Shrink shrink, float scale_log2) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const float offset = kLog2P - row.m[r];
-        float sum[2] = {};
-#pragma unroll
-        for (int c = 0; c < kColumns<TensorS>; ++c) {
-            at(s, r, c) = exp2_approx(fmaf(at(s, r, c), scale_log2, offset));
-            sum[c % 2] += at(s, r, c);
-        }
-        row.l[r] = fmaf(row.l[r], shrink.row(r), sum[0] + sum[1]);
-    }
-    // NOTE(perf): l is never negative. A wait for the tensor core that follows must not move up past the exponentials,
-    // or PV would no longer run beside them.
-    nanosleep_if(row.l[0] + row.l[1] < 0);
 }
 
 // 448 P to E4M3, in the A operand's register order (see permuted_token).
@@ -299,7 +267,7 @@ template <class TensorS, class TensorP>
 __device__ __forceinline__ void pack_p(const TensorS &s, TensorP &p) {
     Tensor words = recast<uint32_t>(p);
 #pragma unroll
-    for (int g = 0; g < kColumns<TensorS> / 4; ++g) {
+    for (int g = 0; g < kOwnColumns / 4; ++g) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int i = 8 * g + 2 * r;
@@ -308,12 +276,52 @@ __device__ __forceinline__ void pack_p(const TensorS &s, TensorP &p) {
     }
 }
 
+// Scores become 448 P, in place, and P; l grows. An E4M3 holds at most 448. A thread's two sums over 16 columns of a
+// row are at most that almost always; then no column exceeds it. Otherwise m grows, for the whole row, so far that the
+// largest sum comes to lie in (112, 224], and what was computed with the smaller m shrinks: exactly, by a power of two.
+template <class TensorS, class TensorP>
+__device__ __forceinline__ void exponentiate(TensorS &s, TensorP &p, RowState &row, float scale_log2) {
+    float sums[2][2] = {};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const float offset = kLog2P - row.m[r];
+#pragma unroll
+        for (int c = 0; c < kOwnColumns; ++c) {
+            at(s, r, c) = exp2_approx(fmaf(at(s, r, c), scale_log2, offset));
+            sums[r][c % 2] += at(s, r, c);
+        }
+    }
+    pack_p(s, p);
+    const float top[2] = {fmaxf(sums[0][0], sums[0][1]), fmaxf(sums[1][0], sums[1][1])};
+    float sum[2] = {sums[0][0] + sums[0][1], sums[1][0] + sums[1][1]};
+    if (__any_sync(~0u, fmaxf(top[0], top[1]) > kE4M3Max)) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            // ceil(log2(top of the row / 448)) + 1; NaN and Inf stay as they are.
+            const float row_top = quad_max(top[r]) * (1.0f / kE4M3Max);
+            const int by = row_top > 1.0f && row_top < INFINITY ? ((__float_as_int(row_top) - 1) >> 23) - 125 : 0;
+            const float shrink = __int_as_float((127 - by) << 23);
+            row.m[r] += by;
+            row.shrink[r] *= shrink;
+            sum[r] *= shrink;
+#pragma unroll
+            for (int c = 0; c < kOwnColumns; ++c) {
+                at(s, r, c) *= shrink;
+            }
+        }
+        pack_p(s, p);
+    }
+    row.l[0] = fmaf(row.l[0], row.shrink[0], sum[0]);
+    row.l[1] = fmaf(row.l[1], row.shrink[1], sum[1]);
+}
+
 // O s_v / l in raster order, and LSE. A quad holds 8 consecutive columns of a row, two per lane; transposing four such
 // groups gives each lane 16 contiguous bytes.
 template <class Cfg, class T, class TensorO>
-__device__ void store(const ForwardParams &p, const WorkItem &item, TensorO &o, RowState &row) {
+__device__ void store(const ForwardParams &p, const WorkItem &item, const QueryBlock &block, TensorO &o,
+                      const RowState &row) {
     const TileGrid &g = p.geometry;
-    const int thread = opaque(threadIdx.x) % Cfg::kTenantThreads, lane = thread % 4;
+    const int thread = opaque(threadIdx.x) % 128, lane = thread % 4;
     const float l[2] = {quad_sum(row.l[0]), quad_sum(row.l[1])};
     const float inverse[2] = {__fdiv_rn(1.0f, l[0]), __fdiv_rn(1.0f, l[1])};
     const float *v_amax = p.v_amax + item.bh * Cfg::kHeadDim;
@@ -326,11 +334,11 @@ __device__ void store(const ForwardParams &p, const WorkItem &item, TensorO &o, 
             o(4 * j + i) = o(4 * j + i) * inverse[i / 2] * scale[i % 2];
         }
     }
-    const int first = item.in_tile + thread / 32 * 16 + thread % 32 / 4;
+    const int first = block.first_row + thread / 32 * 16 + thread % 32 / 4;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const bool valid = first + 8 * r < item.extent.volume();
-        const int64_t token = valid ? g.token(item.tile, item.extent, first + 8 * r) : 0;
+        const bool valid = first + 8 * r < block.extent.volume();
+        const int64_t token = valid ? g.token(block.tile, block.extent, first + 8 * r) : 0;
         T *out = static_cast<T *>(p.out) + item.batch * p.out_strides.batch + item.head * p.out_strides.head +
                  token * p.out_strides.token;
 #pragma unroll
@@ -352,181 +360,165 @@ __device__ void store(const ForwardParams &p, const WorkItem &item, TensorO &o, 
     }
 }
 
+// Warpgroup `warpgroup` attends for query block `warpgroup` of every item.
 template <class Cfg, class T>
-__device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int tenant, int warpgroup) {
+__device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int warpgroup) {
     const int thread = threadIdx.x % 128;
-    constexpr auto kWithStages = [](auto layout) {
+    constexpr auto kWithStages = [](auto layout, auto stages, auto stride) {
         return make_composed_layout(layout.layout_a(), layout.offset(),
-                                    append(append(layout.layout_b(), make_layout(Int<Cfg::kStepsPerBlock>{},
-                                                                                 Int<Cfg::kStep * Cfg::kHeadDim>{})),
-                                           make_layout(Int<Cfg::kStages>{}, Int<sizeof(smem.stages[0])>{})));
+                                    append(layout.layout_b(), make_layout(stages, stride)));
     };
-    Tensor sQ = make_tensor(make_smem_ptr(smem.q.q + warpgroup * Cfg::kRows * Cfg::kHeadDim), typename Cfg::LayoutQ{});
-    Tensor sK = make_tensor(make_smem_ptr(smem.stages[0].block.k), kWithStages(typename Cfg::LayoutK{}));
-    Tensor sV = make_tensor(make_smem_ptr(smem.stages[0].block.v), kWithStages(typename Cfg::LayoutV{}))(_, _, 0, _);
+    constexpr auto kStageStride = Int<sizeof(smem.stages[0])>{};
+    Tensor sQ = make_tensor(make_smem_ptr(smem.queries[0][warpgroup].block.q),
+                            kWithStages(typename Cfg::LayoutQ{}, Int<Cfg::kQStages>{}, Int<sizeof(smem.queries[0])>{}));
+    Tensor sK = make_tensor(make_smem_ptr(smem.stages[0].block.k),
+                            kWithStages(typename Cfg::LayoutK{}, Int<Cfg::kStages>{}, kStageStride));
+    Tensor sV = make_tensor(make_smem_ptr(smem.stages[0].block.v),
+                            kWithStages(typename Cfg::LayoutV{}, Int<Cfg::kStages>{}, kStageStride));
     typename Cfg::MmaQK mma_qk;
     typename Cfg::MmaPV mma_pv;
-    const auto thr_qk = mma_qk.get_slice(thread);
-    const auto thr_pv = mma_pv.get_slice(thread);
-    Tensor rQ = thr_qk.partition_fragment_A(sQ);  // shared-memory descriptors
-    Tensor rK = thr_qk.partition_fragment_B(sK);
-    Tensor rV = thr_pv.partition_fragment_B(sV);
-    Tensor rS = partition_fragment_C(mma_qk, Shape<Int<Cfg::kRows>, Int<Cfg::kStep>>{});
-    Tensor rP = make_tensor<E4M3>(partition_shape_A(mma_pv, Shape<Int<Cfg::kRows>, Int<Cfg::kStep>>{}));
-    Tensor rT = partition_fragment_C(mma_pv, Shape<Int<Cfg::kRows>, Int<Cfg::kHeadDim>>{});
-    Tensor rO = make_fragment_like(rT);
+    Tensor rQ = mma_qk.get_slice(thread).partition_fragment_A(sQ);  // shared-memory descriptors
+    Tensor rK = mma_qk.get_slice(thread).partition_fragment_B(sK);
+    Tensor rV = mma_pv.get_slice(thread).partition_fragment_B(sV);
+    Tensor rS = partition_fragment_C(mma_qk, Shape<Int<kQueryBlock>, Int<kBlock>>{});
+    Tensor rP = make_tensor<E4M3>(partition_shape_A(mma_pv, Shape<Int<kQueryBlock>, Int<kBlock>>{}));
+    Tensor rO = partition_fragment_C(mma_pv, Shape<Int<kQueryBlock>, Int<Cfg::kHeadDim>>{});
+    // At D 128, T takes turns with S in the same registers: neither lives when the other is computed.
+    Tensor rT = [&] {
+        if constexpr (Cfg::kHeadDim == 128) {
+            return make_tensor(rS.data(), rO.layout());
+        } else {
+            return make_fragment_like(rO);
+        }
+    }();
 
-    const auto issue_qk = [&](int stage, int step_in_block) {
-        warpgroup_fence_operand(rS);
-        warpgroup_arrive();
-        mma_qk.accumulate_ = GMMA::ScaleOut::Zero;
-#pragma unroll
-        for (int k = 0; k < size<2>(rQ); ++k) {
-            gemm(mma_qk, rQ(_, _, k), rK(_, _, k, step_in_block, stage), rS);
-            mma_qk.accumulate_ = GMMA::ScaleOut::One;
-        }
-        warpgroup_commit_batch();
-    };
-    const auto issue_pv = [&](int stage, int step_in_block) {
-        warpgroup_fence_operand(rT);
-        warpgroup_arrive();
-        mma_pv.accumulate_ = GMMA::ScaleOut::Zero;
-#pragma unroll
-        for (int k = 0; k < size<2>(rP); ++k) {
-            gemm(mma_pv, rP(_, _, k), rV(_, _, step_in_block * size<2>(rP) + k, stage), rT);
-            mma_pv.accumulate_ = GMMA::ScaleOut::One;
-        }
-        warpgroup_commit_batch();
-    };
-
-    // The two warpgroups take turns at the exponentials: side by side they would each wait for the unit half of the
-    // time, and then both leave it idle.
-    const auto wait_turn = [&] {
-        if constexpr (Cfg::kTakeTurns) {
-            named_barrier_sync(1 + warpgroup, Cfg::kTenantThreads);
-        }
-    };
-    const auto pass_turn = [&] {
-        if constexpr (Cfg::kTakeTurns) {
-            named_barrier_arrive(1 + (warpgroup ^ 1), Cfg::kTenantThreads);
-        }
-    };
-    if (warpgroup == 1) {
-        pass_turn();
-    }
-    RingState<1> q_ring;
+    RingState<Cfg::kQStages> q_ring;
     RingState<Cfg::kStages> ring;
-    for_each_item<Cfg>(p, tenant, [&](const WorkItem &item, int index) {
-        const int n_blocks = p.geometry.valid_blocks(item.keys);
+    for_each_item(p, [&](const WorkItem &item, int index) {
+        // Key blocks that are still to come.
+        int left =
+            p.ragged_runs ? p.geometry.valid_blocks(item.keys) : item.keys.tiles() * p.geometry.blocks_per_tile();
+        const bool exists = QueryBlock(p, item, warpgroup).exists;
         RowState row;
-        clear(rO);
-        smem.q_full.wait(q_ring.full_parity());
-        const float q_scale_log2 = smem.q.meta.scale * p.scale * kLog2E;
         BlockMeta meta;
-        const auto wait_for_stage = [&] {
+        float q_scale_log2;
+        const auto release = [&](Barrier &barrier) {
+            if (thread == 0) {
+                barrier.arrive();
+            }
+        };
+        const auto wait_for_keys = [&] {
             smem.full[ring.stage()].wait(ring.full_parity());
             meta = smem.stages[ring.stage()].block.meta;
         };
-        const auto release_stage = [&](int stage) {
-            if (thread == 0) {
-                smem.empty[stage].arrive();
-            }
-        };
-        const auto softmax = [&](int step_in_block) {
-            float scale_log2 = q_scale_log2 * meta.scale;
+        const auto issue_qk = [&] {
             warpgroup_fence_operand(rS);
-            mask(rS, meta.valid - step_in_block * Cfg::kStep);
-            const Shrink shrink = update_max(rS, row, scale_log2);
-            if constexpr (Cfg::kTakeTurns) {
-                wait_turn();
-                // Read once more, or ptxas would move the exponentials up past the barrier.
-                scale_log2 =
-                    q_scale_log2 * *const_cast<const volatile float *>(&smem.stages[ring.stage()].block.meta.scale);
+            warpgroup_arrive();
+            mma_qk.accumulate_ = GMMA::ScaleOut::Zero;
+#pragma unroll
+            for (int k = 0; k < size<2>(rQ); ++k) {
+                gemm(mma_qk, rQ(_, _, k, q_ring.stage()), rK(_, _, k, ring.stage()), rS);
+                mma_qk.accumulate_ = GMMA::ScaleOut::One;
             }
-            exponentiate(rS, row, shrink, scale_log2);
-            pass_turn();
-            return shrink;
+            warpgroup_commit_batch();
         };
-        const auto accumulate = [&](Shrink shrink) {
+        const auto issue_pv = [&] {
+            warpgroup_fence_operand(rP);
+            warpgroup_fence_operand(rT);
+            warpgroup_arrive();
+            mma_pv.accumulate_ = GMMA::ScaleOut::Zero;
+#pragma unroll
+            for (int k = 0; k < size<2>(rP); ++k) {
+                gemm(mma_pv, rP(_, _, k), rV(_, _, k, ring.stage()), rT);
+                mma_pv.accumulate_ = GMMA::ScaleOut::One;
+            }
+            warpgroup_commit_batch();
+        };
+        const auto add_to_o = [&] {
+            warpgroup_wait<0>();
             warpgroup_fence_operand(rT);
 #pragma unroll
             for (int i = 0; i < size(rT); ++i) {
-                rO(i) = fmaf(rO(i), shrink.row(i / 2 % 2), rT(i));
+                rO(i) = fmaf(rO(i), row.shrink[i / 2 % 2], rT(i));
             }
         };
+        // From scores in flight to P. `exactly` looks for the maxima first.
+        const auto softmax = [&](bool exactly) {
+            // Above zero, so that padding's -inf stays that.
+            const float scale_log2 = fmaxf(q_scale_log2 * meta.scale, FLT_MIN);
+            row.shrink[0] = row.shrink[1] = 1.0f;
+            warpgroup_wait<0>();
+            warpgroup_fence_operand(rS);
+            // Nearly all padded blocks have padding among the last 8 keys only: no branch for those.
+            mask<kOwnColumns - 2>(rS, meta.valid);
+            if (meta.valid <= kBlock - 8) {
+                mask<0>(rS, meta.valid);
+            }
+            if (exactly) {
+                cover_max(rS, row, scale_log2);
+            }
+            exponentiate(rS, rP, row, scale_log2);
+        };
 
-        if constexpr (Cfg::kOverlapPV) {
-            wait_for_stage();
-            issue_qk(ring.stage(), 0);
-            ShrinkPair shrinks;
-            warpgroup_wait<0>();
-            shrinks.push(softmax(0));
-            pack_p(rS, rP);
-            clear(rT);
-            // T of two steps ago joins O while QK of this step runs; then softmax runs beside PV of the previous step.
-            for (int left = n_blocks - 1; left > 0; --left) {
-                const int previous = ring.stage();
-                ring.next();
-                wait_for_stage();
-                issue_qk(ring.stage(), 0);
-                accumulate(shrinks.older());
-                issue_pv(previous, 0);
-                warpgroup_wait<1>();  // S is there; PV may still run
-                shrinks.push(softmax(0));
-                warpgroup_wait<0>();
-                release_stage(previous);
-                pack_p(rS, rP);
+        smem.q_full[q_ring.stage()].wait(q_ring.full_parity());
+        if (!exists) {
+            // No wgmma keeps the four warps together here; without a barrier one might fall a lap of the ring behind.
+            const auto pass = [&](Barrier &barrier) {
+                named_barrier_sync(1 + warpgroup, 128);
+                release(barrier);
+            };
+            pass(smem.q_empty[q_ring.stage()]);
+            q_ring.next();
+            for (; left > 0; --left, ring.next()) {
+                smem.full[ring.stage()].wait(ring.full_parity());
+                pass(smem.empty[ring.stage()]);
             }
-            accumulate(shrinks.older());
-            issue_pv(ring.stage(), 0);
-            if (thread == 0) {
-                smem.q_empty.arrive();
-            }
-            warpgroup_wait<0>();
-            release_stage(ring.stage());
-            ring.next();
-            accumulate(shrinks.last());
-        } else {
-            for (int j = 0; j < n_blocks; ++j) {
-                wait_for_stage();
-#pragma unroll
-                for (int i = 0; i < Cfg::kStepsPerBlock; ++i) {
-                    issue_qk(ring.stage(), i);
-                    warpgroup_wait<0>();
-                    const Shrink shrink = softmax(i);
-                    pack_p(rS, rP);
-                    issue_pv(ring.stage(), i);
-                    warpgroup_wait<0>();
-                    accumulate(shrink);
-                }
-                release_stage(ring.stage());
-                ring.next();
-            }
-            if (thread == 0) {
-                smem.q_empty.arrive();
-            }
+            return;
         }
+        q_scale_log2 = smem.queries[q_ring.stage()][warpgroup].block.meta.scale * p.scale * kLog2E;
+        clear(rO);
+        wait_for_keys();
+        issue_qk();
+        softmax(true);
+        const float2 norms = __ldg(reinterpret_cast<const float2 *>(p.norms) + WorkItem(p, opaque(index)).bh);
+        const float bound = kScoreGrowth * norms.x * norms.y * p.scale * kLog2E;
+        // The exponentials of an item with very wide scores might overflow.
+        const bool careful = __any_sync(~0u, !(bound - fminf(row.m[0], row.m[1]) < kLargestExponent));
+        while (--left > 0) {
+            issue_pv();
+            Barrier &read = smem.empty[ring.stage()];
+            ring.next();
+            wait_for_keys();
+            add_to_o();
+            release(read);
+            issue_qk();
+            softmax(careful);
+        }
+        release(smem.q_empty[q_ring.stage()]);
         q_ring.next();
+        issue_pv();
+        add_to_o();
+        release(smem.empty[ring.stage()]);
+        ring.next();
         // Worked out anew: nothing of the item but its index stays in registers through the loop.
-        store<Cfg, T>(p, WorkItem(p, opaque(index)), rO, row);
+        const WorkItem again(p, opaque(index));
+        store<Cfg, T>(p, again, QueryBlock(p, again, warpgroup), rO, row);
     });
-    if (warpgroup == 0) {
-        wait_turn();  // the one that the other passed last, so that no barrier is left half full
-    }
 }
 
 template <class Cfg, class T>
 __global__ void __launch_bounds__(Cfg::kThreads, 1) attn_fwd_sm90(const __grid_constant__ ForwardParams p) {
     extern __shared__ char smem_bytes[];
     // The runtime aligns dynamic shared memory to 16 bytes only; the swizzle needs 1024.
-    auto *tenants = reinterpret_cast<FwdSmem<Cfg> *>(smem_bytes + (-smem_address(smem_bytes) & 1023));
-    if (threadIdx.x < Cfg::kTenants) {
-        FwdSmem<Cfg> &smem = tenants[threadIdx.x];
-        smem.q_full.init(1);
-        smem.q_empty.init(Cfg::kMathWarpgroups);
+    auto &smem = *reinterpret_cast<FwdSmem<Cfg> *>(smem_bytes + (-smem_address(smem_bytes) & 1023));
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < Cfg::kQStages; ++s) {
+            smem.q_full[s].init(1);
+            smem.q_empty[s].init(Cfg::kWarpgroups);
+        }
         for (int s = 0; s < Cfg::kStages; ++s) {
             smem.full[s].init(1);
-            smem.empty[s].init(Cfg::kMathWarpgroups);
+            smem.empty[s].init(Cfg::kWarpgroups);
         }
         fence_barrier_init();
     }
@@ -534,29 +526,47 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1) attn_fwd_sm90(const __grid_c
     if (threadIdx.x < Cfg::kMathThreads) {
         claim_registers<Cfg::kMathRegisters>();
         const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // warp-uniform, for the descriptors' sake
-        const int tenant = warpgroup / Cfg::kMathWarpgroups;
-        math<Cfg, T>(p, tenants[tenant], tenant, warpgroup % Cfg::kMathWarpgroups);
+        math<Cfg, T>(p, smem, warpgroup);
     } else {
         release_registers<Cfg::kLoadRegisters>();
-        const int tenant = (threadIdx.x - Cfg::kMathThreads) / 32;
-        if (tenant < Cfg::kTenants && threadIdx.x % 32 == 0) {
-            load<Cfg>(p, tenants[tenant], tenant);
+        if (threadIdx.x == Cfg::kMathThreads) {
+            load<Cfg>(p, smem);
         }
     }
 }
 
 }  // namespace
 
-void attn_fwd(const ForwardParams &p, cudaStream_t stream) {
+void attn_fwd(ForwardParams p, cudaStream_t stream) {
+    const TileGrid &g = p.geometry;
+    const Int3 run = g.run(p.windows, p.n_windows);
+    std::iota(p.run_axis, p.run_axis + 3, 0);
+    std::stable_partition(p.run_axis, p.run_axis + 3, [&](int axis) { return g.grid[axis] % g.tile[axis] == 0; });
+    for (int i = 0; i < 3; ++i) {
+        p.run_size[i] = run[p.run_axis[i]];
+    }
+    p.runs = g.tiles / run;
+    p.n_runs = p.runs.volume();
+    p.tiles_per_run = run.volume();
+    p.items_per_run = ceil_div(p.tiles_per_run * (g.slot / kQueryBlock), kBlocksPerItem);
+    p.items = p.batch * p.heads * p.n_runs * p.items_per_run;
+    // In a full tile, a block is empty only if padding fills it.
+    p.ragged_runs = g.slot - g.tile.volume() >= kQueryBlock ||
+                    std::any_of(p.run_axis, p.run_axis + 3, [&](int axis) { return g.grid[axis] % g.tile[axis] != 0; });
+    // Heads with large windows come first, so that the last items to run are short ones.
+    std::iota(p.head_order, p.head_order + p.n_windows, 0);
+    std::stable_sort(p.head_order, p.head_order + p.n_windows,
+                     [&](int a, int b) { return p.windows[a].volume() > p.windows[b].volume(); });
+
     int device, sm_count;
     FPS_CUDA_CHECK(cudaGetDevice(&device));
     FPS_CUDA_CHECK(cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device));
     dispatch(p.head_dim, p.dtype, [&](auto dim, auto element) {
         using Cfg = FwdConfig<decltype(dim)::value>;
-        constexpr int kSmemBytes = Cfg::kTenants * sizeof(FwdSmem<Cfg>) + 1024;
+        constexpr int kSmemBytes = sizeof(FwdSmem<Cfg>) + 1024;
         static_assert(kSmemBytes <= 227 * 1024);
-        launch(attn_fwd_sm90<Cfg, decltype(element)>, dim3(std::min(ceil_div(p.items, Cfg::kTenants), sm_count)),
-               Cfg::kThreads, kSmemBytes, stream, p);
+        launch(attn_fwd_sm90<Cfg, decltype(element)>, dim3(std::min(p.items, sm_count)), Cfg::kThreads, kSmemBytes,
+               stream, p);
     });
 }
 

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <string>
@@ -53,6 +54,13 @@ int valid_blocks(const Triple &grid, const Triple &tile, const Triple &window, b
     return g.valid_blocks(g.keys_of(g.tile_coord(query_tile), int3(window), border_of(truncate)));
 }
 
+Triple run(const Triple &grid, const Triple &tile, const std::vector<Triple> &windows) {
+    std::vector<Int3> list(windows.size());
+    std::transform(windows.begin(), windows.end(), list.begin(), int3);
+    const Int3 size = TileGrid(int3(grid), int3(tile)).run(list.data(), int(list.size()));
+    return {size.t, size.h, size.w};
+}
+
 Dtype dtype_of(const std::string &name) {
     FPS_CHECK(name == "bfloat16" || name == "float16", "dtype must be bfloat16 or float16, got ", name);
     return name == "bfloat16" ? Dtype::kBF16 : Dtype::kFP16;
@@ -70,19 +78,20 @@ cudaStream_t stream_of(uintptr_t address) {
 void check_size(const TileGrid &g, int batch, int heads) {
     FPS_CHECK(batch <= 65535, "batch must be at most 65535, got ", batch);
     const int64_t blocks = int64_t(batch) * heads * g.tiles.volume() * g.blocks_per_tile();
-    FPS_CHECK(blocks <= 1 << 30, "batch * heads * blocks must be at most 2^30, got ", blocks);
+    FPS_CHECK(blocks <= 1 << 29, "batch * heads * blocks must be at most 2^29, got ", blocks);
 }
 
 void bind_quantize(uintptr_t q, uintptr_t k, uintptr_t v, const StrideTriple &q_strides, const StrideTriple &k_strides,
                    const StrideTriple &v_strides, uintptr_t q_blocks, uintptr_t kv_blocks, uintptr_t v_amax,
-                   uintptr_t k_sum, uintptr_t k_mean, uintptr_t lse_shift, uintptr_t q_amax, uintptr_t k_amax,
-                   const Triple &grid, const Triple &tile, const Triple &brick, int batch, int heads, int head_dim,
-                   const std::string &dtype, float scale, uintptr_t stream) {
+                   uintptr_t norms, uintptr_t k_sum, uintptr_t k_mean, uintptr_t lse_shift, uintptr_t q_amax,
+                   uintptr_t k_amax, const Triple &grid, const Triple &tile, const Triple &brick, int batch, int heads,
+                   int head_dim, const std::string &dtype, float scale, uintptr_t stream) {
     QuantizeParams p{};
     p.q = pointer<void>(q), p.k = pointer<void>(k), p.v = pointer<void>(v);
     p.q_strides = strides_of(q_strides), p.k_strides = strides_of(k_strides), p.v_strides = strides_of(v_strides);
     p.q_blocks = pointer<uint8_t>(q_blocks), p.kv_blocks = pointer<uint8_t>(kv_blocks);
-    p.v_amax = pointer<float>(v_amax), p.k_sum = pointer<float>(k_sum), p.k_mean = pointer<float>(k_mean);
+    p.v_amax = pointer<float>(v_amax), p.norms = pointer<float>(norms), p.k_sum = pointer<float>(k_sum),
+    p.k_mean = pointer<float>(k_mean);
     p.lse_shift = pointer<float>(lse_shift), p.q_amax = pointer<float>(q_amax), p.k_amax = pointer<float>(k_amax);
     p.geometry = TileGrid(int3(grid), int3(tile));
     p.brick = int3(brick);
@@ -93,13 +102,13 @@ void bind_quantize(uintptr_t q, uintptr_t k, uintptr_t v, const StrideTriple &q_
     quantize(p, stream_of(stream));
 }
 
-void bind_attn_fwd(uintptr_t q_blocks, uintptr_t kv_blocks, uintptr_t v_amax, uintptr_t lse_shift, uintptr_t out,
-                   uintptr_t lse, const StrideTriple &out_strides, const Triple &grid, const Triple &tile,
-                   const std::vector<Triple> &windows, bool truncate, int batch, int heads, int head_dim,
-                   const std::string &dtype, float scale, uintptr_t stream) {
+void bind_attn_fwd(uintptr_t q_blocks, uintptr_t kv_blocks, uintptr_t v_amax, uintptr_t norms, uintptr_t lse_shift,
+                   uintptr_t out, uintptr_t lse, const StrideTriple &out_strides, const Triple &grid,
+                   const Triple &tile, const std::vector<Triple> &windows, bool truncate, int batch, int heads,
+                   int head_dim, const std::string &dtype, float scale, uintptr_t stream) {
     ForwardParams p{};
     p.q_blocks = pointer<uint8_t>(q_blocks), p.kv_blocks = pointer<uint8_t>(kv_blocks);
-    p.v_amax = pointer<float>(v_amax), p.lse_shift = pointer<float>(lse_shift);
+    p.v_amax = pointer<float>(v_amax), p.norms = pointer<float>(norms), p.lse_shift = pointer<float>(lse_shift);
     p.out = pointer<void>(out), p.lse = pointer<float>(lse);
     p.out_strides = strides_of(out_strides);
     p.geometry = TileGrid(int3(grid), int3(tile));
@@ -121,7 +130,6 @@ void bind_attn_fwd(uintptr_t q_blocks, uintptr_t kv_blocks, uintptr_t v_amax, ui
         p.windows[head] = int3(w);
     }
     check_size(p.geometry, batch, heads);
-    p.items = batch * heads * p.geometry.blocks();
     attn_fwd(p, stream_of(stream));
 }
 
@@ -130,6 +138,8 @@ void bind_attn_fwd(uintptr_t q_blocks, uintptr_t kv_blocks, uintptr_t v_amax, ui
 PYBIND11_MODULE(_C, m) {
     m.doc() = "FPSAttention kernels and the geometry rule they share. Takes addresses, not tensors.";
     m.attr("BLOCK") = kBlock;
+    m.attr("QUERY_BLOCK") = kQueryBlock;
+    m.attr("BLOCKS_PER_ITEM") = kBlocksPerItem;
     m.attr("MAX_SLOT") = kMaxSlot;
     m.attr("MAX_WINDOWS") = kMaxWindows;
 
@@ -139,15 +149,17 @@ PYBIND11_MODULE(_C, m) {
           [](int j, int n, int w, bool truncate) { return pair(axis_queries(j, n, w, border_of(truncate))); });
     m.def("slot_tokens", &slot_tokens);
     m.def("valid_blocks", &valid_blocks);
+    m.def("run", &run);
     m.def("q_block_bytes", &q_block_bytes);
     m.def("kv_block_bytes", &kv_block_bytes);
     m.def("quantize_chunks", &quantize_chunks);
 
     using namespace py::literals;
     m.def("quantize", &bind_quantize, py::kw_only(), "q"_a, "k"_a, "v"_a, "q_strides"_a, "k_strides"_a, "v_strides"_a,
-          "q_blocks"_a, "kv_blocks"_a, "v_amax"_a, "k_sum"_a, "k_mean"_a, "lse_shift"_a, "q_amax"_a, "k_amax"_a,
-          "grid"_a, "tile"_a, "brick"_a, "batch"_a, "heads"_a, "head_dim"_a, "dtype"_a, "scale"_a, "stream"_a);
-    m.def("attn_fwd", &bind_attn_fwd, py::kw_only(), "q_blocks"_a, "kv_blocks"_a, "v_amax"_a, "lse_shift"_a, "out"_a,
-          "lse"_a, "out_strides"_a, "grid"_a, "tile"_a, "windows"_a, "truncate"_a, "batch"_a, "heads"_a, "head_dim"_a,
-          "dtype"_a, "scale"_a, "stream"_a);
+          "q_blocks"_a, "kv_blocks"_a, "v_amax"_a, "norms"_a, "k_sum"_a, "k_mean"_a, "lse_shift"_a, "q_amax"_a,
+          "k_amax"_a, "grid"_a, "tile"_a, "brick"_a, "batch"_a, "heads"_a, "head_dim"_a, "dtype"_a, "scale"_a,
+          "stream"_a);
+    m.def("attn_fwd", &bind_attn_fwd, py::kw_only(), "q_blocks"_a, "kv_blocks"_a, "v_amax"_a, "norms"_a, "lse_shift"_a,
+          "out"_a, "lse"_a, "out_strides"_a, "grid"_a, "tile"_a, "windows"_a, "truncate"_a, "batch"_a, "heads"_a,
+          "head_dim"_a, "dtype"_a, "scale"_a, "stream"_a);
 }

@@ -3,7 +3,7 @@
 //   channel_stats   V's amax and K's sum per (batch, head, channel); a light pre-pass over all tokens
 //   finish_mean     K's mean from the partial sums
 //   brick_amax      amax of each brick of tiles, only when quant_tile is larger than the tile
-//   quantize_qk     one CTA per (tile, head): amax, scale, e4m3, swizzled image. Reads each element once.
+//   quantize_qk     one CTA per (tile, head): amax, norms, scale, e4m3, swizzled image. Reads each element once.
 //   quantize_v      one CTA per (block, head): e4m3 by channel scale, transposed, tokens permuted, swizzled
 //
 // Going from raster to tile order costs nothing here: every element moves anyway.
@@ -130,20 +130,42 @@ __device__ __forceinline__ void fill_token_table(int *table, const TileGrid &g, 
     __syncthreads();
 }
 
-__device__ __forceinline__ float block_max(float x) {
-    __shared__ float warp_max[32];
+// The kLanes lanes of a row each hold a part of its sum, and parts of kVecsPerThread rows, part(i) of row i. Returns
+// one of the sums, another one in each lane or pair of lanes: lanes that are `distance` apart swap halves of what they
+// hold, so that each adds up the other half.
+template <int kLanes, class Part>
+__device__ __forceinline__ float sum_of_a_row(Part &&part) {
+    const auto merge = [](float low, float high, int distance) {
+        const bool upper = threadIdx.x & distance;
+        return (upper ? high : low) + __shfl_xor_sync(~0u, upper ? low : high, distance);
+    };
+    static_assert(kVecsPerThread == 8);
+    float sum[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        sum[i] = merge(part(i), part(i + 4), kLanes / 2);
+    }
+    sum[0] = merge(merge(sum[0], sum[2], kLanes / 4), merge(sum[1], sum[3], kLanes / 4), kLanes / 8);
+    return kLanes == 16 ? sum[0] + __shfl_xor_sync(~0u, sum[0], 1) : sum[0];
+}
+
+// The largest x and y of the CTA.
+__device__ __forceinline__ float2 block_max(float x, float y) {
+    __shared__ float2 warp_max[32];
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) {
         x = fmaxf(x, __shfl_xor_sync(~0u, x, offset));
+        y = fmaxf(y, __shfl_xor_sync(~0u, y, offset));
     }
     if (threadIdx.x % 32 == 0) {
-        warp_max[threadIdx.x / 32] = x;
+        warp_max[threadIdx.x / 32] = {x, y};
     }
     __syncthreads();
     for (int w = 0; w < blockDim.x / 32; ++w) {
-        x = fmaxf(x, warp_max[w]);
+        x = fmaxf(x, warp_max[w].x);
+        y = fmaxf(y, warp_max[w].y);
     }
-    return x;
+    return {x, y};
 }
 
 // grid (heads * tiles, 2, batch): blockIdx.y = 0 is Q, 1 is K. slot * head_dim / 64 threads, each holding eight
@@ -192,31 +214,34 @@ __global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64) quantize_qk(const __g
     const int64_t brick_index = bh * bricks.volume() + brick;
 
     float amax = 0;
-    if (kBrickAmax || brick_amax == nullptr) {
+    // This thread's part of the square of row i, whose amax it takes along.
+    const auto square = [&](int i) {
+        float x[kVec], sum = 0;
+        values(i, x);
 #pragma unroll
-        for (int i = 0; i < kVecsPerThread; ++i) {
-            float x[kVec];
-            values(i, x);
-#pragma unroll
-            for (int j = 0; j < kVec; ++j) {
-                amax = fmaxf(amax, fabsf(x[j]));
-            }
+        for (int j = 0; j < kVec; ++j) {
+            amax = fmaxf(amax, fabsf(x[j]));
+            sum = fmaf(x[j], x[j], sum);
         }
-        amax = block_max(amax);
-    } else {
-        amax = brick_amax[brick_index];
-    }
+        return sum;
+    };
+    const float row = sum_of_a_row<kLanes>(square);
+    const float2 largest = block_max(amax, row);
     if constexpr (kBrickAmax) {
         if (threadIdx.x == 0) {
-            atomic_max_nonnegative(&brick_amax[brick_index], amax);
+            atomic_max_nonnegative(&brick_amax[brick_index], largest.x);
         }
         return;
+    }
+    amax = brick_amax == nullptr ? largest.x : brick_amax[brick_index];
+    if (threadIdx.x == 0) {
+        atomic_max_nonnegative(&p.norms[bh * 2 + is_k], sqrtf(largest.y));
     }
 
     const QuantScale quant = quant_scale(amax);
     const int block_bytes = is_k ? kv_block_bytes(kHeadDim) : q_block_bytes(kHeadDim);
-    uint8_t *tile_image =
-        (is_k ? p.kv_blocks : p.q_blocks) + (bh * g.blocks() + tile * g.blocks_per_tile()) * block_bytes;
+    const int block_rows = is_k ? kBlock : kQueryBlock, blocks = g.slot / block_rows;  // of this tile
+    uint8_t *tile_image = (is_k ? p.kv_blocks : p.q_blocks) + (bh * n_tiles + tile) * blocks * block_bytes;
 #pragma unroll
     for (int i = 0; i < kVecsPerThread; ++i) {
         const int row = first_row + i * rows_per_pass;
@@ -242,15 +267,15 @@ __global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64) quantize_qk(const __g
             x[j] *= quant.inverse;
         }
         uint2 packed{pack_e4m3(x[0], x[1], x[2], x[3]), pack_e4m3(x[4], x[5], x[6], x[7])};
-        uint8_t *image = tile_image + row / kBlock * block_bytes;
-        *reinterpret_cast<uint2 *>(image + swizzled<kHeadDim>(row % kBlock, channel)) = packed;
+        uint8_t *image = tile_image + row / block_rows * block_bytes;
+        *reinterpret_cast<uint2 *>(image + swizzled<kHeadDim>(row % block_rows, channel)) = packed;
     }
 
-    if (threadIdx.x < g.blocks_per_tile()) {
-        const int valid = g.extent(coord).volume() - int(threadIdx.x) * kBlock;
+    if (threadIdx.x < blocks) {
+        const int valid = g.extent(coord).volume() - int(threadIdx.x) * block_rows;
         const int meta_offset = block_bytes - int(sizeof(BlockMeta));
         *reinterpret_cast<BlockMeta *>(tile_image + threadIdx.x * block_bytes + meta_offset) = {
-            quant.scale, min(max(valid, 0), kBlock)};
+            quant.scale, min(max(valid, 0), block_rows)};
     }
 }
 

@@ -1,26 +1,23 @@
-"""The bench without a GPU: cases, timing order, counts, records, targets, pictures; made-up contenders."""
+"""The bench without a GPU: cases, timing order, counts, records, targets; made-up contenders."""
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.machinery
 import sys
 import time
 import types
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import bench_forward as bench
+import common
+import contenders
 import fpsattention as fps
-
-BENCH = Path(__file__).resolve().parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
-
-import bench_forward as bench  # noqa: E402
-import common  # noqa: E402
-import contenders  # noqa: E402
-import shapes  # noqa: E402
+import shapes
+from records import make_record
 
 TINY = shapes.Shape("tiny", (3, 5, 4), 2, (2, 2, 3), (None, (1, 3, 1)), head_dim=16, batch=2)
 WINDOW = TINY.windows[1]
@@ -55,12 +52,6 @@ class NoMonitor:
 
     def between(self, start, end):
         return 1500.0, 600.0
-
-
-def make_record(case="36x48x48/6,6,1", op=common.OURS, ms=10.0, **fields):
-    grid = (36, 48, 48)
-    base = dict(case=case, op=op, grid=grid, heads=24, head_dim=128, batch=1, layout="NHD", tile=(6, 8, 8))
-    return common.Record(**base | dict(window=(6, 6, 1), density=1 / 6, ms=ms) | fields)
 
 
 def sdpa(q, k, v, mask=None):
@@ -119,24 +110,32 @@ def test_every_shape_resolves_and_the_issue_cases_are_there():
             cases[shape.case(window)] = shape
             resolved = contenders.config_of(shape, window).resolve(shape.grid, shape.heads)
             assert resolved.tile == shape.tile and len(resolved.windows) == 1
-        assert set(shape.flex) | set(shape.emulated) <= set(shape.windows)
+        assert set(shape.flex) | set(shape.emulated) | set(shape.graph) <= set(shape.windows)
     assert cases[shapes.PAPER].grid == (36, 48, 48) and cases[shapes.PAPER].heads == 24
     assert cases[shapes.WAN_DENSE].grid == (21, 45, 80) and cases[shapes.WAN_DENSE].heads == 40
     assert cases[shapes.COG_DENSE].head_dim == 64 and cases[shapes.COG_DENSE].heads == 48
     assert cases["18x48x80/3,3,3"].tile == (6, 8, 8)
+    assert {shapes.WAN_WINDOW, shapes.HUNYUAN_WINDOW, shapes.WAN_480P_WINDOW} <= set(cases)
+    for name in (shapes.WAN_480P_WINDOW, "wan1.3b-480p-hnd/1,5,3"):
+        assert (cases[name].grid, cases[name].tile) == ((21, 30, 52), (21, 3, 6))
+    assert cases[shapes.WAN_480P_WINDOW].graph == ((1, 5, 3),)
     assert {s.layout for s in shapes.SHAPES} == {"NHD", "HND"}
 
 
 def test_select():
     full, quick = shapes.select([]), shapes.select([], quick=True)
-    assert {s.suite for s in full} == {"core", "more"} and {s.suite for s in quick} == {"core"}
-    assert {shapes.PAPER, shapes.WAN_DENSE, shapes.COG_DENSE} <= {s.case(w) for s in quick for w in s.windows}
+    assert full == list(shapes.SHAPES) and {s.suite for s in quick} == {"core"}
+    targets = {shapes.PAPER, shapes.WAN_DENSE, shapes.WAN_WINDOW, shapes.COG_DENSE}
+    targets |= {shapes.HUNYUAN_WINDOW, shapes.WAN_480P_WINDOW}
+    assert targets <= {s.case(w) for s in quick for w in s.windows}
     assert not any(s.sweep or s.flex or s.emulated for s in quick)
     (one,) = shapes.select(["wan14b-720p/dense"], heads_scale=0.25)
     assert one.windows == (None,) and one.heads == 10 and not one.sweep
     (swept,) = shapes.select(["36x48x48/3,3,1"])
     assert swept.windows == ((3, 3, 1),) and not swept.sweep
-    assert {s.head_dim for s in shapes.select(["length"])} == {64, 128}
+    lengths = shapes.select(["length"])
+    assert {s.head_dim for s in lengths} == {64, 128}
+    assert {s.tokens // 1024 for s in lengths} == {4, 8, 16, 32, 64, 128}
     with pytest.raises(ValueError, match="wan15b"):
         shapes.select(["wan14b-720p", "wan15b"])
 
@@ -151,7 +150,7 @@ def test_paper_setting_counts():
     assert work.density == pytest.approx(1 / 6)
     assert work.pairs == work.computed_pairs == tokens**2 // 6  # no padding in this setting
     assert common.attention_flops(work.pairs, 24, 128, 1) == 4 * 128 * 24 * tokens**2 // 6
-    assert common.quantize_bytes(tokens=1000, heads=3, head_dim=64, batch=2, image_bytes=7) == 8 * 384_000 + 7
+    assert common.quantize_bytes(tokens=1000, heads=3, head_dim=64, batch=2, image_bytes=7) == 6 * 384_000 + 7
 
 
 def test_allowed_is_the_window_rule():
@@ -223,6 +222,59 @@ def test_monitor_reads_lines_as_they_come():
     assert monitor.between(0, float("inf")) == (1500, 600.5)  # long before the process ends
 
 
+def test_largest_gap_is_taken_within_replays():
+    one = [(0.0, 10.0), (12.0, 20.0), (25.0, 40.0)]
+    later = [(start + 1000, end + 1000) for start, end in one]
+    assert common.largest_gap(one, 1) == 5
+    assert common.largest_gap(later[::-1] + one, 2) == 5  # in any order; 960 lie between the replays
+    assert common.largest_gap([*one, *later, (2000.0, 2001.0), (2008.0, 2009.0), (2009.0, 2010.0)], 3) == 7
+
+
+def test_largest_gap_of_overlapping_events_is_when_nothing_runs():
+    assert common.largest_gap([(0.0, 30.0), (1.0, 5.0), (20.0, 25.0), (33.0, 34.0)], 1) == 3
+    assert common.largest_gap([(0.0, 10.0), (9.0, 12.0)], 1) == 0
+    assert common.largest_gap([(0.0, 10.0), (50.0, 60.0)], 2) == 0  # one event a replay
+
+
+@pytest.mark.parametrize("events", [[], [(0.0, 1.0)] * 3])
+def test_lost_events_are_noticed(events):
+    with pytest.raises(ValueError, match=f"{len(events)} device events of 2 replays"):
+        common.largest_gap(events, 2)
+
+
+def test_graph_gap_counts_device_events_of_the_replays_only(monkeypatch):
+    log, device = [], torch.profiler.DeviceType
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+
+    class Profile(contextlib.nullcontext):
+        def __init__(self, activities):
+            super().__init__(self)
+            assert activities == [torch.profiler.ProfilerActivity.CUDA]
+            log.clear()
+
+        def events(self):
+            def event(kind, start, end):
+                return types.SimpleNamespace(
+                    device_type=kind, time_range=types.SimpleNamespace(start=start, end=end)
+                )
+
+            for i in range(log.count("replay")):
+                yield event(device.CPU, 100 * i, 100 * i + 50)  # the launch
+                yield event(device.CUDA, 100 * i + 10, 100 * i + 20)
+                yield event(device.CUDA, 100 * i + 24, 100 * i + 90)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    calls = []
+    assert common.graph_gap_us(lambda: calls.append(1)) == 4
+    assert len(calls) == 2 and log == ["replay"] * common.GRAPH_REPLAYS  # warm-up and capture
+
+
 # --- a whole shape
 
 
@@ -257,7 +309,7 @@ def test_bench_shape_fills_records(monkeypatch):
     assert (ours.fastest_torch, ours.speedup_fastest_torch) == (common.FLASH, 3.0)
     assert cudnn.speedup == 1.0 and cudnn.tflops is None
     elements = TINY.tokens * TINY.heads * TINY.head_dim * TINY.batch
-    assert ours.quant_bytes == 4 * 2 * elements + image
+    assert ours.quant_bytes == 3 * 2 * elements + image
     assert ours.quant_gbps == pytest.approx(ours.quant_bytes / 0.5e-3 / 1e9)
     assert ours.copy_gbps == pytest.approx(2 * common.COPY_BYTES / 2e-3 / 1e9)
     assert ours.sm_clock_mhz == 1500.0
@@ -405,6 +457,39 @@ def test_run_measures_saves_and_judges(monkeypatch, tmp_path):
     assert len(saved.targets) == len(bench.TARGETS)
 
 
+def test_graph_gaps_are_filled_in_or_noted(monkeypatch):
+    shape = dataclasses.replace(TINY, graph=(WINDOW,))
+    records = [make_record("tiny/dense"), make_record("tiny/1,3,1"), make_record("tiny/1,3,1", common.FLEX)]
+    records[1].note = "noted before"
+    bench.measure_graph_gaps([shape], records, "cpu")  # where no graph can be captured
+    assert records[1].graph_gap_us is None and not records[1].error
+    assert records[1].note.startswith("noted before; gaps not measured: RuntimeError: ")
+    monkeypatch.setattr(bench, "graph_gap_us", lambda call: 4.5)
+    bench.measure_graph_gaps([shape, TINY], records, "cpu")
+    assert [r.graph_gap_us for r in records] == [None, 4.5, None]
+
+
+def test_run_measures_graph_gaps_after_all_timing(monkeypatch, tmp_path):
+    path = tmp_path / "r.json"
+    bench_shape = bench.bench_shape
+    log = []
+
+    def logged(shape, *rest):
+        log.append(shape.name)
+        return bench_shape(shape, *rest)
+
+    def gaps(shapes, records, device):
+        log.append([s.name for s in shapes])
+        records[0].graph_gap_us = 4.5
+
+    monkeypatch.setattr(bench, "bench_shape", logged)
+    monkeypatch.setattr(bench, "measure_graph_gaps", gaps)
+    clock = FakeClock(lambda result, i: 0.25)
+    run_all(monkeypatch, path, lambda shape: [contender(common.CUDNN, sdpa)], clock)
+    assert log == ["tiny", "other", ["tiny", "other"]]
+    assert common.Results.load(path).records[0].graph_gap_us == 4.5
+
+
 def test_run_keeps_what_it_has_when_the_device_is_lost(monkeypatch, tmp_path):
     class Lost(FakeClock):
         def check(self, after):
@@ -437,18 +522,26 @@ def judged(records):
 
 
 def test_targets():
-    dense = dict(window=None, density=1.0, baseline=common.CUDNN)
-    wan = make_record(shapes.WAN_DENSE, speedup=1.36, quant_gbps=2200.0, copy_gbps=3000.0, **dense)
-    cog = make_record(shapes.COG_DENSE, speedup=1.01, **dense)
+    cudnn = dict(baseline=common.CUDNN, baseline_ms=200.0)
+    dense = dict(window=None, density=1.0, quant_gbps=2500.0, copy_gbps=3000.0) | cudnn
+    wan = make_record(shapes.WAN_DENSE, attn_ms=100.0, speedup=1.9, tflops=1000.0, **dense)
+    windowed = make_record(shapes.WAN_WINDOW, tflops=940.0, **cudnn)
+    cog = make_record(shapes.COG_DENSE, speedup=1.51, **dense)
+    hunyuan = make_record(shapes.HUNYUAN_WINDOW, speedup=10.1, **cudnn)
+    small = make_record(shapes.WAN_480P_WINDOW, graph_gap_us=4.0, **cudnn)
     errors = dict(error_over_emulation=1.0, rms_to_emulation=1e-3)
-    paper = make_record(shapes.PAPER, speedup=7.1, baseline=common.CUDNN, **errors)
-    assert judged([paper, wan, cog]) == [True] * 7
-    assert judged([]) == [None] * 7
-    paper.speedup, wan.quant_gbps, cog.baseline = 7.0, 2000.0, common.FLASH
-    assert judged([paper, wan, cog]) == [False, True, None, False, True, True, True]
+    paper = make_record(shapes.PAPER, speedup=11.1, **errors, **cudnn)
+    records = [paper, wan, windowed, cog, hunyuan, small]
+    assert judged(records) == [True] * 11
+    assert judged([]) == [None] * 11
+    assert bench.TARGETS[0].value(records) == 2.0 and bench.TARGETS[3].value(records) == 0.94
+
+    wan.attn_ms, wan.speedup, paper.speedup, windowed.tflops = 110.0, 1.8, 10.9, 920.0
+    hunyuan.speedup, cog.baseline, wan.quant_gbps, small.graph_gap_us = 9.9, common.FLASH, 2300.0, 11.0
+    assert judged(records) == [False, False, False, False, False, None, False, False, True, True, True]
     paper.error_over_emulation, paper.rms_to_emulation = 1.2, 6e-3
     wan.fail("relative RMS error")
-    assert judged([paper, wan, cog]) == [False, None, None, None, False, False, False]
+    assert judged(records) == [None, None, False, None, False, None, None, False, False, False, False]
 
 
 def test_table_and_target_lines_fit():
@@ -477,57 +570,4 @@ def test_main_without_gpu_measures_nothing(monkeypatch, tmp_path, capsys):
     assert "no CUDA device" in said and "nothing" in said and not output.exists()
 
 
-# --- pictures
-
-
-def synthetic_results():
-    records = [
-        make_record("36x48x48/dense", common.CUDNN, 140.0, window=None, density=1.0, tflops_total=600.0)
-    ]
-    for density in (1.0, 0.5, 1 / 6, 0.05):
-        attn_ms = 100 * density
-        flops = 4 * 128 * density * (36 * 48 * 48) ** 2 * 24
-        records.append(
-            make_record(
-                f"36x48x48/{density:.2f}",
-                ms=attn_ms + 1,
-                density=density,
-                attn_ms=attn_ms,
-                quant_ms=1.0,
-                tflops=flops / attn_ms / 1e9,
-                quant_bytes=2_800_000_000,
-                attn_hbm_bytes=10**9,
-                attn_l2_bytes=int(flops / 250),
-            )
-        )
-    for r in records:
-        r.baseline, r.baseline_ms, r.speedup = common.CUDNN, 140.0, 140.0 / r.ms
-    return common.Results({"gpu": "made up"}, records)
-
-
-def test_plot_points():
-    plots = pytest.importorskip("plots")
-    results = synthetic_results()
-    results.records.append(
-        make_record("36x48x48/wrong", ms=0.001, speedup=1e5, baseline=common.CUDNN, error="wrong")
-    )
-    points = plots.attention_points(results.records)
-    assert len(points["FP8 attention, D 128"]) == 4 and not points["FP8 attention, D 64"]
-    assert all(x == pytest.approx(250, rel=1e-3) for x, _ in points["same, per byte from L2"])
-    ((x, y),) = points["quantisation"]  # one per shape: the windows share it
-    elements = 36 * 48 * 48 * 24 * 128
-    assert y == pytest.approx(6 * elements / 1e-3 / 1e12) and x == pytest.approx(6 * elements / 2.8e9)
-    swept, series, dense = plots.density_series(results.records)
-    assert swept == "36x48x48" and dense == pytest.approx(140 / 101)
-    assert series[swept] == sorted(series[swept]) and len(series[swept]) == 4
-
-
-def test_pictures_are_drawn(tmp_path):
-    plots = pytest.importorskip("plots")
-    synthetic_results().save(tmp_path / "r.json")
-    assert plots.main(["--input", str(tmp_path / "r.json"), "--output", str(tmp_path / "images")]) == 0
-    for name in ("roofline.png", "speedup_over_density.png"):
-        image = plots.plt.imread(tmp_path / "images" / name)
-        assert image.shape[0] > 500 and image.std() > 0.02  # not blank
-    with pytest.raises(ValueError, match="nothing to draw"):
-        plots.speedup_over_density(common.Results({"gpu": "made up"}), tmp_path / "x.png")
+# --- the profiler's script

@@ -151,3 +151,21 @@ def test_errors_of_the_fit(kwargs, grid, heads, error, words):
         AttentionConfig(**kwargs).resolve(grid, heads)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("grid", "tile", "window", "fill"),
+    [
+        ((21, 45, 80), (7, 9, 2), (3, 3, 9), 1.0),  # 3 tiles along t of 2 blocks: two items of 3
+        ((21, 45, 80), (7, 9, 2), (1, 3, 9), 2 / 3),
+        ((21, 45, 80), (7, 9, 2), ((3, 3, 9), (1, 3, 9)), 2 / 3),  # one head for which t is not whole
+        ((21, 45, 80), (7, 9, 2), None, 1.0),  # 1,200 blocks
+        ((36, 48, 48), (6, 8, 8), (3, 3, 1), 1.0),
+        ((12, 12, 40), (6, 6, 6), (1, 1, 3), 4 / 6),
+        ((16, 16, 40), (8, 8, 8), (1, 1, 3), 8 / 9),
+        ((0, 8, 8), (4, 4, 4), None, 1.0),
+    ],
+)
+def test_item_fill(grid, tile, window, fill):
+    heads = len(window) if window and isinstance(window[0], tuple) else 1
+    assert AttentionConfig(tile=tile, window=window).resolve(grid, heads).item_fill == pytest.approx(fill)

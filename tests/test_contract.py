@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -164,6 +165,69 @@ def test_bad_config(backend, device, change, error, words):
         call()
 
 
+@BACKENDS
+@pytest.mark.parametrize("tensor_layout", ["NHD", "HND"])
+def test_quantized_once(backend, device, tensor_layout):
+    q = tensor(*((2, 192, 3, 64) if tensor_layout == "NHD" else (2, 3, 192, 64)), device=device)
+    call = {"grid": GRID, "config": CONFIG, "tensor_layout": tensor_layout, "backend": backend}
+    quantized = fps.quantize_qkv(q, q, q, **call)
+    assert (quantized.backend, quantized.scale, quantized.dtype) == (backend, 0.125, q.dtype)
+    out, lse = fps.attention(quantized, return_lse=True)
+    assert (out.shape, out.dtype, lse.shape) == (q.shape, q.dtype, (2, 3, 192))
+    dense = replace(CONFIG, window=None)
+    assert fps.attention(quantized, config=dense).shape == q.shape
+    # Saying again what the object says is allowed.
+    assert fps.attention(quantized, grid=GRID, scale=0.125, tensor_layout=tensor_layout).shape == q.shape
+
+
+def test_quantized_once_is_the_plain_call():
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(1, 192, 2, 64, generator=generator) for _ in range(3))
+    quantized = fps.quantize_qkv(q, k, v, grid=GRID, config=CONFIG, backend="reference")
+    for config in (CONFIG, replace(CONFIG, window=None, border="truncate")):
+        want = fps.attention(q, k, v, grid=GRID, config=config, backend="reference")
+        assert torch.equal(fps.attention(quantized, config=config), want)
+
+
+BAD_REPEATS = {
+    "k": (lambda q: {"k": q}, TypeError, (r"\bk:", "QuantizedQKV")),
+    "v": (lambda q: {"v": q}, TypeError, (r"\bv:", "QuantizedQKV")),
+    "grid": (lambda q: {"grid": (8, 6, 4)}, ValueError, ("grid", r"\(8, 6, 4\)", r"\(4, 6, 8\)")),
+    "scale": (lambda q: {"scale": 0.5}, ValueError, ("scale", r"0\.5", r"0\.125")),
+    "layout": (lambda q: {"tensor_layout": "HND"}, ValueError, ("tensor_layout", "HND", "NHD")),
+    "backend": (lambda q: {"backend": "sm90"}, ValueError, ("backend", "sm90", "reference")),
+    "tile": (
+        lambda q: {"config": replace(CONFIG, tile=(4, 3, 2))},
+        ValueError,
+        ("config", "tile", r"\(4, 3, 2\)"),
+    ),
+    "smooth_k": (
+        lambda q: {"config": replace(CONFIG, smooth_k=True)},
+        ValueError,
+        ("config", "smooth_k", "True"),
+    ),
+    "quant": (lambda q: {"config": replace(CONFIG, quant="none")}, ValueError, ("config", "quant", "none")),
+}
+
+
+@pytest.mark.parametrize(("change", "error", "words"), BAD_REPEATS.values(), ids=BAD_REPEATS.keys())
+def test_quantized_otherwise(change, error, words):
+    q = tensor()
+    quantized = fps.quantize_qkv(q, q, q, grid=GRID, config=CONFIG, backend="reference")
+    with pytest.raises(error, match=says(*words)):
+        fps.attention(quantized, **change(q))
+
+
+def test_nothing_to_quantize():
+    q = tensor()
+    with pytest.raises(ValueError, match=says("config", "none", "fp8")):
+        fps.quantize_qkv(q, q, q, grid=GRID, config=fps.AttentionConfig(quant="none"))
+    with pytest.raises(TypeError, match=says("grid")):
+        fps.attention(q, q, q)
+    with pytest.raises(RuntimeError, match=says("gradient")):
+        fps.quantize_qkv(q.requires_grad_(), q, q, grid=GRID, config=CONFIG)
+
+
 def test_quant_tile_that_does_not_fit_the_planned_tile():
     planned = fps.plan(GRID).best.tile
     config = fps.AttentionConfig(quant_tile=tuple(2 * t + 1 if t > 1 else t for t in planned))
@@ -304,6 +368,18 @@ print(caught[0].message)
 """
     )
     assert "cpu" in run_python(code)
+
+
+@pytest.mark.parametrize(
+    ("call", "quant"), [(fps.attention, "fp8"), (fps.attention, "none"), (fps.quantize_qkv, "fp8")]
+)
+def test_fallback_warns_of_the_callers_line(call, quant, monkeypatch):
+    monkeypatch.delenv("FPSATTENTION_STRICT", raising=False)
+    api._warn_once.cache_clear()
+    q = tensor()
+    with pytest.warns(UserWarning, match="cpu") as caught:
+        call(q, q, q, grid=GRID, config=replace(CONFIG, quant=quant))
+    assert caught[0].filename == __file__
 
 
 def test_import_touches_no_gpu():

@@ -94,7 +94,8 @@ def test_counts_are_those_of_the_token_mask(case):
     per_query_tile = (tile_mask(grid, tile, window, border) * torch.tensor(blocks)).sum(1).tolist()
     found = [_C.valid_blocks(grid, tile, window, border == "truncate", i) for i in range(g.n_tiles)]
     assert found == per_query_tile
-    computed = sum(q * k for q, k in zip(blocks, per_query_tile, strict=True)) * 128**2
+    query_blocks = [-(-len(x) // 64) for x in tile_tokens(grid, tile)]
+    computed = sum(q * k for q, k in zip(query_blocks, per_query_tile, strict=True)) * 64 * 128
     assert g.computed_pairs(window, border) == computed
     assert g.waste == pytest.approx(sum(blocks) * 128 / math.prod(grid) - 1)
 
@@ -102,9 +103,9 @@ def test_counts_are_those_of_the_token_mask(case):
 def test_blocks_of_padding_only_are_not_counted():
     g = TileGeometry(
         (9, 8, 8), (8, 8, 8)
-    )  # a full tile of 512 tokens, and a ragged one of 64: 4 blocks and 1
+    )  # a full tile of 512 tokens, and a ragged one of 64: 4 blocks of keys and 1, 8 of queries and 1
     assert g.valid.tolist() == [512, 64]
-    assert g.computed_pairs((2, 1, 1), "clamp") == (4 + 1) ** 2 * 128**2
+    assert g.computed_pairs((2, 1, 1), "clamp") == (8 + 1) * (4 + 1) * 64 * 128
     assert g.waste == pytest.approx(5 * 128 / 576 - 1)
 
 

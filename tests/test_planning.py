@@ -101,8 +101,11 @@ def test_explanation_of_a_window():
         "t: 1, 3 or more (all); h: 1, 3, 5 or more (all); w: 1, 3, ..., 39, 40 or more (all)",
         f"{4 * 128 * 40 * 0.135 * 75600**2 / 1e12:.3g} TFLOP",
         "bricks of (7, 9, 8) tokens, K smoothed",
+        "100% of the Hopper kernel's warpgroups",
     ):
         assert fact in text
+    short = plan((21, 45, 80)).explain(AttentionConfig(tile=(7, 9, 2), window=(1, 3, 9)))
+    assert "67% of the Hopper kernel's warpgroups" in short and "321 to 384 tokens" in short
 
 
 def test_explanation_of_dense_and_of_per_head_windows():

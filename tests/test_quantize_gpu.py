@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import fpsattention as fps
-from fpsattention import ops, reference
+from fpsattention import _C, ops, reference
 from inputs import KINDS, make_qkv, poisoned
 
 pytestmark = pytest.mark.gpu
 
 
 def quantize(q, k, v, resolved, tensor_layout="NHD"):
-    """(q_blocks, kv_blocks, v_amax, lse_shift) out of poisoned memory."""
+    """(q_blocks, kv_blocks, v_amax, norms, lse_shift) out of poisoned memory."""
     with poisoned():
         return ops.quantize(q, k, v, resolved, 0.125, tensor_layout)
 
@@ -37,8 +37,12 @@ def assert_bits(q, k, v, resolved, tensor_layout="NHD"):
             f"{name}: {len(wrong)} of {want.numel()} values differ, the first at [B, L, H, D] {first}: "
             f"{got[first].item():.9g}, reference {want[first].item():.9g}"
         )
-    values = v.transpose(1, 2) if tensor_layout == "NHD" else v
-    assert torch.equal(images[2], values.float().abs().amax(2))
+    q, k, v = (reference.to_heads_first(x, tensor_layout).float() for x in (q, k, v))
+    assert torch.equal(images[2], v.abs().amax(2))
+    if expected.k_mean is not None:
+        k = k - expected.k_mean[:, :, None]
+    norms = torch.stack([x.norm(dim=-1).amax(-1) for x in (q, k)], -1)
+    torch.testing.assert_close(images[3], norms, rtol=1e-5, atol=0)
     return images
 
 
@@ -107,21 +111,25 @@ def test_padding_rows_are_zero(grid, tile, head_dim):
     resolved = fps.AttentionConfig(tile=tile).resolve(grid, 2)
     geometry = resolved.geometry
     ones = torch.ones(1, geometry.n_tokens, 2, head_dim, dtype=torch.bfloat16, device="cuda")
-    q_blocks, kv_blocks, _, _ = quantize(ones, ones, ones, resolved)
-    block = geometry.slot // geometry.blocks_per_tile
-    valid = (geometry.slot_tokens >= 0).reshape(-1, block).sum(1)
-    assert (valid % block != 0).any(), "the case has padding"
-    for operand, image in (
-        ("q", q_blocks[..., : block * head_dim]),
-        ("k", kv_blocks[..., : block * head_dim]),
-        ("v", kv_blocks[..., block * head_dim : 2 * block * head_dim]),
+    q_blocks, kv_blocks, *_ = quantize(ones, ones, ones, resolved)
+    image = _C.BLOCK * head_dim
+    for operand, rows, codes in (
+        ("q", _C.QUERY_BLOCK, q_blocks[..., : _C.QUERY_BLOCK * head_dim]),
+        ("k", _C.BLOCK, kv_blocks[..., :image]),
+        ("v", _C.BLOCK, kv_blocks[..., image : 2 * image]),
     ):
+        valid = (geometry.slot_tokens >= 0).reshape(-1, rows).sum(1)
+        assert (valid % rows != 0).any(), "the case has padding"
         for index in valid.nonzero()[:, 0].tolist():  # blocks of padding only are never read
-            codes = (image[:, :, index] == code_of_448).sum(-1)
-            zeros = (image[:, :, index] == 0).sum(-1)
+            ones_found = (codes[:, :, index] == code_of_448).sum(-1)
+            zeros_found = (codes[:, :, index] == 0).sum(-1)
             n = int(valid[index]) * head_dim
-            assert (codes == n).all(), f"{operand}, block {index}: {codes.tolist()} codes, {n} expected"
-            assert (zeros == block * head_dim - n).all(), f"{operand}, block {index}: padding is not zero"
+            assert (ones_found == n).all(), (
+                f"{operand}, block {index}: {ones_found.tolist()} codes, {n} expected"
+            )
+            assert (zeros_found == rows * head_dim - n).all(), (
+                f"{operand}, block {index}: padding is not zero"
+            )
 
 
 @pytest.mark.parametrize("quant_tile", [None, (6, 8, 8)], ids=["tile", "brick"])
@@ -160,7 +168,7 @@ def test_smooth_k(head_dim, dtype, tensor_layout, quant_tile, seed):
     heads_first = q.transpose(1, 2) if tensor_layout == "NHD" else q
     shift = 0.125 * (heads_first.double() * expected.k_mean[:, :, None].double()).sum(-1)
     assert shift.abs().max() > 1
-    torch.testing.assert_close(images[3].double(), shift, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(images[4].double(), shift, rtol=1e-4, atol=1e-4)
 
 
 def test_layouts_give_the_same_images(seed):
@@ -181,7 +189,7 @@ def test_same_images_every_time(seed):
     resolved = config.resolve(grid, 2)
     qkv = make_qkv("key_mean", grid=grid, tile=config.tile, head_dim=128, seed=seed)
     first = quantize(*qkv, resolved)
-    assert math.prod(grid) == first[3].shape[2]
+    assert math.prod(grid) == first[4].shape[2]
     for _ in range(4):
         again = quantize(*qkv, resolved)
         for a, b in zip(decode(first, resolved, 128), decode(again, resolved, 128), strict=True):

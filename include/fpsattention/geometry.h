@@ -12,14 +12,23 @@
 
 namespace fps {
 
-constexpr int kBlock = 128;       // rows of one kernel block: queries of a CTA, keys of a pipeline stage
-constexpr int kMaxSlot = 512;     // most rows a tile may own
-constexpr int kMaxWindows = 256;  // most heads that may each have a window of their own
+constexpr int kBlock = 128;        // keys of one pipeline stage; a tile's slot is a multiple of it
+constexpr int kQueryBlock = 64;    // queries of one warpgroup
+constexpr int kBlocksPerItem = 3;  // query blocks of one work item: what a CTA computes at a time
+constexpr int kMaxSlot = 512;      // most rows a tile may own
+constexpr int kMaxWindows = 256;   // most heads that may each have a window of their own
 
+// One value for each axis: 0 is t, 1 is h, 2 is w.
 struct Int3 {
     int t, h, w;
     FPS_HD int volume() const { return t * h * w; }
+    FPS_HD int operator[](int axis) const { return axis == 0 ? t : axis == 1 ? h : w; }
+    FPS_HD Int3 operator/(Int3 o) const { return {t / o.t, h / o.h, w / o.w}; }
 };
+// Coordinates of the index-th element of a box of this size, in raster order.
+FPS_HD Int3 coordinates(int index, Int3 size) {
+    return {index / (size.w * size.h), index / size.w % size.h, index % size.w};
+}
 
 // Half-open interval [lo, hi).
 struct Range {
@@ -89,9 +98,7 @@ struct TileGrid {
     FPS_HD int blocks() const { return tiles.volume() * blocks_per_tile(); }
 
     FPS_HD int tile_index(Int3 c) const { return (c.t * tiles.h + c.h) * tiles.w + c.w; }
-    FPS_HD Int3 tile_coord(int index) const {
-        return {index / (tiles.w * tiles.h), index / tiles.w % tiles.h, index % tiles.w};
-    }
+    FPS_HD Int3 tile_coord(int index) const { return coordinates(index, tiles); }
 
     // Valid tokens of tile `c` along each axis.
     FPS_HD Int3 extent(Int3 c) const {
@@ -116,6 +123,17 @@ struct TileGrid {
     FPS_HD TileBox queries_of(Int3 key, Int3 window, Border border) const {
         return {axis_queries(key.t, tiles.t, window.t, border), axis_queries(key.h, tiles.h, window.h, border),
                 axis_queries(key.w, tiles.w, window.w, border)};
+    }
+
+    // Tiles per axis of a *run*: query tiles that see the same keys under every one of these windows. They differ only
+    // on axes whose window is the whole axis.
+    FPS_HD Int3 run(const Int3 *windows, int n_windows) const {
+        Int3 size = tiles;
+        for (int i = 0; i < n_windows; ++i) {
+            const Int3 w = windows[i];
+            size = {w.t == tiles.t ? size.t : 1, w.h == tiles.h ? size.h : 1, w.w == tiles.w ? size.w : 1};
+        }
+        return size;
     }
 
     // Blocks that hold at least one valid token, over all tiles of the box. Only the last tile of an axis is

@@ -19,9 +19,9 @@ struct Barrier {
     __device__ void init(int arrivals) {
         asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(this)), "r"(arrivals) : "memory");
     }
-    // mbarrier.arrive.expect_tx: one arrival, and the phase also waits for `bytes` from the copy engine.
-    __device__ void arrive_expecting(int bytes) {
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(this)), "r"(bytes)
+    // mbarrier.expect_tx: the phase also waits for `bytes` from the copy engine.
+    __device__ void expect(int bytes) {
+        asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(smem_address(this)), "r"(bytes)
                      : "memory");
     }
     __device__ void arrive() {
@@ -76,12 +76,9 @@ __device__ __forceinline__ void bulk_load(void *smem, const void *gmem, int byte
                  : "memory");
 }
 
-// bar.sync / bar.arrive on a named barrier that `threads` threads share. ID 0 is __syncthreads.
+// bar.sync on a named barrier that `threads` threads share. ID 0 is __syncthreads.
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // setmaxnreg: hands registers back to, or takes them from, the CTA's pool.
@@ -99,12 +96,6 @@ __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
-}
-
-// A predicated nanosleep. With a condition that is never true but depends on x, it keeps ptxas from moving what follows
-// (a wait for the tensor core, say) above the computation of x.
-__device__ __forceinline__ void nanosleep_if(bool condition) {
-    asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p nanosleep.u32 1; }" ::"r"(int(condition)) : "memory");
 }
 
 // cvt.rn.satfinite.e4m3x2: four floats to four E4M3 bytes, the first in the low byte.

@@ -15,8 +15,8 @@ struct Strides {
 
 enum class Dtype : int { kBF16 = 0, kFP16 = 1 };
 
-// One 128-row block as the forward wants it in shared memory, so that one bulk copy brings it all.
-//   Q block:  q  [128][D] e4m3, swizzled | BlockMeta
+// The rows of one block as the forward wants them in shared memory, so that one bulk copy brings it all.
+//   Q block:  q  [64][D] e4m3, swizzled | BlockMeta
 //   KV block: k  [128][D] e4m3, swizzled | v^T [D][128] e4m3, swizzled, tokens permuted in 16s | BlockMeta
 struct alignas(128) BlockMeta {
     float scale;  // of the tile's Q or K: x = x8 * scale
@@ -24,7 +24,7 @@ struct alignas(128) BlockMeta {
 };
 
 FPS_HD constexpr int q_block_bytes(int head_dim) {
-    return kBlock * head_dim + int(sizeof(BlockMeta));
+    return kQueryBlock * head_dim + int(sizeof(BlockMeta));
 }
 FPS_HD constexpr int kv_block_bytes(int head_dim) {
     return 2 * kBlock * head_dim + int(sizeof(BlockMeta));
@@ -33,9 +33,10 @@ FPS_HD constexpr int kv_block_bytes(int head_dim) {
 struct QuantizeParams {
     const void *q, *k, *v;  // [B, H, L, D] bf16 or fp16, any strides that are multiples of 8 elements
     Strides q_strides, k_strides, v_strides;
-    uint8_t *q_blocks;       // [B, H, blocks, q_block_bytes]
-    uint8_t *kv_blocks;      // [B, H, blocks, kv_block_bytes]
+    uint8_t *q_blocks;       // [B, H, tiles * slot / 64, q_block_bytes]
+    uint8_t *kv_blocks;      // [B, H, tiles * slot / 128, kv_block_bytes]
     float *v_amax;           // [B, H, D], zeroed by the caller
+    float *norms;            // [B, H, 2], zeroed by the caller: largest L2 norm of a row of Q, and of K
     float *k_sum;            // [B, H, chunks, D] partial sums, or null: no smoothing
     float *k_mean;           // [B, H, D], or null: no smoothing
     float *lse_shift;        // [B, H, L], q . k_mean * scale, or null
@@ -50,6 +51,7 @@ struct QuantizeParams {
 struct ForwardParams {
     const uint8_t *q_blocks, *kv_blocks;  // as above
     const float *v_amax;                  // [B, H, D]
+    const float *norms;                   // [B, H, 2]
     const float *lse_shift;               // [B, H, L] or null
     void *out;                            // [B, H, L, D], dtype
     float *lse;                           // [B, H, L], natural log
@@ -59,14 +61,20 @@ struct ForwardParams {
     Dtype dtype;
     float scale;
     Border border;
-    int items;                  // batch * heads * blocks
     int n_windows;              // 1, or heads
     Int3 windows[kMaxWindows];  // in tiles, at most the tiles there are
+
+    // Work items; filled in by attn_fwd.
+    Int3 runs;                     // per axis; a run is a box of query tiles that see the same keys
+    int run_axis[3], run_size[3];  // axes, fastest first, and tiles of a run along them
+    int n_runs, tiles_per_run, items_per_run, items;
+    bool ragged_runs;                 // blocks may be empty, and so items
+    uint8_t head_order[kMaxWindows];  // with a window per head: longest first
 };
 
 // Partial sums per (batch, head) that k_sum must hold.
 int quantize_chunks(int tokens);
 void quantize(const QuantizeParams &p, cudaStream_t stream);
-void attn_fwd(const ForwardParams &p, cudaStream_t stream);
+void attn_fwd(ForwardParams p, cudaStream_t stream);
 
 }  // namespace fps

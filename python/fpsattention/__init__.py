@@ -4,9 +4,18 @@ out = fpsattention.attention(q, k, v, grid=(21, 45, 80), config=AttentionConfig(
 """
 
 from . import reference
-from .api import attention, backend_for
+from .api import QuantizedQKV, attention, backend_for, quantize_qkv
 from .config import AttentionConfig
 from .planning import Plan, plan
 
-__all__ = ["AttentionConfig", "Plan", "attention", "backend_for", "plan", "reference"]
+__all__ = [
+    "AttentionConfig",
+    "Plan",
+    "QuantizedQKV",
+    "attention",
+    "backend_for",
+    "plan",
+    "quantize_qkv",
+    "reference",
+]
 __version__ = "0.1.0"

@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -21,16 +22,58 @@ HOPPER = 90
 _DEFAULT_CONFIG = AttentionConfig()
 
 
-def attention(
+@dataclass(frozen=True)
+class QuantizedQKV:
+    """Q, K and V rounded to FP8 by `quantize_qkv`, for one or more calls of `attention`.
+
+    Attributes:
+        operands: on the sm90 backend the block images and what belongs to them (`fpsattention.ops.quantize`); on the
+            reference backend Q, K and V as given, which it rounds again in every call.
+        grid, config, scale, tensor_layout: those of the `quantize_qkv` call.
+        dtype: of Q, K, V, and so of the output.
+        backend: "sm90" or "reference".
+    """
+
+    operands: tuple[Tensor, ...]
+    grid: tuple[int, int, int]
+    config: AttentionConfig
+    scale: float
+    tensor_layout: str
+    dtype: torch.dtype
+    backend: str
+
+
+def quantize_qkv(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
     grid: Sequence[int],
     config: AttentionConfig | None = None,
-    return_lse: bool = False,
     scale: float | None = None,
     tensor_layout: str = "NHD",
+    backend: str = "auto",
+) -> QuantizedQKV:
+    """Round Q, K, V to FP8 once (arXiv 2506.04648, section 3.1); `attention` accepts the result in their place.
+
+    It pays when the same Q, K, V are attended under several windows. What rounding depends on is fixed here: tile,
+    quant_tile and smooth_k; window and border may differ from call to call.
+
+    Args and errors are those of `attention`; config.quant must be "fp8".
+    """
+    return _quantize(q, k, v, grid, config or _DEFAULT_CONFIG, scale, tensor_layout, backend)
+
+
+def attention(
+    q: Tensor | QuantizedQKV,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    grid: Sequence[int] | None = None,
+    config: AttentionConfig | None = None,
+    return_lse: bool = False,
+    scale: float | None = None,
+    tensor_layout: str | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over a 3D grid of video tokens, in FP8 and under a sliding window of tiles.
@@ -41,11 +84,14 @@ def attention(
     Args:
         q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), L = T * H * W tokens in raster order, w fastest. The
             Hopper kernel takes bf16 and fp16, D 64 and 128, any strides with D contiguous and rows on 16 bytes. NaN or
-            Inf in an input make the rows that attend it non-finite.
+            Inf in an input make the rows that attend it non-finite. Or one `QuantizedQKV` as q, which brings grid,
+            scale, layout and backend with it; its config holds unless another one is given, which may differ in
+            window and border.
         grid: tokens (T, H, W) after patchifying.
         config: tile, window and rounding; None: FP8, dense, the planned tile.
         return_lse: also return the log-sum-exp of the scores, fp32 [B, H, L], natural logarithm.
         scale: of the scores before softmax, positive; None: D ** -0.5.
+        tensor_layout: "NHD" or "HND"; None: "NHD".
         backend: "sm90" runs on a Hopper GPU or raises RuntimeError; "reference" runs plain torch anywhere; "auto" takes
             the former where it can, else the latter, and warns once why (FPSATTENTION_STRICT=1 makes that a
             RuntimeError). See `backend_for`.
@@ -54,41 +100,104 @@ def attention(
     Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value; RuntimeError
     when the backend asked for cannot run, or a gradient is asked of FP8 attention.
     """
+    if isinstance(q, QuantizedQKV):
+        given = {"k": k, "v": v, "grid": grid, "scale": scale, "tensor_layout": tensor_layout}
+        _check_repeated(q, given | {"backend": None if backend == "auto" else backend})
+        out, lse = _attend(q, q.config if config is None else _same_rounding(config, q))
+        return (out, lse) if return_lse else out
+    if grid is None:
+        raise TypeError("grid: is missing; give the tokens (T, H, W)")
     config = _DEFAULT_CONFIG if config is None else config
-    _, heads, _, head_dim = reference.check_inputs(q, k, v, grid, tensor_layout)[0].shape
-    scale = head_dim**-0.5 if scale is None else scale
-    if not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
-        raise ValueError(f"scale: {scale!r} must be a positive, finite number")
-    if config.quant == "fp8" and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    tensor_layout = "NHD" if tensor_layout is None else tensor_layout
+    if config.quant == "fp8":
+        out, lse = _attend(_quantize(q, k, v, grid, config, scale, tensor_layout, backend), config)
+    else:
+        out, lse = _attend_exactly(q, k, v, grid, config, scale, tensor_layout, backend, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def _quantize(q, k, v, grid, config, scale, tensor_layout, backend) -> QuantizedQKV:
+    if config.quant != "fp8":
+        raise ValueError(f'config: quant={config.quant!r} rounds nothing; use quant="fp8"')
+    q_heads_first = reference.check_inputs(q, k, v, grid, tensor_layout)[0]
+    scale = _checked_scale(scale, q_heads_first.shape[3])
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise RuntimeError(
             "q, k, v: a gradient is required, but FP8 attention has no backward yet; call it under torch.no_grad(), or "
             'use AttentionConfig(quant="none"), which is differentiable'
         )
-
     name, reason = backend_for(q, config, backend)
-    if name == "reference" and backend == "auto":
-        _notice(reason)
+    operands = (q, k, v)
     if name == "sm90":
-        grid, tile = list(grid), list(config.tile or ())
-        images = torch.ops.fpsattention.quantize(
-            q, k, v, grid, tile, list(config.quant_tile or ()), config.smooth_k, scale, tensor_layout
+        tile, quant_tile = list(config.tile or ()), list(config.quant_tile or ())
+        operands = torch.ops.fpsattention.quantize(
+            q, k, v, list(grid), tile, quant_tile, config.smooth_k, scale, tensor_layout
         )
-        truncate = config.border == "truncate"
-        out, lse = torch.ops.fpsattention.attend(
-            *images, grid, tile, _flat(config.window), truncate, scale, tensor_layout, q.dtype
+    elif backend == "auto":
+        _notice(reason)
+    return QuantizedQKV(tuple(operands), tuple(grid), config, scale, tensor_layout, q.dtype, name)
+
+
+def _attend(quantized: QuantizedQKV, config: AttentionConfig) -> tuple[Tensor, Tensor]:
+    """(out, lse) of rounded operands under the config's window."""
+    x = quantized
+    if x.backend == "reference":
+        return reference.emulated_attention(
+            *x.operands, grid=x.grid, config=config, scale=x.scale, tensor_layout=x.tensor_layout
         )
-    elif name == "torch":
-        out, lse = _unquantized(q, k, v, config.resolve(grid, heads), scale, tensor_layout, return_lse)
-    else:
-        kwargs = {"grid": grid, "config": config, "scale": scale, "tensor_layout": tensor_layout}
-        if config.quant == "fp8":
-            out, lse = reference.emulated_attention(q, k, v, **kwargs)
-        else:
-            out, lse = reference.exact_attention(
-                q, k, v, dtype=torch.promote_types(q.dtype, torch.float32), **kwargs
+    tile, window, truncate = list(config.tile or ()), _flat(config.window), config.border == "truncate"
+    return torch.ops.fpsattention.attend(
+        *x.operands, list(x.grid), tile, window, truncate, x.scale, x.tensor_layout, x.dtype
+    )
+
+
+def _attend_exactly(q, k, v, grid, config, scale, tensor_layout, backend, return_lse):
+    """(out, lse) of unrounded operands; the lse is None where it is not asked for and not at hand."""
+    _, heads, _, head_dim = reference.check_inputs(q, k, v, grid, tensor_layout)[0].shape
+    scale = _checked_scale(scale, head_dim)
+    name, reason = backend_for(q, config, backend)
+    if name == "torch":
+        return _unquantized(q, k, v, config.resolve(grid, heads), scale, tensor_layout, return_lse)
+    if backend == "auto":
+        _notice(reason)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    out, lse = reference.exact_attention(
+        q, k, v, grid=grid, config=config, scale=scale, tensor_layout=tensor_layout, dtype=dtype
+    )
+    return out.to(q.dtype), lse.float()
+
+
+def _checked_scale(scale: float | None, head_dim: int) -> float:
+    scale = head_dim**-0.5 if scale is None else scale
+    if not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
+        raise ValueError(f"scale: {scale!r} must be a positive, finite number")
+    return scale
+
+
+def _check_repeated(quantized: QuantizedQKV, given: dict) -> None:
+    """Arguments beside a `QuantizedQKV` must be left out, or say what it says."""
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name in ("k", "v"):
+            raise TypeError(f"{name}: is part of the QuantizedQKV given as q; leave it out")
+        own = getattr(quantized, name)
+        if (tuple(value) if name == "grid" else value) != own:
+            raise ValueError(f"{name}: {value!r} is not that of the quantised Q, K, V, {own!r}; leave it out")
+
+
+def _same_rounding(config: AttentionConfig, quantized: QuantizedQKV) -> AttentionConfig:
+    own = quantized.config
+    if config.tile is None:
+        config = replace(config, tile=own.tile)
+    for name in ("tile", "quant", "quant_tile", "smooth_k"):
+        value, expected = getattr(config, name), getattr(own, name)
+        if value != expected:
+            raise ValueError(
+                f"config: {name}={value!r}, but Q, K, V were quantised with {name}={expected!r}; only window and "
+                f"border may differ"
             )
-            out, lse = out.to(q.dtype), lse.float()
-    return (out, lse) if return_lse else out
+    return config
 
 
 def backend_for(q: Tensor, config: AttentionConfig, backend: str = "auto") -> tuple[str, str]:
@@ -145,7 +254,8 @@ def _notice(reason: str) -> None:
 
 @cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=4)
+    # Past _notice, what calls that, and the public function: the caller's line.
+    warnings.warn(message, stacklevel=5)
 
 
 def _flat(window) -> list[int]:

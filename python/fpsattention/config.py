@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -114,6 +115,16 @@ class ResolvedConfig:
         """Attended pairs of tokens over all pairs, mean over the heads."""
         per_head = [self.geometry.density(w, self.border) for w in self.windows]
         return sum(per_head) / len(per_head)
+
+    @property
+    def item_fill(self) -> float:
+        """Query blocks over the places for them in the Hopper kernel's work items, of full tiles.
+
+        An item takes three blocks of 64 rows of one run: tiles that see the same keys (kernels/README.md, "Windows").
+        """
+        run = _C.run(self.grid, self.tile, self.windows)
+        blocks = math.prod(run) * self.geometry.slot // _C.QUERY_BLOCK
+        return blocks / (-(-blocks // _C.BLOCKS_PER_ITEM) * _C.BLOCKS_PER_ITEM) if blocks else 1.0
 
 
 def _as_window(value) -> Triple | tuple[Triple, ...]:

@@ -188,15 +188,15 @@ class TileGeometry:
     def computed_pairs(self, window: Triple, border: str) -> int:
         """Query rows times key rows that the kernel computes, of one head.
 
-        Counts every 128-row block that holds a valid token in full, its padding included; blocks of padding
-        only are skipped by the kernel and are not counted.
+        Counts every block that holds a valid token in full, its padding included: 64 query rows, 128 key rows. Blocks
+        of padding only are skipped by the kernel and are not counted.
         """
         truncate = as_truncate(border)
-        query_blocks = (-(-self.valid // _C.BLOCK)).tolist()
+        query_blocks = (-(-self.valid // _C.QUERY_BLOCK)).tolist()
         blocks = sum(
             n * _C.valid_blocks(self.grid, self.tile, window, truncate, i) for i, n in enumerate(query_blocks)
         )
-        return blocks * _C.BLOCK**2
+        return blocks * _C.QUERY_BLOCK * _C.BLOCK
 
     def flops(self, window: Triple, border: str, head_dim: int) -> int:
         """Useful floating-point operations of one head's forward: 4 * head_dim * attended pairs."""

@@ -2,7 +2,8 @@
 
 `fpsattention::quantize` turns raster-order Q, K, V into FP8 block images, `fpsattention::attend` attends over them.
 Both take plain integers, so that `torch.compile` traces them without looking inside, use the current stream of the
-tensors' device, never synchronise, and allocate through torch only, so that CUDA graphs capture them.
+tensors' device, never synchronise, and allocate through torch only, so that CUDA graphs capture them. Each opens an
+NVTX range of its name.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .geometry import tile_geometry
 
 HEAD_DIMS = (64, 128)
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-Images = tuple[Tensor, Tensor, Tensor, Tensor]  # q_blocks, kv_blocks, v_amax, lse_shift
+Images = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q_blocks, kv_blocks, v_amax, norms, lse_shift
 
 
 def quantize(
@@ -31,8 +32,8 @@ def quantize(
             as long as D is contiguous and every row starts on 16 bytes.
         scale: of the scores before softmax; needed here only for the LSE of smoothed K.
 
-    Returns q_blocks uint8 [B, H, blocks, bytes], kv_blocks likewise, v_amax fp32 [B, H, D], and lse_shift fp32
-    [B, H, L] (empty without smooth_k).
+    Returns q_blocks uint8 [B, H, blocks, bytes], kv_blocks likewise, v_amax fp32 [B, H, D], norms fp32 [B, H, 2] (the
+    largest norm of a row of Q, and of K), and lse_shift fp32 [B, H, L] (empty without smooth_k).
     Raises ValueError for a head_dim, dtype, stride or alignment that the kernels do not take.
     """
     return torch.ops.fpsattention.quantize(
@@ -59,11 +60,11 @@ def decode_blocks(
     """What the block images stand for, for inspection: dequantised q, k, v, fp32 [B, L, H, D] in raster order."""
     geometry = tile_geometry(tuple(grid), tuple(tile))
     rows = geometry.slot_tokens.flatten().to(q_blocks.device)
-    batch, heads, blocks, _ = q_blocks.shape
+    batch, heads, _, _ = q_blocks.shape
     image = _C.BLOCK * head_dim
 
     def unswizzle(x: Tensor, row_bytes: int) -> Tensor:
-        offset = torch.arange(image, device=x.device)
+        offset = torch.arange(x.shape[-1], device=x.device)
         offset ^= (offset >> 3) & (0x70 if row_bytes == 128 else 0x30)
         return x[..., offset].view(torch.float8_e4m3fn).float().unflatten(-1, (-1, row_bytes))
 
@@ -72,9 +73,9 @@ def decode_blocks(
         out[:, :, rows[rows >= 0]] = x.flatten(2, 3)[:, :, rows >= 0]
         return out.transpose(1, 2)
 
-    def scaled(blocks: Tensor, at: int) -> Tensor:
+    def scaled(blocks: Tensor, n_bytes: int) -> Tensor:
         scale = blocks[..., -128:-124].contiguous().view(torch.float32)
-        return raster(unswizzle(blocks[..., at : at + image], head_dim) * scale[..., None])
+        return raster(unswizzle(blocks[..., :n_bytes], head_dim) * scale[..., None])
 
     # Word c of each 16 tokens holds tokens 2c, 2c+1, 2c+8, 2c+9 (kernels/README.md).
     slot = torch.arange(16, device=q_blocks.device)
@@ -85,7 +86,8 @@ def decode_blocks(
     v_scale = torch.where(
         v_amax <= 2.0**-100, torch.ones_like(v_amax), v_amax / torch.full_like(v_amax, 448.0)
     )
-    return scaled(q_blocks, 0), scaled(kv_blocks, 0), raster(v.flatten(-2).mT * v_scale[:, :, None, None])
+    q, k = scaled(q_blocks, _C.QUERY_BLOCK * head_dim), scaled(kv_blocks, image)
+    return q, k, raster(v.flatten(-2).mT * v_scale[:, :, None, None])
 
 
 def _resolve(grid, tile, heads, quant_tile=(), windows=(), truncate=False, smooth_k=False) -> ResolvedConfig:
@@ -126,11 +128,12 @@ def _quantize_shapes(q: Tensor, k: Tensor, v: Tensor, resolved: ResolvedConfig, 
         raise ValueError(f"q: head_dim {head_dim} must be one of {HEAD_DIMS} for the sm90 kernels")
     if q.dtype not in DTYPES:
         raise ValueError(f"q: dtype {q.dtype} must be bfloat16 or float16 for the sm90 kernels")
-    blocks = resolved.geometry.n_tiles * resolved.geometry.blocks_per_tile
+    rows = resolved.geometry.n_tiles * resolved.geometry.slot
     return (
-        q.new_empty(batch, heads, blocks, _C.q_block_bytes(head_dim), dtype=torch.uint8),
-        q.new_empty(batch, heads, blocks, _C.kv_block_bytes(head_dim), dtype=torch.uint8),
+        q.new_empty(batch, heads, rows // _C.QUERY_BLOCK, _C.q_block_bytes(head_dim), dtype=torch.uint8),
+        q.new_empty(batch, heads, rows // _C.BLOCK, _C.kv_block_bytes(head_dim), dtype=torch.uint8),
         q.new_empty(batch, heads, head_dim, dtype=torch.float32),
+        q.new_empty(batch, heads, 2, dtype=torch.float32),
         q.new_empty((batch, heads, tokens) if resolved.smooth_k else 0, dtype=torch.float32),
     )
 
@@ -139,8 +142,11 @@ def _quantize_cuda(q, k, v, grid, tile, quant_tile, smooth_k, scale, tensor_layo
     heads_first = [_heads_first(x, tensor_layout) for x in (q, k, v)]
     batch, heads, tokens, head_dim = heads_first[0].shape
     resolved = _resolve(grid, tile, heads, quant_tile=quant_tile, smooth_k=smooth_k)
-    images = q_blocks, kv_blocks, v_amax, lse_shift = _quantize_shapes(q, k, v, resolved, tensor_layout)
+    images = q_blocks, kv_blocks, v_amax, norms, lse_shift = _quantize_shapes(
+        q, k, v, resolved, tensor_layout
+    )
     v_amax.zero_()
+    norms.zero_()
     if q.numel() == 0:
         return images
 
@@ -155,13 +161,14 @@ def _quantize_cuda(q, k, v, grid, tile, quant_tile, smooth_k, scale, tensor_layo
     if resolved.brick != (1, 1, 1):
         bricks = math.prod(-(-n // b) for n, b in zip(resolved.geometry.tiles, resolved.brick, strict=True))
         q_amax, k_amax = (scratch(batch, heads, bricks, zero=True) for _ in "qk")
-    with torch.cuda.device(q.device):
+    with torch.cuda.device(q.device), torch.cuda.nvtx.range("fpsattention::quantize"):
         _C.quantize(
             **{name: x.data_ptr() for name, x in zip("qkv", (q, k, v), strict=True)},
             **{f"{name}_strides": _strides(name, x) for name, x in zip("qkv", heads_first, strict=True)},
             q_blocks=q_blocks.data_ptr(),
             kv_blocks=kv_blocks.data_ptr(),
             v_amax=v_amax.data_ptr(),
+            norms=norms.data_ptr(),
             k_sum=k_sum.data_ptr(),
             k_mean=k_mean.data_ptr(),
             lse_shift=lse_shift.data_ptr(),
@@ -196,18 +203,19 @@ def _attend_shapes(
 
 
 def _attend_cuda(
-    q_blocks, kv_blocks, v_amax, lse_shift, grid, tile, windows, truncate, scale, tensor_layout, dtype
+    q_blocks, kv_blocks, v_amax, norms, lse_shift, grid, tile, windows, truncate, scale, tensor_layout, dtype
 ) -> tuple[Tensor, Tensor]:
     batch, heads, head_dim = v_amax.shape
     resolved = _resolve(grid, tile, heads, windows=windows, truncate=truncate)
     out, lse = _attend_shapes(v_amax, resolved, tensor_layout, dtype)
     if out.numel() == 0:
         return out, lse
-    with torch.cuda.device(v_amax.device):
+    with torch.cuda.device(v_amax.device), torch.cuda.nvtx.range("fpsattention::attend"):
         _C.attn_fwd(
             q_blocks=q_blocks.data_ptr(),
             kv_blocks=kv_blocks.data_ptr(),
             v_amax=v_amax.data_ptr(),
+            norms=norms.data_ptr(),
             lse_shift=lse_shift.data_ptr(),
             out=out.data_ptr(),
             lse=lse.data_ptr(),
@@ -227,7 +235,7 @@ def _attend_cuda(
 
 
 def _attend_fake(
-    q_blocks, kv_blocks, v_amax, lse_shift, grid, tile, windows, truncate, scale, tensor_layout, dtype
+    q_blocks, kv_blocks, v_amax, norms, lse_shift, grid, tile, windows, truncate, scale, tensor_layout, dtype
 ) -> tuple[Tensor, Tensor]:
     resolved = _resolve(grid, tile, v_amax.shape[1], windows=windows, truncate=truncate)
     return _attend_shapes(v_amax, resolved, tensor_layout, dtype)
@@ -236,11 +244,11 @@ def _attend_fake(
 _library = torch.library.Library("fpsattention", "DEF")
 _library.define(
     "quantize(Tensor q, Tensor k, Tensor v, int[] grid, int[] tile, int[] quant_tile, bool smooth_k, float scale, "
-    "str tensor_layout) -> (Tensor, Tensor, Tensor, Tensor)"
+    "str tensor_layout) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "attend(Tensor q_blocks, Tensor kv_blocks, Tensor v_amax, Tensor lse_shift, int[] grid, int[] tile, "
-    "int[] windows, bool truncate, float scale, str tensor_layout, ScalarType dtype) -> (Tensor, Tensor)"
+    "attend(Tensor q_blocks, Tensor kv_blocks, Tensor v_amax, Tensor norms, Tensor lse_shift, int[] grid, "
+    "int[] tile, int[] windows, bool truncate, float scale, str tensor_layout, ScalarType dtype) -> (Tensor, Tensor)"
 )
 _library.impl("quantize", _quantize_cuda, "CUDA")
 _library.impl("attend", _attend_cuda, "CUDA")

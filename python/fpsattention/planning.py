@@ -157,9 +157,19 @@ def _explain_tile(plan: Plan, resolved: ResolvedConfig, heads: int, head_dim: in
         f"window   {windows} tiles, {kind}; density {resolved.density:.3f}",
         f"legal    windows, {legal}",
         f"work     {flops / 1e12:.3g} TFLOP forward, batch 1, heads {heads}, head_dim {head_dim}{overhead}",
+        f"items    {_item_fill(resolved.item_fill)}",
         f"rounding {quant}",
         f"runs     {_what_runs(resolved, head_dim)}",
     ]
+
+
+def _item_fill(fill: float) -> str:
+    text = f"{fill:.0%} of the Hopper kernel's warpgroups have queries"
+    if fill > 0.9:
+        return text
+    return (
+        f"{text}; all have with a tile of 321 to 384 tokens, or a window as long as an axis of several tiles"
+    )
 
 
 def _explain_choice(plan: Plan) -> list[str]:

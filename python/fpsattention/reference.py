@@ -318,7 +318,8 @@ def emulated_attention(
 
     With z = q8.k8 * s_q * s_k * scale * log2(e), m = ceil(max z) over the keys of a row, P = 2^(z - m), l =
     sum P and p8 = e4m3(448 P): out = sum(p8 * v8) * s_v / (448 l), lse = ln(2) * (m + log2 l). m is an
-    integer, so that rescaling by a running maximum, as the kernels do, is exact.
+    integer, so that rescaling when it grows from block to block, as the kernels do, is exact. The kernels' m is
+    that or up to some five larger, which changes nothing but where the codes of p8 end at the bottom.
 
     Args:
         q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), L = T * H * W in raster order; any floating

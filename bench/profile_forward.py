@@ -1,0 +1,56 @@
+"""Calls FPSAttention a few times on one case, for a profiler to watch: `make profile`, docs/profiling.md.
+
+python bench/profile_forward.py [--case SHAPE/WINDOW] [--calls N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+import torch
+
+from bench_forward import random_qkv
+from contenders import ours
+from shapes import WAN_DENSE, Shape, Window, select
+
+
+def one_case(name: str) -> tuple[Shape, Window]:
+    """The shape and the window that a case's name stands for. Raises ValueError when it is no single case."""
+    shape, *others = select([name])
+    if others or name != shape.case(shape.windows[0]):
+        raise ValueError(
+            f"--case: {name!r} is more than one case; write SHAPE/WINDOW, for example {WAN_DENSE}"
+        )
+    return shape, shape.windows[0]
+
+
+def run(case: str, call: Callable[[], object], calls: int) -> None:
+    """Call `calls` times, each in an NVTX range of its own."""
+    for i in range(calls):
+        with torch.cuda.nvtx.range(f"{case}, call {i}"):
+            call()
+    torch.cuda.synchronize()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", default=WAN_DENSE, metavar="SHAPE/WINDOW", help="a case of shapes.py")
+    parser.add_argument("--calls", type=int, default=3)
+    options = parser.parse_args(argv)
+    try:
+        shape, window = one_case(options.case)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if not torch.cuda.is_available():
+        print("no CUDA device: nothing to profile", file=sys.stderr)
+        return 2
+    with torch.no_grad():
+        run(options.case, ours(shape, window).prepare(*random_qkv(shape, "cuda")), options.calls)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
