@@ -55,13 +55,15 @@ $(VENV)/lint: $(VENV)/torch pyproject.toml
 	$(RUN) -m pip install --quiet --group lint
 	touch $@
 
+CPP := $(wildcard kernels/*.cu kernels/*.cpp include/fpsattention/* $(addprefix tests/emulator/*.,cpp cuh h))
+
 lint: $(VENV)/lint
-	$(VENV)/bin/clang-format --dry-run --Werror kernels/*.cu kernels/*.cpp include/fpsattention/*
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
 format: $(VENV)/lint
-	$(VENV)/bin/clang-format -i kernels/*.cu kernels/*.cpp include/fpsattention/*
+	$(VENV)/bin/clang-format -i $(CPP)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 

@@ -7,11 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Of the forward. Launch registers: 64 Ki over the threads of a CTA, in multiples of 8 (FwdConfig). QGMMA, by head_dim:
-# QK and PV, at two places each. A third copy would mean that the compiler split the loop over keys by a condition that
-# may differ between the warps of a warpgroup, which must all execute the same wgmma.
-LAUNCH_REGISTERS = 128
-QGMMA = {128: 16, 64: 12}
+# Of the main kernels, by name. Launch registers: 64 Ki over the threads of a CTA, in multiples of 8 (FwdConfig,
+# BwdConfig). Tensor core instructions (QGMMA, HGMMA), by head_dim: the forward's QK and PV at two places each, the
+# backward's five products at one. One more copy would mean that the compiler split a loop by a condition that may
+# differ between the warps of a warpgroup, which must all execute the same wgmma.
+LAUNCH_REGISTERS = {"attn_fwd_sm90": 128, "attn_bwd_sm90": 168}
+GMMA = {
+    "attn_fwd_sm90": {128: (16, 0), 64: (12, 0)},
+    "attn_bwd_sm90": {128: (4, 24), 64: (2, 20)},
+}
 
 
 def package_dir(name: str) -> Path:
@@ -45,25 +49,28 @@ def main() -> int:
     )
     resources = {name: tuple(map(int, numbers)) for name, *numbers in usage}
     faults = []
-    forwards = 0
+    found = dict.fromkeys(GMMA, 0)
     for name, text in sorted(code.items()):
         registers, stack, local = resources[name]
-        qgmma = len(re.findall(r"\bQGMMA\b", text))
+        gmma = tuple(len(re.findall(rf"\b{x}\b", text)) for x in ("QGMMA", "HGMMA"))
         spills = len(re.findall(r"\b(?:LDL|STL)\b", text))
         if spills or stack or local:
             faults.append(f"{name}: {spills} local loads and stores, {stack} bytes of stack, {local} local")
-        if "attn_fwd_sm90" in name:
-            forwards += 1
-            head_dim = int(re.search(r"FwdConfigILi(\d+)E", name)[1])
-            if qgmma != QGMMA[head_dim]:
-                faults.append(f"{name}: {qgmma} QGMMA, not {QGMMA[head_dim]}")
-            if len(re.findall(r"\bWARPGROUP\.DEPBAR\b", text)) >= qgmma:
+        for kernel in GMMA:
+            if kernel not in name:
+                continue
+            found[kernel] += 1
+            expected = GMMA[kernel][int(re.search(r"ConfigILi(\d+)E", name)[1])]
+            if gmma != expected:
+                faults.append(f"{name}: (QGMMA, HGMMA) {gmma}, not {expected}")
+            if len(re.findall(r"\bWARPGROUP\.DEPBAR\b", text)) >= sum(gmma):
                 faults.append(f"{name}: ptxas waits after every wgmma (warnings C7510 to C7514 say why)")
-            if registers != LAUNCH_REGISTERS:
-                faults.append(f"{name}: {registers} registers at launch, not {LAUNCH_REGISTERS}")
-        print(f"{registers:4} registers {qgmma:3} QGMMA  {demangled(name)}")
-    if forwards != 2 * len(QGMMA):
-        faults.append(f"{forwards} forward kernels, not one for each head_dim and dtype")
+            if registers != LAUNCH_REGISTERS[kernel]:
+                faults.append(f"{name}: {registers} registers at launch, not {LAUNCH_REGISTERS[kernel]}")
+        print(f"{registers:4} registers {gmma[0]:3} QGMMA {gmma[1]:3} HGMMA  {demangled(name)}")
+    for kernel, expected in GMMA.items():
+        if found[kernel] != 2 * len(expected):
+            faults.append(f"{found[kernel]} kernels {kernel}, not one for each head_dim and dtype")
     print("\n".join(faults) or f"{len(code)} kernels, no local memory, no spills")
     return 1 if faults else 0
 

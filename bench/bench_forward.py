@@ -1,4 +1,4 @@
-"""Forward attention on one GPU: FPSAttention, torch's backends and installed peers on the same tensors.
+"""Attention on one GPU, forward and backward: FPSAttention, torch's backends and installed peers on the same tensors.
 
     python bench/bench_forward.py [--quick] [--case NAME ...] [--heads-scale X] [--output FILE]
 
@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 
 import fpsattention as fps
+from bench_backward import bench_training
+from bench_block import bench_block
 from common import (
     COPY_BYTES,
     CUDNN,
@@ -50,9 +52,12 @@ from contenders import Contender, as_hnd, config_of, contenders_of, installed_pe
 from fpsattention import _C
 from fpsattention.reference import emulated_attention
 from shapes import (
+    BACKWARD_DENSE,
+    BACKWARD_WINDOW,
     COG_DENSE,
     HUNYUAN_WINDOW,
     PAPER,
+    TRAINING_WINDOW,
     WAN_480P_WINDOW,
     WAN_DENSE,
     WAN_WINDOW,
@@ -252,6 +257,13 @@ def bench_shape(
         record.sm_clock_mhz, record.power_w = clock_mhz, power_w
     records = [record for record, _, _ in measured]
     compare(records)
+    del entries, timings
+    timed = (clock, monitor, rounds, burst_ms, seed_of(shape.name))
+    if shape.training:
+        records += bench_training(shape, (q, k, v), work_of, *timed)
+    if shape.mlp:
+        del q, k, v
+        records += bench_block(shape, work_of, *timed)
     return records
 
 
@@ -301,6 +313,11 @@ def _window_over_dense(records: list[Record]) -> float | None:
     return window / dense if window and dense else None
 
 
+def _backward_window_over_dense(records: list[Record]) -> float | None:
+    window, dense = (_our(c, lambda r: r.tflops_total)(records) for c in (BACKWARD_WINDOW, BACKWARD_DENSE))
+    return window / dense if window and dense else None
+
+
 def _worst(value):
     """A target's value taken as the largest over all of FPSAttention's records that have it."""
 
@@ -315,8 +332,8 @@ TARGETS = (
     Target("dense 21x45x80, 40 heads: x cuDNN", _our(WAN_DENSE, _cudnn_speedup), 1.85),
     Target("paper's setting 36x48x48, window 6,6,1: x cuDNN", _our(PAPER, _cudnn_speedup), 11),
     Target("21x45x80, window 3,3,9: of the dense case's TFLOP/s", _window_over_dense, 0.93),
-    Target("33x45x80, window 3,3,3: x cuDNN", _our(HUNYUAN_WINDOW, _cudnn_speedup), 10),
-    Target("dense 13x30x45, 48 heads, D 64: x cuDNN", _our(COG_DENSE, _cudnn_speedup), 1.5),
+    Target("33x45x80, window 2,5,5 (density .1): x cuDNN", _our(HUNYUAN_WINDOW, _cudnn_speedup), 10),
+    Target("dense 11x48x85, 48 heads, D 64: x cuDNN", _our(COG_DENSE, _cudnn_speedup), 1.5),
     Target("quantisation 21x45x80, 40 heads: of copy bandwidth", _our(WAN_DENSE, _of_copy_bandwidth), 0.80),
     Target(
         "21x30x52, window 1,5,3, CUDA graph: largest gap, us",
@@ -324,6 +341,9 @@ TARGETS = (
         10,
         at_least=False,
     ),
+    Target("backward, dense 16x32x32, 40 heads: x cuDNN", _our(BACKWARD_DENSE, _cudnn_speedup), 1.15),
+    Target("backward, window 3,3,9: of the dense one's TFLOP/s", _backward_window_over_dense, 0.85),
+    Target("forward and backward, window 3,3,9: x dense cuDNN", _our(TRAINING_WINDOW, _cudnn_speedup), 6),
     Target(
         "error against exact, worst: x the emulation's",
         _worst(lambda r: r.error_over_emulation),

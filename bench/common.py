@@ -22,6 +22,11 @@ import torch
 
 OURS, CUDNN, FLASH, FLEX = "fpsattention", "sdpa-cudnn", "sdpa-flash", "flexattention"  # Record.op
 TORCH_DENSE = (CUDNN, FLASH)
+BACKWARD, TRAINING, STEP = (
+    "backward",
+    "training",
+    "block step",
+)  # the last words of Record.case, but for forwards
 
 FLUSH_BYTES = 256 << 20  # five times an H100's L2: what a call reads, it reads from memory
 COPY_BYTES = 1 << 30
@@ -62,6 +67,14 @@ class CudaClock:
             end.record()
         torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in events]
+
+    def peak_gib(self, fn: Callable[[], object]) -> float:
+        """The most memory that torch's tensors take during one call, in GiB."""
+        fn()  # compiles; what is cached stays out
+        torch.cuda.reset_peak_memory_stats()
+        fn()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() / 2**30
 
     def check(self, after: str) -> None:
         """Raises DeviceLost when a fault, found after running `after`, has left the device unusable."""
@@ -207,10 +220,12 @@ class GpuMonitor:
 class Record:
     """One contender on one case. Times in ms, bandwidths in GB/s (1e9), errors are relative RMS.
 
-    `tflops` is useful work, 4 * head_dim * attended pairs * heads * batch, over `attn_ms`; `tflops_total` the
-    same over `ms`, quantisation included; `tflops_computed` is what the kernel computes, padding inside its
-    blocks included, over `attn_ms`. `speedup` is baseline_ms / ms. `graph_gap_us` is the largest gap between the
-    kernels of one call under a CUDA graph. A record with an `error` is used in no comparison.
+    A case that ends in "backward" is the backward alone, one in "training" forward and backward, one in "block step" a
+    training step of a transformer block, which alone has a `peak_gib`; the others are forwards. `tflops` is useful
+    work, 4 * head_dim * attended pairs * heads * batch, over `attn_ms`; `tflops_total` the same over `ms`, quantisation
+    included (2.5 times that work in a backward, 3.5 times in training); `tflops_computed` is what the kernel computes,
+    padding inside its blocks included, over `attn_ms`. `speedup` is baseline_ms / ms. `graph_gap_us` is the largest gap
+    between the kernels of one call under a CUDA graph. A record with an `error` is used in no comparison.
     """
 
     case: str
@@ -246,10 +261,15 @@ class Record:
     attn_hbm_bytes: int | None = None
     attn_l2_bytes: int | None = None
     graph_gap_us: float | None = None
+    peak_gib: float | None = None
     sm_clock_mhz: float | None = None
     power_w: float | None = None
     note: str = ""
     error: str = ""
+
+    @property
+    def is_forward(self) -> bool:
+        return not self.case.endswith((BACKWARD, TRAINING, STEP))
 
     def fail(self, message: str) -> None:
         self.error = f"{self.error}; {message}" if self.error else message

@@ -88,20 +88,25 @@ def ours(shape: Shape, window: Window) -> Contender:
     )
 
 
+def _torch_dense(shape: Shape, name: str, backend: SDPBackend) -> Contender:
+    def prepare(q, k, v):
+        q, k, v = (as_hnd(x, shape.layout) for x in (q, k, v))
+
+        def run():
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v)
+
+        return run
+
+    return Contender(name, None, prepare, lambda out: out, TOLERANCE_16_BIT)
+
+
+def cudnn(shape: Shape) -> Contender:
+    return _torch_dense(shape, CUDNN, SDPBackend.CUDNN_ATTENTION)
+
+
 def torch_dense(shape: Shape) -> list[Contender]:
-    def contender(name: str, backend: SDPBackend) -> Contender:
-        def prepare(q, k, v):
-            q, k, v = (as_hnd(x, shape.layout) for x in (q, k, v))
-
-            def run():
-                with sdpa_kernel(backend):
-                    return F.scaled_dot_product_attention(q, k, v)
-
-            return run
-
-        return Contender(name, None, prepare, lambda out: out, TOLERANCE_16_BIT)
-
-    return [contender(CUDNN, SDPBackend.CUDNN_ATTENTION), contender(FLASH, SDPBackend.FLASH_ATTENTION)]
+    return [cudnn(shape), _torch_dense(shape, FLASH, SDPBackend.FLASH_ATTENTION)]
 
 
 def flex(shape: Shape, window: Window) -> Contender:

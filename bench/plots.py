@@ -100,8 +100,8 @@ def of_lengths(records: list[Record]) -> list[Record]:
 
 
 def of_models(records: list[Record]) -> list[Record]:
-    """All other records."""
-    return [r for r in records if not r.case.startswith("length-")]
+    """All other records of forwards."""
+    return [r for r in records if r.is_forward and not r.case.startswith("length-")]
 
 
 def attention_points(records: list[Record]) -> dict[str, list[tuple[float, float]]]:

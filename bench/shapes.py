@@ -20,6 +20,8 @@ class Shape:
         flex: windows also run through FlexAttention in BF16, seconds to compile; left out of quick runs.
         emulated: windows whose output is also held against the emulated FP8 contract; left out of quick runs.
         graph: windows whose call is also replayed as a CUDA graph, for the gaps between its kernels.
+        training: windows whose backward, and forward with backward, are also measured.
+        mlp: hidden channels of a transformer block's MLP, of which a training step is also measured; 0: it is not.
         suite: "core" is in every run, the others in full runs; each can be asked for by its name.
     """
 
@@ -35,6 +37,8 @@ class Shape:
     flex: tuple[Triple, ...] = ()
     emulated: tuple[Window, ...] = ()
     graph: tuple[Window, ...] = ()
+    training: tuple[Window, ...] = ()
+    mlp: int = 0
     suite: str = "more"
 
     @property
@@ -72,6 +76,7 @@ _WAN_480P = Shape(
     (None, (1, 5, 3)),
     flex=((1, 5, 3),),
     graph=((1, 5, 3),),
+    mlp=8960,
     suite="core",
 )
 
@@ -95,8 +100,11 @@ SHAPES = (
         (7, 9, 2),
         (None, (3, 3, 9)),
         flex=((3, 3, 9),),
+        training=((3, 3, 9),),
+        mlp=13824,
         suite="core",
     ),
+    Shape("train-16k", (16, 32, 32), 40, (2, 8, 8), (None,), training=(None,), suite="core"),
     Shape(
         "cogvideox-480p",
         (13, 30, 45),
@@ -107,6 +115,8 @@ SHAPES = (
         emulated=(None,),
         suite="core",
     ),
+    # CogVideoX1.5 at 768 x 1360, 81 frames.
+    Shape("cogvideox1.5-768p", (11, 48, 85), 48, (3, 8, 16), (None,), head_dim=64, suite="core"),
     Shape(
         "hunyuan-720p",
         (33, 45, 80),
@@ -117,16 +127,21 @@ SHAPES = (
         flex=((3, 3, 3),),
         suite="core",
     ),
+    Shape(
+        "hunyuan-720p-deep", (33, 45, 80), 24, (17, 3, 5), ((2, 5, 5),), suite="core"
+    ),  # a tenth of the pairs
     _WAN_480P,
-    replace(_WAN_480P, name="wan1.3b-480p-hnd", layout="HND", flex=(), graph=(), suite="more"),
+    replace(_WAN_480P, name="wan1.3b-480p-hnd", layout="HND", flex=(), graph=(), mlp=0, suite="more"),
     Shape("18x48x80", (18, 48, 80), 24, (6, 8, 8), ((3, 3, 3),), flex=((3, 3, 3),)),
     *_lengths(),
 )
 
 # Cases with a number to reach.
 PAPER, WAN_DENSE, WAN_WINDOW = "36x48x48/6,6,1", "wan14b-720p/dense", "wan14b-720p/3,3,9"
-COG_DENSE, HUNYUAN_WINDOW = "cogvideox-480p/dense", "hunyuan-720p/3,3,3"
+COG_DENSE, HUNYUAN_WINDOW = "cogvideox1.5-768p/dense", "hunyuan-720p-deep/2,5,5"
 WAN_480P_WINDOW = "wan1.3b-480p/1,5,3"
+BACKWARD_DENSE, BACKWARD_WINDOW = "train-16k/dense backward", "wan14b-720p/3,3,9 backward"
+TRAINING_WINDOW = "wan14b-720p/3,3,9 training"
 
 
 def select(names: list[str], quick: bool = False, heads_scale: float = 1.0) -> list[Shape]:

@@ -17,6 +17,7 @@
 #include <numeric>
 
 #include "fpsattention/fp8.cuh"
+#include "fpsattention/fragments.cuh"
 #include "fpsattention/hopper.cuh"
 #include "fpsattention/launch.h"
 #include "fpsattention/params.h"
@@ -27,9 +28,6 @@ namespace {
 using namespace cute;
 using E4M3 = cute::float_e4m3_t;
 
-constexpr float kLog2E = 1.44269504088896341f;
-constexpr float kLn2 = 0.69314718055994531f;
-constexpr float kLog2P = 8.80735492205760410f;  // log2(448): P is scaled to E4M3's range
 // 448 * 2^x is a finite float for x < 119; the rest is for what z and the norms are rounded by.
 constexpr float kLargestExponent = 110.0f;
 // E4M3 may enlarge an element by 1/17, and a score of two of them by (18/17)^2 = 1.121.
@@ -195,21 +193,6 @@ __device__ __forceinline__ int opaque(int x) {
     return x;
 }
 
-// Four 4-byte words per lane of a quad, transposed: lane c ends up with word c of every lane, in lane order.
-__device__ __forceinline__ void transpose_quad(uint32_t (&x)[4]) {
-    const int lane = threadIdx.x;
-#pragma unroll
-    for (int k = 0; k < 4; k += 2) {
-        const uint32_t got = __shfl_xor_sync(~0u, lane & 1 ? x[k] : x[k + 1], 1);
-        (lane & 1 ? x[k] : x[k + 1]) = got;
-    }
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-        const uint32_t got = __shfl_xor_sync(~0u, lane & 2 ? x[k] : x[k + 2], 2);
-        (lane & 2 ? x[k] : x[k + 2]) = got;
-    }
-}
-
 // A row lives in the four lanes of a quad.
 __device__ __forceinline__ float quad_sum(float x) {
     x += __shfl_xor_sync(~0u, x, 1);
@@ -315,8 +298,7 @@ __device__ __forceinline__ void exponentiate(TensorS &s, TensorP &p, RowState &r
     row.l[1] = fmaf(row.l[1], row.shrink[1], sum[1]);
 }
 
-// O s_v / l in raster order, and LSE. A quad holds 8 consecutive columns of a row, two per lane; transposing four such
-// groups gives each lane 16 contiguous bytes.
+// O s_v / l in raster order, and LSE.
 template <class Cfg, class T, class TensorO>
 __device__ void store(const ForwardParams &p, const WorkItem &item, const QueryBlock &block, TensorO &o,
                       const RowState &row) {
@@ -334,25 +316,14 @@ __device__ void store(const ForwardParams &p, const WorkItem &item, const QueryB
             o(4 * j + i) = o(4 * j + i) * inverse[i / 2] * scale[i % 2];
         }
     }
-    const int first = block.first_row + thread / 32 * 16 + thread % 32 / 4;
+    const int first = block.first_row + fragment_row(thread);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const bool valid = first + 8 * r < block.extent.volume();
         const int64_t token = valid ? g.token(block.tile, block.extent, first + 8 * r) : 0;
         T *out = static_cast<T *>(p.out) + item.batch * p.out_strides.batch + item.head * p.out_strides.head +
                  token * p.out_strides.token;
-#pragma unroll
-        for (int j = 0; j < Cfg::kHeadDim / 8; j += 4) {
-            uint32_t words[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                words[i] = downcast<T>(o(4 * (j + i) + 2 * r), o(4 * (j + i) + 2 * r + 1));
-            }
-            transpose_quad(words);
-            if (valid) {
-                *reinterpret_cast<uint4 *>(out + 8 * (j + lane)) = {words[0], words[1], words[2], words[3]};
-            }
-        }
+        store_row<T, Cfg::kHeadDim>(out, valid, r, lane, [&](int i) { return o(i); });
         if (valid && lane == 0) {
             const int64_t at = item.bh * g.tokens() + token;
             p.lse[at] = kLn2 * (row.m[r] + log2f(l[r]) - kLog2P) + (p.lse_shift == nullptr ? 0.0f : p.lse_shift[at]);
@@ -508,6 +479,7 @@ __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int warpgroup) 
 
 template <class Cfg, class T>
 __global__ void __launch_bounds__(Cfg::kThreads, 1) attn_fwd_sm90(const __grid_constant__ ForwardParams p) {
+    wait_for_previous();
     extern __shared__ char smem_bytes[];
     // The runtime aligns dynamic shared memory to 16 bytes only; the swizzle needs 1024.
     auto &smem = *reinterpret_cast<FwdSmem<Cfg> *>(smem_bytes + (-smem_address(smem_bytes) & 1023));

@@ -102,6 +102,24 @@ void bind_quantize(uintptr_t q, uintptr_t k, uintptr_t v, const StrideTriple &q_
     quantize(p, stream_of(stream));
 }
 
+// Of a ForwardParams or BackwardParams whose geometry and heads are known.
+template <class Params>
+void set_windows(Params &p, const std::vector<Triple> &windows) {
+    FPS_CHECK(windows.size() == 1 || int(windows.size()) == p.heads, "windows must hold 1 or ", p.heads, ", got ",
+              windows.size());
+    FPS_CHECK(windows.size() <= size_t(kMaxWindows), "windows must hold at most ", kMaxWindows, ", got ",
+              windows.size());
+    p.n_windows = int(windows.size());
+    const Int3 tiles = p.geometry.tiles;
+    for (int head = 0; head < p.n_windows; ++head) {
+        const Triple &w = windows[head];
+        FPS_CHECK(w[0] >= 1 && w[0] <= tiles.t && w[1] >= 1 && w[1] <= tiles.h && w[2] >= 1 && w[2] <= tiles.w,
+                  "window (", w[0], ", ", w[1], ", ", w[2], ") must lie within the tiles (", tiles.t, ", ", tiles.h,
+                  ", ", tiles.w, ")");
+        p.windows[head] = int3(w);
+    }
+}
+
 void bind_attn_fwd(uintptr_t q_blocks, uintptr_t kv_blocks, uintptr_t v_amax, uintptr_t norms, uintptr_t lse_shift,
                    uintptr_t out, uintptr_t lse, const StrideTriple &out_strides, const Triple &grid,
                    const Triple &tile, const std::vector<Triple> &windows, bool truncate, int batch, int heads,
@@ -116,21 +134,37 @@ void bind_attn_fwd(uintptr_t q_blocks, uintptr_t kv_blocks, uintptr_t v_amax, ui
     p.dtype = dtype_of(dtype);
     p.scale = scale;
     p.border = border_of(truncate);
-    FPS_CHECK(windows.size() == 1 || int(windows.size()) == heads, "windows must hold 1 or ", heads, ", got ",
-              windows.size());
-    FPS_CHECK(windows.size() <= size_t(kMaxWindows), "windows must hold at most ", kMaxWindows, ", got ",
-              windows.size());
-    p.n_windows = int(windows.size());
-    const Int3 tiles = p.geometry.tiles;
-    for (int head = 0; head < p.n_windows; ++head) {
-        const Triple &w = windows[head];
-        FPS_CHECK(w[0] >= 1 && w[0] <= tiles.t && w[1] >= 1 && w[1] <= tiles.h && w[2] >= 1 && w[2] <= tiles.w,
-                  "window (", w[0], ", ", w[1], ", ", w[2], ") must lie within the tiles (", tiles.t, ", ", tiles.h,
-                  ", ", tiles.w, ")");
-        p.windows[head] = int3(w);
-    }
+    set_windows(p, windows);
     check_size(p.geometry, batch, heads);
     attn_fwd(p, stream_of(stream));
+}
+
+void bind_attn_bwd(uintptr_t q_blocks, uintptr_t kv_blocks, uintptr_t v_amax, uintptr_t out, uintptr_t dout,
+                   const StrideTriple &out_strides, const StrideTriple &dout_strides, uintptr_t lse,
+                   uintptr_t lse_shift, uintptr_t k_mean, uintptr_t dlse, uintptr_t query_images, uintptr_t key_images,
+                   uintptr_t dq_sum, uintptr_t turns, uintptr_t dq, uintptr_t dk, uintptr_t dv,
+                   const StrideTriple &dq_strides, const StrideTriple &dk_strides, const StrideTriple &dv_strides,
+                   const Triple &grid, const Triple &tile, const std::vector<Triple> &windows, bool truncate, int batch,
+                   int heads, int head_dim, const std::string &dtype, float scale, uintptr_t stream) {
+    BackwardParams p{};
+    p.q_blocks = pointer<uint8_t>(q_blocks), p.kv_blocks = pointer<uint8_t>(kv_blocks);
+    p.v_amax = pointer<float>(v_amax);
+    p.out = pointer<void>(out), p.dout = pointer<void>(dout);
+    p.out_strides = strides_of(out_strides), p.dout_strides = strides_of(dout_strides);
+    p.lse = pointer<float>(lse), p.lse_shift = pointer<float>(lse_shift), p.k_mean = pointer<float>(k_mean),
+    p.dlse = pointer<float>(dlse);
+    p.query_images = pointer<uint8_t>(query_images), p.key_images = pointer<uint8_t>(key_images);
+    p.dq_sum = pointer<float>(dq_sum), p.turns = pointer<int>(turns);
+    p.dq = pointer<void>(dq), p.dk = pointer<void>(dk), p.dv = pointer<void>(dv);
+    p.dq_strides = strides_of(dq_strides), p.dk_strides = strides_of(dk_strides), p.dv_strides = strides_of(dv_strides);
+    p.geometry = TileGrid(int3(grid), int3(tile));
+    p.batch = batch, p.heads = heads, p.head_dim = head_dim;
+    p.dtype = dtype_of(dtype);
+    p.scale = scale;
+    p.border = border_of(truncate);
+    set_windows(p, windows);
+    check_size(p.geometry, batch, heads);
+    attn_bwd(p, stream_of(stream));
 }
 
 }  // namespace
@@ -152,6 +186,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("run", &run);
     m.def("q_block_bytes", &q_block_bytes);
     m.def("kv_block_bytes", &kv_block_bytes);
+    m.def("bwd_query_bytes", &bwd_query_bytes);
+    m.def("bwd_key_bytes", &bwd_key_bytes);
     m.def("quantize_chunks", &quantize_chunks);
 
     using namespace py::literals;
@@ -162,4 +198,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("attn_fwd", &bind_attn_fwd, py::kw_only(), "q_blocks"_a, "kv_blocks"_a, "v_amax"_a, "norms"_a, "lse_shift"_a,
           "out"_a, "lse"_a, "out_strides"_a, "grid"_a, "tile"_a, "windows"_a, "truncate"_a, "batch"_a, "heads"_a,
           "head_dim"_a, "dtype"_a, "scale"_a, "stream"_a);
+    m.def("attn_bwd", &bind_attn_bwd, py::kw_only(), "q_blocks"_a, "kv_blocks"_a, "v_amax"_a, "out"_a, "dout"_a,
+          "out_strides"_a, "dout_strides"_a, "lse"_a, "lse_shift"_a, "k_mean"_a, "dlse"_a, "query_images"_a,
+          "key_images"_a, "dq_sum"_a, "turns"_a, "dq"_a, "dk"_a, "dv"_a, "dq_strides"_a, "dk_strides"_a, "dv_strides"_a,
+          "grid"_a, "tile"_a, "windows"_a, "truncate"_a, "batch"_a, "heads"_a, "head_dim"_a, "dtype"_a, "scale"_a,
+          "stream"_a);
 }

@@ -70,6 +70,7 @@ __device__ __forceinline__ int chunks_of(int tokens) {
 // grid (heads * chunks, 2, batch): blockIdx.y = 0 takes V's amax, 1 (only with smoothing) K's sum.
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kStatsThreads) channel_stats(const __grid_constant__ QuantizeParams p) {
+    wait_for_previous();
     constexpr int kLanes = kLanesPerRow<kHeadDim>, kRows = kStatsThreads / kLanes;
     __shared__ float partial[kRows][kHeadDim + 4];
     const bool summing = blockIdx.y == 1;
@@ -111,6 +112,7 @@ __global__ void __launch_bounds__(kStatsThreads) channel_stats(const __grid_cons
 
 // grid (heads, batch), one thread per channel. A fixed order of additions: deterministic.
 __global__ void finish_mean(const __grid_constant__ QuantizeParams p) {
+    wait_for_previous();
     const int64_t bh = int64_t(blockIdx.y) * p.heads + blockIdx.x;
     const int chunks = chunks_of(p.geometry.tokens());
     double total = 0;
@@ -172,6 +174,7 @@ __device__ __forceinline__ float2 block_max(float x, float y) {
 // 16-byte vectors. With kBrickAmax only the amax is taken, into the brick's; a second launch then quantises.
 template <class T, int kHeadDim, bool kBrickAmax>
 __global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64) quantize_qk(const __grid_constant__ QuantizeParams p) {
+    wait_for_previous();
     constexpr int kLanes = kLanesPerRow<kHeadDim>;
     __shared__ int token_of_row[kMaxSlot];
     const TileGrid &g = p.geometry;
@@ -283,6 +286,7 @@ __global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64) quantize_qk(const __g
 // the transposed image, eight channels each; shared memory turns [word][channel] into [channel][word].
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kBlock *kHeadDim / 64) quantize_v(const __grid_constant__ QuantizeParams p) {
+    wait_for_previous();
     constexpr int kLanes = kLanesPerRow<kHeadDim>, kThreads = kBlock * kHeadDim / 64;
     constexpr int kWords = kBlock / 4, kWordsPerPass = kThreads / kLanes;
     // Four words (a 16-byte chunk of the image) per row; the 4-word pad spreads the chunks over the banks.

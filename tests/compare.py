@@ -22,6 +22,22 @@ With `wide_logits` the same accumulator, of QK this time, is granted its due: a 
 hundredths, a probability by some per cent, and the kernel rounds 448 P to another code than the emulation for a
 good part of the keys. Their rounding errors are then independent, and that far apart: sqrt(1 + factor^2) of the
 emulation's own error. The limit against exact attention, which judges such inputs, stays as it is.
+
+Gradients are judged alike: against the straight-through gradient of the FP8 contract in fp64, which takes the
+place of exact attention, and against the same with the kernels' 16-bit roundings. That emulation gets the out and
+lse that the kernel's backward got, so that what the forward did is not held against the backward. With the same
+numbers rounded in the same places, dQ and dK leave little room:
+- One rounding of a dS that falls the other way moves it by 2^-7 of itself (`BF16_STEP`), and a tile of few rows
+  by that much of its largest row. There the emulation's error is the luck of a few roundings: as many again may
+  fall otherwise, hence twice that error for a tile.
+- Where the summands of a gradient cancel (values with a mean, a tile that few attend) the emulation's error is
+  large, and whatever tips a rounding draws another such error: sqrt(1 + factor^2) of it, as with wide logits.
+- With `wide_logits` P is off by some per cent, and so is dS. Over many tiles it averages out, in a tile where one
+  query decides it does not: `WIDE_LOGIT` times the accumulator's error.
+- dV has more: codes of 448 P flip as in the forward, sqrt(error of P * step of a code) for a P that is off by 2^-13
+  (`FLIPS`), three times as much in a tile, where the forward is granted that too. With `wide_logits` P is rounded
+  independently, so dV is off by up to the rounding of P: `P_ROUNDING`, the relative RMS error of rounding to 4
+  significant bits.
 """
 
 from __future__ import annotations
@@ -34,11 +50,17 @@ from inputs import tile_coordinates
 
 EXACT_FACTOR, TILE_EXACT_FACTOR = 1.1, 1.25  # of the emulation's error against exact attention
 EMULATION_RMS, TILE_EMULATION_RMS = 5e-3, 1.5e-2
+GRADIENT_FACTOR, TILE_GRADIENT_FACTOR = 1.2, 2.0  # of the emulated gradient's error against the fp64 one
 CODE_STEP = 1 / 8  # largest relative distance of neighbouring E4M3 codes
+BF16_STEP = 2.0**-7
+# A number of t in [1, 2) has an error of 2^-3 / sqrt(12); the mean of 1 / t^2 over all log t is 3 / (8 ln 2).
+P_ROUNDING = 2.0**-3 / math.sqrt(12) * math.sqrt(3 / (8 * math.log(2)))
+FLIPS = math.sqrt(2.0**-13 * CODE_STEP)
 ZERO = 1e-6  # largest output where the reference is zero everywhere
 LSE_ABS = 5e-3  # natural log units
 LSE_WIDE = 2e-3  # of the largest LSE, with wide logits
 ACCUMULATOR = 4 * 2.0**-13
+WIDE_LOGIT = 100
 TILE_NORM_FLOOR = 1e-3  # of the norm a tile would have if all were equal; below, errors are relative to that
 
 
@@ -65,21 +87,91 @@ def violations(
     assert out.shape == exact.shape == emu.shape, f"{out.shape}, {exact.shape}, {emu.shape}"
     assert lse.shape == exact_lse.shape == emu_lse.shape, f"{lse.shape}, {exact_lse.shape}, {emu_lse.shape}"
     assert out.dtype == emu.dtype and lse.dtype == torch.float32, f"{out.dtype}, {emu.dtype}, {lse.dtype}"
-    for name, x in (("out", out), ("lse", lse)):
-        if not x.isfinite().all():
-            bad = (~x.isfinite()).nonzero()
-            return {"finite": f"{len(bad)} elements of {name} are not finite, the first at {bad[0].tolist()}"}
-    found = {}
-    if out.numel():
-        half_epsilon = torch.finfo(out.dtype).eps / 2
-        found |= _output_violations(
-            out.double(), exact.double(), emu.double(), tile_of_token, half_epsilon, wide_logits
+    found = _not_finite(out=out, lse=lse)
+    if not found and out.numel():
+        found |= _tensor_violations(
+            out,
+            exact,
+            emu,
+            tile_of_token,
+            factors=(EXACT_FACTOR, TILE_EXACT_FACTOR),
+            step=CODE_STEP,
+            floors=(torch.finfo(out.dtype).eps / 2,) * 2,
+            independent=wide_logits,
         )
         found |= _lse_violations(lse.double(), exact_lse.double(), emu_lse.double(), wide_logits)
     return found
 
 
-def _output_violations(out, exact, emu, tile_of_token, half_epsilon, wide_logits) -> dict[str, str]:
+def check_gradients(grads, reference, emulated, geometry, *, wide_logits=False) -> None:
+    """Raise AssertionError unless `grads` honour the contract.
+
+    Args:
+        grads: dq, dk, dv of a kernel, [B, L, H, D] each.
+        reference: the same in fp64, of `reference.emulated_attention` with dtype=torch.float64, by autograd.
+        emulated: the same of `reference.emulated_backward`, of the dtype of `grads` and from the out and lse that
+            the kernel's backward was given.
+        geometry: TileGeometry of the call; dK and dV are judged for each key tile.
+        wide_logits: see the head of this file.
+    """
+    tile_of_token = geometry.tile_of_token.to(grads[0].device)
+    found = gradient_violations(grads, reference, emulated, tile_of_token, wide_logits=wide_logits)
+    assert not found, "\n".join(f"{rule}: {text}" for rule, text in found.items())
+
+
+def gradient_violations(grads, reference, emulated, tile_of_token, *, wide_logits=False) -> dict[str, str]:
+    """The rules that gradients break, each with what was found and where. Arguments as `check_gradients`."""
+    grads, reference, emulated = (
+        dict(zip(("dq", "dk", "dv"), x, strict=True)) for x in (grads, reference, emulated)
+    )
+    for name, x in grads.items():
+        assert x.shape == reference[name].shape == emulated[name].shape, f"{name}: shapes differ"
+        assert x.dtype == emulated[name].dtype and reference[name].dtype == torch.float64, f"{name}: dtypes"
+    found = _not_finite(**grads)
+    if found or not grads["dq"].numel():
+        return found
+    for name, x in grads.items():
+        wide = WIDE_LOGIT * ACCUMULATOR if wide_logits else 0.0
+        tile_factor, step = TILE_GRADIENT_FACTOR, BF16_STEP
+        floor = tile_floor = torch.finfo(x.dtype).eps / 2
+        if name == "dv":
+            tile_factor, step = GRADIENT_FACTOR, CODE_STEP
+            floor, tile_floor = (P_ROUNDING, P_ROUNDING) if wide_logits else (FLIPS, 3 * FLIPS)
+        found |= _tensor_violations(
+            x,
+            reference[name],
+            emulated[name],
+            tile_of_token,
+            factors=(GRADIENT_FACTOR, tile_factor),
+            step=step,
+            floors=(floor, max(tile_floor, wide)),
+            independent=True,
+            prefix=f"{name} ",
+        )
+    return found
+
+
+def _not_finite(**tensors) -> dict[str, str]:
+    for name, x in tensors.items():
+        if not x.isfinite().all():
+            bad = (~x.isfinite()).nonzero()
+            return {"finite": f"{len(bad)} elements of {name} are not finite, the first at {bad[0].tolist()}"}
+    return {}
+
+
+def _tensor_violations(
+    out, exact, emu, tile_of_token, *, factors, step, floors, independent, prefix=""
+) -> dict[str, str]:
+    """The rules that one tensor [B, L, H, D] breaks, their names with `prefix`.
+
+    Args:
+        factors: of the emulation's error against `exact`, overall and by tile.
+        step: the largest relative error that one rounding brings when it falls the other way than in the emulation.
+        floors: relative RMS error, overall and of a tile, that is no defect however small the emulation's own.
+        independent: whether rounding errors may be independent of the emulation's.
+    """
+    out, exact, emu = out.double(), exact.double(), emu.double()
+
     def by_tile(x):  # sums over the rows and channels of each (tile, batch, head), from squares [B, L, H, D]
         rows = x.sum(-1).transpose(0, 1)
         return rows.new_zeros(n_tiles, *rows.shape[1:]).index_add_(0, tile_of_token, rows)
@@ -93,7 +185,7 @@ def _output_violations(out, exact, emu, tile_of_token, half_epsilon, wide_logits
     for name, reference in (("exact", exact), ("emulation", emu)):
         if not reference.any():
             if out.abs().max() > ZERO:
-                found[name] = f"the reference is zero everywhere, the output reaches {out.abs().max():.3g}"
+                found[prefix + name] = f"the reference is zero, the output reaches {out.abs().max():.3g}"
             return found
 
     n_tiles = int(tile_of_token.max()) + 1
@@ -109,14 +201,15 @@ def _output_violations(out, exact, emu, tile_of_token, half_epsilon, wide_logits
 
         emu_norm = over(emu.square()).sqrt()
         rows = largest_row(emu)
-        flip = CODE_STEP * (rows if tiled else rows.max()) / emu_norm.clamp(min=1e-300)
+        flip = step * (rows if tiled else rows.max()) / emu_norm.clamp(min=1e-300)
         own = rms(emu, exact)  # the emulation's error
-        factor = TILE_EXACT_FACTOR if tiled else EXACT_FACTOR
+        factor, floor = factors[tiled], floors[tiled]
+        agreement = TILE_EMULATION_RMS if tiled else EMULATION_RMS
         limit = {
-            "exact": factor * torch.maximum(own, flip).clamp(min=half_epsilon) + ACCUMULATOR,
-            "emulation": flip.clamp(min=TILE_EMULATION_RMS if tiled else EMULATION_RMS),
+            "exact": factor * torch.maximum(own, flip).clamp(min=floor) + ACCUMULATOR,
+            "emulation": flip.clamp(min=max(agreement, factor * floor)),
         }
-        if wide_logits:
+        if independent:
             limit["emulation"] = torch.maximum(limit["emulation"], math.sqrt(1 + factor**2) * own)
         for name, reference in (("exact", exact), ("emulation", emu)):
             error = rms(out, reference)
@@ -126,7 +219,7 @@ def _output_violations(out, exact, emu, tile_of_token, half_epsilon, wide_logits
                 text = f"relative RMS error {error[worst]:.3g}, at most {limit[name][worst]:.3g} is allowed"
                 text += f" (the emulation's error is {own[worst]:.3g})"
                 where = _worst_element(out, exact, emu, tile_of_token, worst)
-                found[f"tile {name}" if tiled else name] = f"{text}; {where}"
+                found[("tile " if tiled else "") + prefix + name] = f"{text}; {where}"
     return found
 
 
@@ -139,7 +232,7 @@ def _worst_element(out, exact, emu, tile_of_token, tile) -> str:
         inside = torch.zeros_like(error, dtype=torch.bool)
         inside[b, tile_of_token == n, h] = True
         error = error.masked_fill(~inside, -1)
-        text = f"batch {b}, head {h}, query tile {n} is worst, {int(inside[b, :, h, 0].sum())} rows; "
+        text = f"batch {b}, head {h}, tile {n} is worst, {int(inside[b, :, h, 0].sum())} rows; "
     at = torch.unravel_index(error.argmax(), error.shape)
     b, row, h, d = (int(i) for i in at)
     return text + (

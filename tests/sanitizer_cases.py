@@ -35,22 +35,27 @@ def main() -> None:
             for tensor_layout, dtype in (("NHD", torch.bfloat16), ("HND", torch.float16)):
                 tokens = math.prod(grid)
                 shape = (2, tokens, 2, head_dim) if tensor_layout == "NHD" else (2, 2, tokens, head_dim)
-                q, k, v = (torch.randn(shape, dtype=dtype, device="cuda") for _ in range(3))
+                leaves = [
+                    torch.randn(shape, dtype=dtype, device="cuda", requires_grad=True) for _ in range(3)
+                ]
                 out, lse = fps.attention(
-                    q,
-                    k,
-                    v,
+                    *leaves,
                     grid=grid,
                     config=config,
                     return_lse=True,
                     tensor_layout=tensor_layout,
                     backend="sm90",
+                    deterministic=tensor_layout == "HND",
+                )
+                grads = torch.autograd.grad(
+                    (out, lse), leaves, (torch.randn_like(out), torch.randn_like(lse))
                 )
                 case = f"{grid}, {config}, head_dim {head_dim}, {tensor_layout}, {dtype}"
                 assert out.isfinite().all(), f"out is not finite: {case}"
                 assert lse.isfinite().all(), f"lse is not finite: {case}"
+                assert all(x.isfinite().all() for x in grads), f"a gradient is not finite: {case}"
                 launches += 1
-    print(f"{launches} calls, all finite")
+    print(f"{launches} calls and their backwards, all finite")
 
 
 if __name__ == "__main__":

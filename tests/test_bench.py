@@ -531,17 +531,21 @@ def test_targets():
     small = make_record(shapes.WAN_480P_WINDOW, graph_gap_us=4.0, **cudnn)
     errors = dict(error_over_emulation=1.0, rms_to_emulation=1e-3)
     paper = make_record(shapes.PAPER, speedup=11.1, **errors, **cudnn)
-    records = [paper, wan, windowed, cog, hunyuan, small]
-    assert judged(records) == [True] * 11
-    assert judged([]) == [None] * 11
+    backward = make_record(shapes.BACKWARD_DENSE, speedup=1.2, tflops_total=700.0, **cudnn)
+    windowed_backward = make_record(shapes.BACKWARD_WINDOW, tflops_total=600.0, **cudnn)
+    training = make_record(shapes.TRAINING_WINDOW, speedup=6.1, **cudnn)
+    records = [paper, wan, windowed, cog, hunyuan, small, backward, windowed_backward, training]
+    assert judged(records) == [True] * 14
+    assert judged([]) == [None] * 14
     assert bench.TARGETS[0].value(records) == 2.0 and bench.TARGETS[3].value(records) == 0.94
 
     wan.attn_ms, wan.speedup, paper.speedup, windowed.tflops = 110.0, 1.8, 10.9, 920.0
     hunyuan.speedup, cog.baseline, wan.quant_gbps, small.graph_gap_us = 9.9, common.FLASH, 2300.0, 11.0
-    assert judged(records) == [False, False, False, False, False, None, False, False, True, True, True]
+    backward.speedup, windowed_backward.tflops_total, training.speedup = 1.1, 590.0, 5.9
+    assert judged(records) == [False] * 5 + [None] + [False] * 5 + [True] * 3
     paper.error_over_emulation, paper.rms_to_emulation = 1.2, 6e-3
     wan.fail("relative RMS error")
-    assert judged(records) == [None, None, False, None, False, None, None, False, False, False, False]
+    assert judged(records) == [None, None, False, None, False, None, None] + [False] * 7
 
 
 def test_table_and_target_lines_fit():

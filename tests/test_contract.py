@@ -224,8 +224,6 @@ def test_nothing_to_quantize():
         fps.quantize_qkv(q, q, q, grid=GRID, config=fps.AttentionConfig(quant="none"))
     with pytest.raises(TypeError, match=says("grid")):
         fps.attention(q, q, q)
-    with pytest.raises(RuntimeError, match=says("gradient")):
-        fps.quantize_qkv(q.requires_grad_(), q, q, grid=GRID, config=CONFIG)
 
 
 def test_quant_tile_that_does_not_fit_the_planned_tile():
@@ -292,14 +290,59 @@ def test_backend_for_names_what_would_run(monkeypatch):
         fps.backend_for(tensor(), CONFIG, "fast")
 
 
-@pytest.mark.parametrize("name", ["q", "k", "v"])
-def test_gradient_of_fp8_is_refused(name):
-    operands = {n: tensor().requires_grad_(n == name) for n in "qkv"}
-    with pytest.raises(RuntimeError, match=says("gradient", "backward")):
-        fps.attention(**operands, grid=GRID, config=CONFIG, backend="reference")
+@pytest.fixture
+def pretended_kernel(monkeypatch):
+    """Fake tensors on the CPU, and a backend said to be the kernel, whose ops have fakes. A fake CUDA tensor cannot
+    require a gradient where there is no CUDA.
+    """
+    monkeypatch.setattr(api, "backend_for", lambda *_: ("sm90", "it is pretended"))
+    with FakeTensorMode():
+        yield
+
+
+@pytest.mark.parametrize("smooth_k", [False, True])
+@pytest.mark.parametrize("names", ["q", "k", "v", "qk", "qv", "kv", "qkv"])
+def test_gradient_of_the_kernel(names, smooth_k, pretended_kernel):
+    """Of out and lse, in whichever of q, k, v asks for it, and only there."""
+    config = replace(CONFIG, smooth_k=smooth_k)
+    operands = {n: tensor().requires_grad_(n in names) for n in "qkv"}
+    out, lse = fps.attention(**operands, grid=GRID, config=config, return_lse=True)
+    (out.float().sum() + lse.sum()).backward()
+    for name, x in operands.items():
+        assert (x.grad is not None) == (name in names)
+        assert x.grad is None or (x.grad.shape, x.grad.dtype) == (x.shape, x.dtype)
     with torch.no_grad():
-        out = fps.attention(**operands, grid=GRID, config=CONFIG, backend="reference")
-    assert not out.requires_grad
+        assert not fps.attention(**operands, grid=GRID, config=config).requires_grad
+
+
+def test_second_derivative_of_the_kernel_is_refused(pretended_kernel):
+    q, k, v = (tensor().requires_grad_() for _ in range(3))
+    out = fps.attention(q, k, v, grid=GRID, config=CONFIG)
+    (first,) = torch.autograd.grad(out.float().square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match=says("first derivative", "create_graph", "none")):
+        first.float().sum().backward()
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_quantised_operands_have_no_gradient(name):
+    operands = {n: tensor().requires_grad_(n == name) for n in "qkv"}
+    call = {"grid": GRID, "config": CONFIG, "backend": "reference"}
+    with pytest.raises(RuntimeError, match=says("gradient", "no_grad", "attention")):
+        fps.quantize_qkv(**operands, **call)
+    with torch.no_grad():
+        quantized = fps.quantize_qkv(**operands, **call)
+    assert not fps.attention(quantized).requires_grad
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_gradient_of_the_reference(name):
+    operands = {n: tensor().requires_grad_(n == name) for n in "qkv"}
+    call = {"grid": GRID, "config": CONFIG, "backend": "reference"}
+    out = fps.attention(**operands, **call)
+    out.sum().backward()
+    assert operands[name].grad.dtype == out.dtype and operands[name].grad.shape == out.shape
+    with torch.no_grad():
+        assert not fps.attention(**operands, **call).requires_grad
 
 
 @BACKENDS

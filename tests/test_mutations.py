@@ -307,7 +307,7 @@ def test_failure_names_the_place(case, expected):
     tile = int(case.resolved.geometry.tile_of_token[17])
     with pytest.raises(AssertionError) as failure:
         compare.check_attention(out, lse, *exact, *emulated, case.resolved.geometry)
-    assert f"batch 0, head 1, query tile {tile} is worst" in str(failure.value)
+    assert f"batch 0, head 1, tile {tile} is worst" in str(failure.value)
     assert f"[batch 0, row 17, head 1, channel 5], tile {tile}: 90, emulation" in str(failure.value)
 
 

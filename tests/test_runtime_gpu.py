@@ -134,18 +134,6 @@ def test_inputs_on_two_devices(seed):
         attend(q, k, v.cpu())
 
 
-@pytest.mark.parametrize("backend", ["auto", "sm90"])
-def test_gradient_is_refused(backend, seed):
-    q, k, v = random_qkv(seed)
-    for x in (q, k, v):
-        x.requires_grad_()
-        with pytest.raises(RuntimeError, match="backward"):
-            fps.attention(q, k, v, grid=GRID, config=CONFIG, backend=backend)
-        with torch.no_grad():
-            assert not fps.attention(q, k, v, grid=GRID, config=CONFIG, backend=backend).requires_grad
-        x.requires_grad_(False)
-
-
 @pytest.mark.parametrize(
     ("grid", "config", "heads"),
     [

@@ -10,6 +10,9 @@
 namespace fps {
 
 constexpr float kE4M3Max = 448.0f;
+constexpr float kLog2P = 8.80735492205760410f;  // log2(448): P is scaled to E4M3's range
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kLn2 = 0.69314718055994531f;
 
 // x8 = e4m3(x * inverse), x ~ x8 * scale. A group whose amax is at most kAmaxFloor (448 / amax might overflow) has
 // scale 1 and becomes zeros.
@@ -40,6 +43,10 @@ __device__ __forceinline__ int swizzled(int row, int byte) {
 // 4-byte word c of each 16 tokens holds these tokens.
 __device__ __forceinline__ int permuted_token(int word, int byte) {
     return 2 * word + (byte & 1) + 8 * (byte >> 1);
+}
+// The inverse: the byte of its 16 that holds this token.
+__device__ __forceinline__ int place_of_token(int token) {
+    return token % 8 / 2 * 4 + token % 2 + token / 8 * 2;
 }
 
 // Two 16-bit floats of a 32-bit word, upcast.

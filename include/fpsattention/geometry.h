@@ -136,9 +136,9 @@ struct TileGrid {
         return size;
     }
 
-    // Blocks that hold at least one valid token, over all tiles of the box. Only the last tile of an axis is
-    // ragged, so at most eight kinds of tile occur: two kinds per axis.
-    FPS_HD int valid_blocks(TileBox box) const {
+    // Blocks of so many rows that hold at least one valid token, over all tiles of the box. Only the last tile of an
+    // axis is ragged, so at most eight kinds of tile occur: two kinds per axis.
+    FPS_HD int valid_blocks(TileBox box, int rows = kBlock) const {
         int count = 0;
 #if defined(__CUDA_ARCH__)
 #pragma unroll 1  // else the eight products become loop invariants of the caller and cost it eight registers
@@ -147,7 +147,7 @@ struct TileGrid {
             const Part t = part(box.t, tiles.t, grid.t, tile.t, kind & 4);
             const Part h = part(box.h, tiles.h, grid.h, tile.h, kind & 2);
             const Part w = part(box.w, tiles.w, grid.w, tile.w, kind & 1);
-            count += t.tiles * h.tiles * w.tiles * ceil_div(t.extent * h.extent * w.extent, kBlock);
+            count += t.tiles * h.tiles * w.tiles * ceil_div(t.extent * h.extent * w.extent, rows);
         }
         return count;
     }

@@ -63,6 +63,13 @@ struct RingState {
     __device__ void next() { ++count; }
 };
 
+// griddepcontrol: the next kernel on the stream may take SMs from here on, and this thread waits until the kernels
+// before have ended and what they wrote is visible. Nothing may be read or written ahead of it.
+__device__ __forceinline__ void wait_for_previous() {
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 // fence.mbarrier_init: barrier initialisation becomes visible to the copy engine.
 __device__ __forceinline__ void fence_barrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -79,6 +86,46 @@ __device__ __forceinline__ void bulk_load(void *smem, const void *gmem, int byte
 // bar.sync on a named barrier that `threads` threads share. ID 0 is __syncthreads.
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// fence.proxy.async: this thread's writes to shared memory become visible to wgmma, once a barrier has passed.
+__device__ __forceinline__ void fence_proxy_async() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// stmatrix x4: four 8 x 8 matrices of 16-bit elements; `row` is where lane l's row l % 8 of matrix l / 8 goes.
+__device__ __forceinline__ void store_matrices(void *row, uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem_address(row)), "r"(x0),
+                 "r"(x1), "r"(x2), "r"(x3)
+                 : "memory");
+}
+
+// red.global.add.v4.f32: four floats added to global memory.
+__device__ __forceinline__ void reduce_add(float *to, float x0, float x1, float x2, float x3) {
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x0), "f"(x1), "f"(x2),
+                 "f"(x3)
+                 : "memory");
+}
+
+// Acquire and release at GPU scope, for turns taken between CTAs. A whole warp waits together.
+__device__ __forceinline__ void wait_for(const int *counter, int value) {
+    const auto reached = [&] {
+        int x;
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(counter) : "memory");
+        return __all_sync(~0u, x == value);
+    };
+#ifdef FPS_DEBUG
+    for (int tries = 0; !reached(); ++tries) {
+        if (tries > (1 << 24)) {
+            __trap();
+        }
+    }
+#else
+    while (!reached()) {}
+#endif
+}
+__device__ __forceinline__ void store_release(int *to, int x) {
+    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
 }
 
 // setmaxnreg: hands registers back to, or takes them from, the CTA's pool.

@@ -25,13 +25,23 @@ void dispatch(int head_dim, Dtype dtype, F &&f) {
     }
 }
 
+// The kernel may start before the one ahead of it on the stream has ended: it must begin with wait_for_previous().
 template <class Kernel, class Params>
 void launch(Kernel kernel, dim3 grid, int threads, int smem_bytes, cudaStream_t stream, const Params &p) {
     if (smem_bytes > 48 * 1024) {
         FPS_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
     }
-    kernel<<<grid, threads, smem_bytes, stream>>>(p);
-    FPS_CUDA_CHECK(cudaGetLastError());
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = smem_bytes;
+    config.stream = stream;
+    config.attrs = &overlap;
+    config.numAttrs = 1;
+    FPS_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, p));
 }
 
 }  // namespace fps

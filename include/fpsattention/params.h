@@ -30,6 +30,21 @@ FPS_HD constexpr int kv_block_bytes(int head_dim) {
     return 2 * kBlock * head_dim + int(sizeof(BlockMeta));
 }
 
+// The 16-bit operands that the backward has beside these, bf16 for fp16 inputs as well, D in halves or in parts of 64
+// columns, rows of which are swizzled:
+//   query block:  q  [D/64][64][64] | dO c  [D/64][64][64] | QueryRow [64]
+//   key block:    k  [2][128][D/2]  | v  [D/64][128][64]
+struct QueryRow {
+    float offset;  // log2(448) - M: 448 P 2^(lse2 - M) = 2^(z + offset), M = ceil(lse2); -inf for padding
+    float delta;   // c (rowsum(dO O) - dlse), c = 2^(M - lse2) / 448
+};
+FPS_HD constexpr int bwd_query_bytes(int head_dim) {
+    return kQueryBlock * (2 * 2 * head_dim + int(sizeof(QueryRow)));
+}
+FPS_HD constexpr int bwd_key_bytes(int head_dim) {
+    return kBlock * 2 * 2 * head_dim;
+}
+
 struct QuantizeParams {
     const void *q, *k, *v;  // [B, H, L, D] bf16 or fp16, any strides that are multiples of 8 elements
     Strides q_strides, k_strides, v_strides;
@@ -72,9 +87,36 @@ struct ForwardParams {
     uint8_t head_order[kMaxWindows];  // with a window per head: longest first
 };
 
+struct BackwardParams {
+    const uint8_t *q_blocks, *kv_blocks;  // as above
+    const float *v_amax;                  // [B, H, D]
+    const void *out, *dout;               // [B, H, L, D], dtype
+    Strides out_strides, dout_strides;
+    const float *lse, *dlse;  // [B, H, L], and its gradient
+    const float *lse_shift;   // [B, H, L] or null
+    const float *k_mean;      // [B, H, D] or null, what lse_shift comes from
+    uint8_t *query_images;    // [B, H, tiles * slot / 64, bwd_query_bytes]
+    uint8_t *key_images;      // [B, H, tiles * slot / 128, bwd_key_bytes]
+    float *dq_sum;            // [B, H, tiles * slot / 64, 64 * D] in the order of fragments, zeroed by the caller
+    int *turns;               // [B, H, tiles * slot / 64, 2], zeroed by the caller: deterministic; or null
+    void *dq, *dk, *dv;       // [B, H, L, D], dtype
+    Strides dq_strides, dk_strides, dv_strides;
+    TileGrid geometry;
+    int batch, heads, head_dim;
+    Dtype dtype;
+    float scale;
+    Border border;
+    int n_windows;                    // 1, or heads
+    Int3 windows[kMaxWindows];        // in tiles, at most the tiles there are
+    uint8_t head_order[kMaxWindows];  // with a window per head: longest first; filled in by attn_bwd
+};
+
 // Partial sums per (batch, head) that k_sum must hold.
 int quantize_chunks(int tokens);
 void quantize(const QuantizeParams &p, cudaStream_t stream);
 void attn_fwd(ForwardParams p, cudaStream_t stream);
+void attn_bwd(BackwardParams p, cudaStream_t stream);  // all of the backward: the next two, and between them the kernel
+void bwd_operands(const BackwardParams &p, cudaStream_t stream);
+void bwd_finish_dq(const BackwardParams &p, cudaStream_t stream);
 
 }  // namespace fps

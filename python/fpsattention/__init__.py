@@ -7,11 +7,13 @@ from . import reference
 from .api import QuantizedQKV, attention, backend_for, quantize_qkv
 from .config import AttentionConfig
 from .planning import Plan, plan
+from .schedule import StepSchedule
 
 __all__ = [
     "AttentionConfig",
     "Plan",
     "QuantizedQKV",
+    "StepSchedule",
     "attention",
     "backend_for",
     "plan",

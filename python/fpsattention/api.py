@@ -59,9 +59,26 @@ def quantize_qkv(
     It pays when the same Q, K, V are attended under several windows. What rounding depends on is fixed here: tile,
     quant_tile and smooth_k; window and border may differ from call to call.
 
+    It gives no gradient: hand Q, K, V themselves to `attention` for that.
+
     Args and errors are those of `attention`; config.quant must be "fp8".
     """
-    return _quantize(q, k, v, grid, config or _DEFAULT_CONFIG, scale, tensor_layout, backend)
+    config = _DEFAULT_CONFIG if config is None else config
+    if config.quant != "fp8":
+        raise ValueError(f'config: quant={config.quant!r} rounds nothing; use quant="fp8"')
+    name, scale = _set_up(q, k, v, grid, config, scale, tensor_layout, backend)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise RuntimeError(
+            "q, k, v: a gradient is required, but there is none of quantised tensors; call it under torch.no_grad(), "
+            "or hand q, k, v to attention"
+        )
+    operands = (q.detach(), k.detach(), v.detach())
+    if name == "sm90":
+        tile, quant_tile, _, _ = _lists(config)
+        operands = torch.ops.fpsattention.quantize(
+            *operands, list(grid), tile, quant_tile, config.smooth_k, scale, tensor_layout
+        )
+    return QuantizedQKV(tuple(operands), tuple(grid), config, scale, tensor_layout, q.dtype, name)
 
 
 def attention(
@@ -75,11 +92,16 @@ def attention(
     scale: float | None = None,
     tensor_layout: str | None = None,
     backend: str = "auto",
+    deterministic: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over a 3D grid of video tokens, in FP8 and under a sliding window of tiles.
 
     The arithmetic is that of `fpsattention.reference.emulated_attention` (arXiv 2506.04648, sections 3.1 and 3.2; the
     window with border="clamp" is that of arXiv 2502.04507). The same call gives the same bits every time.
+
+    Differentiable once in q, k and v, out and lse, by the straight-through estimator at the roundings. For its backward
+    the Hopper kernel saves the FP8 operands, out and lse; the scores are computed anew
+    (`fpsattention.reference.emulated_backward` has the arithmetic).
 
     Args:
         q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), L = T * H * W tokens in raster order, w fastest. The
@@ -95,10 +117,12 @@ def attention(
         backend: "sm90" runs on a Hopper GPU or raises RuntimeError; "reference" runs plain torch anywhere; "auto" takes
             the former where it can, else the latter, and warns once why (FPSATTENTION_STRICT=1 makes that a
             RuntimeError). See `backend_for`.
+        deterministic: whether the Hopper kernel's backward gives the same bits every time, which takes longer; without
+            it the last bits of q's gradient may differ. None: what `torch.use_deterministic_algorithms` asks for.
 
     Returns out, like q in shape, dtype and layout; with return_lse, (out, lse).
     Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value; RuntimeError
-    when the backend asked for cannot run, or a gradient is asked of FP8 attention.
+    when the backend asked for cannot run, or a second derivative is asked of the Hopper kernel.
     """
     if isinstance(q, QuantizedQKV):
         given = {"k": k, "v": v, "grid": grid, "scale": scale, "tensor_layout": tensor_layout}
@@ -109,33 +133,37 @@ def attention(
         raise TypeError("grid: is missing; give the tokens (T, H, W)")
     config = _DEFAULT_CONFIG if config is None else config
     tensor_layout = "NHD" if tensor_layout is None else tensor_layout
-    if config.quant == "fp8":
-        out, lse = _attend(_quantize(q, k, v, grid, config, scale, tensor_layout, backend), config)
+    name, scale = _set_up(q, k, v, grid, config, scale, tensor_layout, backend)
+    if name == "sm90":
+        if deterministic is None:
+            deterministic = torch.are_deterministic_algorithms_enabled()
+        out, lse, *_ = torch.ops.fpsattention.attention(
+            q, k, v, list(grid), *_lists(config), config.smooth_k, scale, tensor_layout, deterministic
+        )
+    elif config.quant == "fp8":
+        out, lse = reference.emulated_attention(
+            q, k, v, grid=grid, config=config, scale=scale, tensor_layout=tensor_layout
+        )
+    elif name == "torch":
+        heads = reference.to_heads_first(q, tensor_layout).shape[1]
+        out, lse = _unquantized(q, k, v, config.resolve(grid, heads), scale, tensor_layout, return_lse)
     else:
-        out, lse = _attend_exactly(q, k, v, grid, config, scale, tensor_layout, backend, return_lse)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        out, lse = reference.exact_attention(
+            q, k, v, grid=grid, config=config, scale=scale, tensor_layout=tensor_layout, dtype=dtype
+        )
+        out, lse = out.to(q.dtype), lse.float()
     return (out, lse) if return_lse else out
 
 
-def _quantize(q, k, v, grid, config, scale, tensor_layout, backend) -> QuantizedQKV:
-    if config.quant != "fp8":
-        raise ValueError(f'config: quant={config.quant!r} rounds nothing; use quant="fp8"')
-    q_heads_first = reference.check_inputs(q, k, v, grid, tensor_layout)[0]
-    scale = _checked_scale(scale, q_heads_first.shape[3])
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        raise RuntimeError(
-            "q, k, v: a gradient is required, but FP8 attention has no backward yet; call it under torch.no_grad(), or "
-            'use AttentionConfig(quant="none"), which is differentiable'
-        )
+def _set_up(q, k, v, grid, config, scale, tensor_layout, backend) -> tuple[str, float]:
+    """(what runs, scale) of a call whose arguments have been checked, with a notice where that is the slow path."""
+    head_dim = reference.check_inputs(q, k, v, grid, tensor_layout)[0].shape[3]
+    scale = _checked_scale(scale, head_dim)
     name, reason = backend_for(q, config, backend)
-    operands = (q, k, v)
-    if name == "sm90":
-        tile, quant_tile = list(config.tile or ()), list(config.quant_tile or ())
-        operands = torch.ops.fpsattention.quantize(
-            q, k, v, list(grid), tile, quant_tile, config.smooth_k, scale, tensor_layout
-        )
-    elif backend == "auto":
+    if name == "reference" and backend == "auto":
         _notice(reason)
-    return QuantizedQKV(tuple(operands), tuple(grid), config, scale, tensor_layout, q.dtype, name)
+    return name, scale
 
 
 def _attend(quantized: QuantizedQKV, config: AttentionConfig) -> tuple[Tensor, Tensor]:
@@ -145,26 +173,10 @@ def _attend(quantized: QuantizedQKV, config: AttentionConfig) -> tuple[Tensor, T
         return reference.emulated_attention(
             *x.operands, grid=x.grid, config=config, scale=x.scale, tensor_layout=x.tensor_layout
         )
-    tile, window, truncate = list(config.tile or ()), _flat(config.window), config.border == "truncate"
+    tile, _, window, truncate = _lists(config)
     return torch.ops.fpsattention.attend(
         *x.operands, list(x.grid), tile, window, truncate, x.scale, x.tensor_layout, x.dtype
     )
-
-
-def _attend_exactly(q, k, v, grid, config, scale, tensor_layout, backend, return_lse):
-    """(out, lse) of unrounded operands; the lse is None where it is not asked for and not at hand."""
-    _, heads, _, head_dim = reference.check_inputs(q, k, v, grid, tensor_layout)[0].shape
-    scale = _checked_scale(scale, head_dim)
-    name, reason = backend_for(q, config, backend)
-    if name == "torch":
-        return _unquantized(q, k, v, config.resolve(grid, heads), scale, tensor_layout, return_lse)
-    if backend == "auto":
-        _notice(reason)
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    out, lse = reference.exact_attention(
-        q, k, v, grid=grid, config=config, scale=scale, tensor_layout=tensor_layout, dtype=dtype
-    )
-    return out.to(q.dtype), lse.float()
 
 
 def _checked_scale(scale: float | None, head_dim: int) -> float:
@@ -258,11 +270,11 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=5)
 
 
-def _flat(window) -> list[int]:
-    """A window or one per head as one list of integers; empty: dense."""
-    if window is None:
-        return []
-    return list(window) if isinstance(window[0], int) else [x for triple in window for x in triple]
+def _lists(config: AttentionConfig) -> tuple[list[int], list[int], list[int], bool]:
+    """tile, quant_tile, windows and truncate of a config as the ops take them; what is None is empty."""
+    window = config.window or ()
+    windows = window if not window or isinstance(window[0], int) else [x for triple in window for x in triple]
+    return list(config.tile or ()), list(config.quant_tile or ()), list(windows), config.border == "truncate"
 
 
 def _unquantized(q, k, v, resolved, scale, tensor_layout, return_lse):

@@ -1,9 +1,10 @@
-"""The `torch.library` ops over the compiled kernels: allocation, checks, and nothing else.
+"""The `torch.library` ops over the compiled kernels: allocation, checks, gradients, and nothing else.
 
-`fpsattention::quantize` turns raster-order Q, K, V into FP8 block images, `fpsattention::attend` attends over them.
-Both take plain integers, so that `torch.compile` traces them without looking inside, use the current stream of the
-tensors' device, never synchronise, and allocate through torch only, so that CUDA graphs capture them. Each opens an
-NVTX range of its name.
+`fpsattention::quantize` turns raster-order Q, K, V into FP8 block images, `fpsattention::attend` attends over them;
+`fpsattention::attention` is both, and differentiable: its gradient is `fpsattention::attention_backward`. All take
+plain integers, so that `torch.compile` traces them without looking inside, use the current stream of the tensors'
+device, never synchronise, and allocate through torch only, so that CUDA graphs capture them. NVTX ranges bear the names
+of quantize, attend and attention_backward.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from .geometry import tile_geometry
 
 HEAD_DIMS = (64, 128)
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-Images = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q_blocks, kv_blocks, v_amax, norms, lse_shift
+# q_blocks, kv_blocks, v_amax, norms, lse_shift, k_mean
+Images = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def quantize(
@@ -33,7 +35,8 @@ def quantize(
         scale: of the scores before softmax; needed here only for the LSE of smoothed K.
 
     Returns q_blocks uint8 [B, H, blocks, bytes], kv_blocks likewise, v_amax fp32 [B, H, D], norms fp32 [B, H, 2] (the
-    largest norm of a row of Q, and of K), and lse_shift fp32 [B, H, L] (empty without smooth_k).
+    largest norm of a row of Q, and of K); with smooth_k also lse_shift fp32 [B, H, L] and k_mean fp32 [B, H, D], which
+    are empty without.
     Raises ValueError for a head_dim, dtype, stride or alignment that the kernels do not take.
     """
     return torch.ops.fpsattention.quantize(
@@ -135,6 +138,7 @@ def _quantize_shapes(q: Tensor, k: Tensor, v: Tensor, resolved: ResolvedConfig, 
         q.new_empty(batch, heads, head_dim, dtype=torch.float32),
         q.new_empty(batch, heads, 2, dtype=torch.float32),
         q.new_empty((batch, heads, tokens) if resolved.smooth_k else 0, dtype=torch.float32),
+        q.new_empty((batch, heads, head_dim) if resolved.smooth_k else 0, dtype=torch.float32),
     )
 
 
@@ -142,9 +146,8 @@ def _quantize_cuda(q, k, v, grid, tile, quant_tile, smooth_k, scale, tensor_layo
     heads_first = [_heads_first(x, tensor_layout) for x in (q, k, v)]
     batch, heads, tokens, head_dim = heads_first[0].shape
     resolved = _resolve(grid, tile, heads, quant_tile=quant_tile, smooth_k=smooth_k)
-    images = q_blocks, kv_blocks, v_amax, norms, lse_shift = _quantize_shapes(
-        q, k, v, resolved, tensor_layout
-    )
+    images = _quantize_shapes(q, k, v, resolved, tensor_layout)
+    q_blocks, kv_blocks, v_amax, norms, lse_shift, k_mean = images
     v_amax.zero_()
     norms.zero_()
     if q.numel() == 0:
@@ -153,11 +156,9 @@ def _quantize_cuda(q, k, v, grid, tile, quant_tile, smooth_k, scale, tensor_layo
     def scratch(*shape, zero=False):
         return (q.new_zeros if zero else q.new_empty)(shape, dtype=torch.float32)
 
-    none = scratch(0)
-    k_sum = k_mean = q_amax = k_amax = none
+    k_sum = q_amax = k_amax = scratch(0)
     if smooth_k:
         k_sum = scratch(batch, heads, _C.quantize_chunks(tokens), head_dim)
-        k_mean = scratch(batch, heads, head_dim)
     if resolved.brick != (1, 1, 1):
         bricks = math.prod(-(-n // b) for n, b in zip(resolved.geometry.tiles, resolved.brick, strict=True))
         q_amax, k_amax = (scratch(batch, heads, bricks, zero=True) for _ in "qk")
@@ -203,7 +204,19 @@ def _attend_shapes(
 
 
 def _attend_cuda(
-    q_blocks, kv_blocks, v_amax, norms, lse_shift, grid, tile, windows, truncate, scale, tensor_layout, dtype
+    q_blocks,
+    kv_blocks,
+    v_amax,
+    norms,
+    lse_shift,
+    k_mean,
+    grid,
+    tile,
+    windows,
+    truncate,
+    scale,
+    tensor_layout,
+    dtype,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, head_dim = v_amax.shape
     resolved = _resolve(grid, tile, heads, windows=windows, truncate=truncate)
@@ -235,22 +248,146 @@ def _attend_cuda(
 
 
 def _attend_fake(
-    q_blocks, kv_blocks, v_amax, norms, lse_shift, grid, tile, windows, truncate, scale, tensor_layout, dtype
+    q_blocks,
+    kv_blocks,
+    v_amax,
+    norms,
+    lse_shift,
+    k_mean,
+    grid,
+    tile,
+    windows,
+    truncate,
+    scale,
+    tensor_layout,
+    dtype,
 ) -> tuple[Tensor, Tensor]:
     resolved = _resolve(grid, tile, v_amax.shape[1], windows=windows, truncate=truncate)
     return _attend_shapes(v_amax, resolved, tensor_layout, dtype)
 
 
+def _attention(quantize, attend):
+    """`fpsattention::attention` of these two parts."""
+
+    def attention(
+        q, k, v, grid, tile, quant_tile, windows, truncate, smooth_k, scale, tensor_layout, deterministic
+    ):
+        images = quantize(q, k, v, grid, tile, quant_tile, smooth_k, scale, tensor_layout)
+        return *attend(*images, grid, tile, windows, truncate, scale, tensor_layout, q.dtype), *images
+
+    return attention
+
+
+def _loadable(x: Tensor, tensor_layout: str) -> Tensor:
+    """A gradient as the kernels can load it: what autograd hands over may be expanded, or lie anywhere."""
+    strides = _heads_first(x, tensor_layout).stride()
+    whole_rows = strides[3] == 1 and all(s * x.element_size() % 16 == 0 for s in strides[:3])
+    aligned = x.data_ptr() % 16 == 0
+    return x if whole_rows and aligned else x.clone(memory_format=torch.contiguous_format)
+
+
+def _attention_backward_cuda(
+    dout, dlse, out, lse, q_blocks, kv_blocks, v_amax, lse_shift, k_mean, grid, tile, windows, truncate, scale,
+    tensor_layout, deterministic
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, heads, head_dim = v_amax.shape
+    resolved = _resolve(grid, tile, heads, windows=windows, truncate=truncate)
+    grads = dq, dk, dv = tuple(torch.empty_like(out) for _ in range(3))
+    if out.numel() == 0:
+        return grads
+    dout, dlse = _loadable(dout, tensor_layout), dlse.contiguous()
+    rows = {"out": out, "dout": dout, "dq": dq, "dk": dk, "dv": dv}
+    query_blocks, key_blocks = q_blocks.shape[2], kv_blocks.shape[2]
+
+    def scratch(*shape, dtype, zero=False):
+        return (out.new_zeros if zero else out.new_empty)((batch, heads, *shape), dtype=dtype)
+
+    query_images = scratch(query_blocks, _C.bwd_query_bytes(head_dim), dtype=torch.uint8)
+    key_images = scratch(key_blocks, _C.bwd_key_bytes(head_dim), dtype=torch.uint8)
+    dq_sum = scratch(query_blocks, _C.QUERY_BLOCK * head_dim, dtype=torch.float32, zero=True)
+    turns = scratch(query_blocks if deterministic else 0, 2, dtype=torch.int32, zero=True)
+    with torch.cuda.device(out.device), torch.cuda.nvtx.range("fpsattention::attention_backward"):
+        _C.attn_bwd(
+            q_blocks=q_blocks.data_ptr(),
+            kv_blocks=kv_blocks.data_ptr(),
+            v_amax=v_amax.data_ptr(),
+            lse=lse.data_ptr(),
+            lse_shift=lse_shift.data_ptr(),
+            k_mean=k_mean.data_ptr(),
+            dlse=dlse.data_ptr(),
+            query_images=query_images.data_ptr(),
+            key_images=key_images.data_ptr(),
+            dq_sum=dq_sum.data_ptr(),
+            turns=turns.data_ptr(),
+            **{name: x.data_ptr() for name, x in rows.items()},
+            **{f"{name}_strides": _strides(name, _heads_first(x, tensor_layout)) for name, x in rows.items()},
+            grid=resolved.grid,
+            tile=resolved.tile,
+            windows=resolved.windows,
+            truncate=resolved.truncate,
+            batch=batch,
+            heads=heads,
+            head_dim=head_dim,
+            dtype=DTYPES[out.dtype],
+            scale=scale,
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+    return grads
+
+
+def _attention_backward_fake(
+    dout, dlse, out, lse, q_blocks, kv_blocks, v_amax, lse_shift, k_mean, grid, tile, windows, truncate, scale,
+    tensor_layout, deterministic
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(out), torch.empty_like(out), torch.empty_like(out)
+
+
+def _save(ctx, inputs, output) -> None:
+    grid, tile, _, windows, truncate, _, scale, tensor_layout, deterministic = inputs[3:]
+    ctx.call = (grid, tile, windows, truncate, scale, tensor_layout, deterministic)
+    out, lse, q_blocks, kv_blocks, v_amax, _, lse_shift, k_mean = output
+    ctx.save_for_backward(out, lse, q_blocks, kv_blocks, v_amax, lse_shift, k_mean)
+
+
+def _differentiate(ctx, dout, dlse, *_):
+    grads = torch.ops.fpsattention.attention_backward(dout, dlse, *ctx.saved_tensors, *ctx.call)
+    return *grads, *[None] * 9
+
+
+def _refuse_second_derivative(ctx, *_):
+    raise RuntimeError(
+        "fpsattention: FP8 attention has a first derivative only; for a second one (create_graph=True) use "
+        'AttentionConfig(quant="none")'
+    )
+
+
 _library = torch.library.Library("fpsattention", "DEF")
 _library.define(
     "quantize(Tensor q, Tensor k, Tensor v, int[] grid, int[] tile, int[] quant_tile, bool smooth_k, float scale, "
-    "str tensor_layout) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "str tensor_layout) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "attend(Tensor q_blocks, Tensor kv_blocks, Tensor v_amax, Tensor norms, Tensor lse_shift, int[] grid, "
-    "int[] tile, int[] windows, bool truncate, float scale, str tensor_layout, ScalarType dtype) -> (Tensor, Tensor)"
+    "attend(Tensor q_blocks, Tensor kv_blocks, Tensor v_amax, Tensor norms, Tensor lse_shift, Tensor k_mean, "
+    "int[] grid, int[] tile, int[] windows, bool truncate, float scale, str tensor_layout, ScalarType dtype) "
+    "-> (Tensor, Tensor)"
 )
-_library.impl("quantize", _quantize_cuda, "CUDA")
-_library.impl("attend", _attend_cuda, "CUDA")
-torch.library.register_fake("fpsattention::quantize", _quantize_fake)
-torch.library.register_fake("fpsattention::attend", _attend_fake)
+_library.define(
+    "attention(Tensor q, Tensor k, Tensor v, int[] grid, int[] tile, int[] quant_tile, int[] windows, bool truncate, "
+    "bool smooth_k, float scale, str tensor_layout, bool deterministic) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "attention_backward(Tensor dout, Tensor dlse, Tensor out, Tensor lse, Tensor q_blocks, Tensor kv_blocks, "
+    "Tensor v_amax, Tensor lse_shift, Tensor k_mean, int[] grid, int[] tile, int[] windows, bool truncate, "
+    "float scale, str tensor_layout, bool deterministic) -> (Tensor, Tensor, Tensor)"
+)
+for _name, _cuda, _fake in (
+    ("quantize", _quantize_cuda, _quantize_fake),
+    ("attend", _attend_cuda, _attend_fake),
+    ("attention", _attention(_quantize_cuda, _attend_cuda), _attention(_quantize_fake, _attend_fake)),
+    ("attention_backward", _attention_backward_cuda, _attention_backward_fake),
+):
+    _library.impl(_name, _cuda, "CUDA")
+    torch.library.register_fake(f"fpsattention::{_name}", _fake)
+torch.library.register_autograd("fpsattention::attention", _differentiate, setup_context=_save)
+torch.library.register_autograd("fpsattention::attention_backward", _refuse_second_derivative)

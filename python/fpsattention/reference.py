@@ -191,13 +191,6 @@ def _chunks(
                 yield some, keys
 
 
-def _take(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """x [heads, L, ...] at tokens [n, m]: [heads, n, m, ...]. Not every torch gathers FP8; bytes it does."""
-    if x.dtype == torch.float8_e4m3fn:
-        return x.view(torch.uint8)[:, tokens].view(x.dtype)
-    return x[:, tokens]
-
-
 def _blockwise(
     compute: Callable,
     of_queries: tuple,
@@ -223,8 +216,8 @@ def _blockwise(
     lse = torch.empty(q.shape[:2], dtype=dtype, device=q.device)
 
     def run(queries, keys, padding, *operands):
-        values = [_take(x, queries) for x in operands[: len(of_queries)]]
-        values += [_take(x, keys) for x in operands[len(of_queries) :]]
+        values = [x[:, queries] for x in operands[: len(of_queries)]]
+        values += [x[:, keys] for x in operands[len(of_queries) :]]
         with _ieee_matmul():
             return compute(*values, padding)
 
@@ -254,9 +247,44 @@ def _head_slices(q: torch.Tensor, resolved: ResolvedConfig) -> Iterator[tuple[Tr
                 yield window, tuple(some.to(q.device).unbind(1))
 
 
+class _StraightThrough(torch.autograd.Function):
+    """`rounded`, with the gradient of `x`: the derivative of rounding is taken to be one."""
+
+    @staticmethod
+    def forward(ctx, x, rounded):
+        return rounded
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
 def _set_up(q, k, v, grid, config: AttentionConfig, scale, tensor_layout):
     q, k, v = check_inputs(q, k, v, grid, tensor_layout)
     return q, k, v, config.resolve(grid, q.shape[1]), q.shape[3] ** -0.5 if scale is None else scale
+
+
+def _set_up_fp8(q, k, v, grid, config: AttentionConfig, scale, tensor_layout):
+    if config.quant != "fp8":
+        raise ValueError(
+            f'config: quant={config.quant!r} has nothing to emulate; use "fp8", or exact_attention'
+        )
+    return _set_up(q, k, v, grid, config, scale, tensor_layout)
+
+
+def _scores(q8, q_scale, k8, k_scale, scale: float, padding) -> torch.Tensor:
+    """z [..., rows, keys], the scores in the log2 domain; -inf where `padding` is True."""
+    z = q8 @ k8.mT
+    z *= (q_scale * (scale * LOG2E))[..., None]
+    z *= k_scale[..., None, :]
+    if padding is not None:
+        z.masked_fill_(padding, -math.inf)
+    return z
+
+
+def _lse_of_mean(q, k_mean, scale: float) -> torch.Tensor:
+    """What smoothing took off the lse of q [heads, L, D]: [heads, L]."""
+    return scale * (q * k_mean[:, None]).sum(-1)
 
 
 def exact_attention(
@@ -313,6 +341,7 @@ def emulated_attention(
     config: AttentionConfig,
     scale: float | None = None,
     tensor_layout: str = "NHD",
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The FP8 contract: what the kernels compute, with the same roundings (arXiv 2506.04648, section 3).
 
@@ -321,49 +350,152 @@ def emulated_attention(
     integer, so that rescaling when it grows from block to block, as the kernels do, is exact. The kernels' m is
     that or up to some five larger, which changes nothing but where the codes of p8 end at the bottom.
 
+    Differentiable, any number of times; the backward recomputes block by block (arXiv 2307.08691), and its fp32
+    products follow torch's TF32 setting. All roundings are straight-through: their derivative is one, and scales, m
+    and K's mean are constants (smoothing changes nothing that is not rounded, so its mean has no gradient to give).
+    With x^ = x8 * s_x, delta = rowsum(dO * out) - dlse and dS = P / l * (dO v^.T - delta):
+
+        dV = (p8 / 448 l).T dO        dK = scale * dS.T q^        dQ = scale * (dS k^ + dlse * k_mean)
+
     Args:
         q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), L = T * H * W in raster order; any floating
             dtype.
         grid: tokens (T, H, W).
         config: all of it; `quant` must be "fp8".
         scale: of the scores before softmax; None: D ** -0.5.
+        dtype: of the arithmetic and the results; what is rounded stays so. None: the kernels', fp32 with out in
+            the dtype of q.
 
-    Returns out, like q, and lse fp32 [B, H, L], natural logarithm.
-    Raises TypeError or ValueError that name the argument; NotImplementedError when a gradient is asked for.
+    Returns out, like q, and lse fp32 [B, H, L], natural logarithm; with `dtype`, both of it.
+    Raises TypeError or ValueError that name the argument.
     """
-    q, k, v, resolved, scale = _set_up(q, k, v, grid, config, scale, tensor_layout)
-    if resolved.quant != "fp8":
-        raise ValueError(
-            f'config: quant={resolved.quant!r} has nothing to emulate; use "fp8", or exact_attention'
-        )
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        raise NotImplementedError(
-            "q, k, v: FP8 attention has no backward yet, but one of them requires a gradient; "
-            'call it under torch.no_grad(), or use quant="none"'
-        )
+    q, k, v, resolved, scale = _set_up_fp8(q, k, v, grid, config, scale, tensor_layout)
+    out_dtype, dtype = dtype or q.dtype, dtype or torch.float32
 
     def compute(q8, q_scale, k8, k_scale, v8, padding):
-        z = q8.float() @ k8.float().mT
-        z *= (q_scale * (scale * LOG2E))[..., None]
-        z *= k_scale[..., None, :]
-        if padding is not None:
-            z.masked_fill_(padding, -math.inf)
-        m = z.amax(-1, keepdim=True).ceil_()
+        z = _scores(q8, q_scale, k8, k_scale, scale, padding)
+        m = z.detach().amax(-1, keepdim=True).ceil_()
         p = z.sub_(m).exp2_()
         l = p.sum(-1)  # noqa: E741
-        p8 = p.mul_(E4M3_MAX).to(torch.float8_e4m3fn).float()  # at most 448: nothing to saturate
-        return p8 @ v8.float() / (E4M3_MAX * l)[..., None], math.log(2) * (m[..., 0] + l.log2())
+        p448 = p * E4M3_MAX  # at most 448: nothing to saturate
+        p8 = _StraightThrough.apply(p448, p448.detach().to(torch.float8_e4m3fn).to(dtype))
+        return p8 @ v8 / (E4M3_MAX * l)[..., None], math.log(2) * (m[..., 0] + l.log2())
 
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
+    for window, heads in _head_slices(q, resolved):
+        some = [x[heads] for x in (q, k, v)]
+        with torch.no_grad():
+            x = quantize(*(t[None] for t in some), resolved, "HND")
+            q_scale, k_scale = (s[0][:, x.tile_of_token].to(dtype) for s in (x.q_scale, x.k_scale))
+            v_scale = x.v_scale[0][:, None].to(dtype)
+        rounded = zip(
+            some, (x.q8, x.k8, x.v8), (q_scale[..., None], k_scale[..., None], v_scale), strict=True
+        )
+        q8, k8, v8 = (_StraightThrough.apply(t.to(dtype) / s, t8[0].to(dtype)) for t, t8, s in rounded)
+        some_out, some_lse = _blockwise(compute, (q8, q_scale), (k8, k_scale, v8), resolved, window, dtype)
+        if x.k_mean is not None:
+            some_lse = some_lse + _lse_of_mean(some[0].to(dtype), x.k_mean[0], scale)
+        out[heads] = (some_out * v_scale).to(out_dtype)
+        lse[heads] = some_lse
+    return to_heads_first(out, tensor_layout), lse
+
+
+def _to_bf16(x: torch.Tensor) -> torch.Tensor:
+    """fp32 x rounded to bf16: products of such numbers are exact in fp32."""
+    return x.bfloat16().float()
+
+
+def _to_four_bits(x: torch.Tensor) -> torch.Tensor:
+    """fp32 x >= 0 rounded to 4 significant bits, as E4M3 has, to nearest even; nothing is too small or large."""
+    power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)  # of two, at most x
+    power *= 2.0**20  # the last bit of a number this large is the fourth of x
+    return x + power - power
+
+
+@torch.no_grad()
+def emulated_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None = None,
+    *,
+    grid: Triple,
+    config: AttentionConfig,
+    scale: float | None = None,
+    tensor_layout: str = "NHD",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradient of `emulated_attention` as the kernels compute it, with the same 16-bit roundings (arXiv
+    2506.04648, section 3; recomputed block by block from the lse as in arXiv 2307.08691, section 3.2).
+
+    With z as in the forward, lse2 the lse in log2 units without what smoothing adds to it, M = ceil(lse2) and c =
+    2^(M - lse2) / 448, a probability is x * c with x = 448 * 2^(z - M). So c is applied once for each query:
+    dO' = bf16(c * dO), delta' = c * (rowsum(dO * out) - dlse), and
+
+        dP' = dO' bf16(v8 s_v).T        dS = bf16(x * (dP' - delta'))
+        dV = x^.T dO'                   dK = scale * dS.T bf16(q8 s_q)
+        dQ = scale * (dS bf16(k8 s_k) + dlse * k_mean)
+
+    x^ is x rounded to the 4 significant bits of E4M3, to nearest even: the forward's p8 but for a power of two.
+    There it has no smallest number, so where the forward's p8 is subnormal or zero, x^ is the more exact one. The
+    16-bit type is bf16, also for fp16 inputs; everything else is fp32.
+
+    Args:
+        q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), as in the forward.
+        out, lse: what the forward returned; like q, and fp32 [B, H, L].
+        dout, dlse: their gradients; no dlse: zero.
+        grid, config, scale, tensor_layout: as in the forward.
+
+    Returns dq, dk, dv, like q.
+    Raises TypeError or ValueError that name the argument.
+    """
+    q, k, v, resolved, scale = _set_up_fp8(q, k, v, grid, config, scale, tensor_layout)
+    out, dout = (to_heads_first(x, tensor_layout) for x in (out, dout))
+    dlse = torch.zeros_like(lse) if dlse is None else dlse
+    for name, x, shape in (
+        ("out", out, q.shape),
+        ("lse", lse, q.shape[:3]),
+        ("dout", dout, q.shape),
+        ("dlse", dlse, q.shape[:3]),
+    ):
+        if x.shape != shape:
+            raise ValueError(f"{name}: shape {list(x.shape)}, heads first, must be {list(shape)}")
+
+    gradients = [torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3)]
     for window, heads in _head_slices(q, resolved):
         x = quantize(*(t[heads][None] for t in (q, k, v)), resolved, "HND")
         q_scale, k_scale = (s[0][:, x.tile_of_token] for s in (x.q_scale, x.k_scale))
-        some_out, some_lse = _blockwise(
-            compute, (x.q8[0], q_scale), (x.k8[0], k_scale, x.v8[0]), resolved, window, torch.float32
-        )
+        q16, k16, v16 = (_to_bf16(t[0]) for t in (x.q, x.k, x.v))
+        some_out, some_lse, some_dout, some_dlse = (t[heads].float() for t in (out, lse, dout, dlse))
         if x.k_mean is not None:
-            some_lse += scale * (q[heads].float() * x.k_mean[0][:, None]).sum(-1)
-        out[heads] = (some_out * x.v_scale[0][:, None]).to(q.dtype)
-        lse[heads] = some_lse
-    return to_heads_first(out, tensor_layout), lse
+            some_lse = some_lse - _lse_of_mean(q[heads].float(), x.k_mean[0], scale)
+        lse2 = some_lse * LOG2E
+        m = lse2.ceil()
+        c = (m - lse2).exp2() / E4M3_MAX
+        dout16 = _to_bf16(c[..., None] * some_dout)
+        delta = c * ((some_dout * some_out).sum(-1) - some_dlse)
+
+        of_queries = (x.q8[0].float(), q_scale, q16, m, dout16, delta)
+        of_keys = (x.k8[0].float(), k_scale, k16, v16)
+        dq, dk, dv = (torch.zeros_like(t) for t in (q16, k16, v16))
+        for queries, keys in _chunks(resolved, window, *q16.shape[::2]):
+            queries, keys = queries.to(q.device), keys.to(q.device)
+            rows, seen = queries >= 0, keys >= 0
+            q8, s_q, q_, m_, do, d = (t[:, queries.clamp(min=0)] for t in of_queries)
+            k8, s_k, k_, v_ = (t[:, keys.clamp(min=0)] for t in of_keys)
+            with _ieee_matmul():
+                z = _scores(q8, s_q, k8, s_k, scale, ~(rows[..., None] & seen[:, None]))
+                x448 = z.sub_(m_[..., None]).exp2_().mul_(E4M3_MAX)
+                ds = _to_bf16(x448 * (do @ v_.mT - d[..., None]))
+                dq[:, queries[rows]] = (ds @ k_)[:, rows]
+                dk.index_add_(1, keys[seen], (ds.mT @ q_)[:, seen])
+                dv.index_add_(1, keys[seen], (_to_four_bits(x448).mT @ do)[:, seen])
+
+        if x.k_mean is not None:
+            dq += some_dlse[..., None] * x.k_mean[0][:, None]
+        for gradient, some in zip(gradients, (scale * dq, scale * dk, dv), strict=True):
+            gradient[heads] = some.to(q.dtype)
+    return tuple(to_heads_first(x, tensor_layout) for x in gradients)

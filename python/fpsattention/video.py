@@ -72,16 +72,20 @@ def load_clip(path: str | Path, frames: int, height: int, width: int) -> torch.T
             f"--size {height} {width}: must be multiples of {TOKEN_PIXELS}; "
             f"nearest legal size {nearest[0]} {nearest[1]}"
         )
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    source = iter(_load_tensor(path)) if path.suffix == ".pt" else _decode(path)
-    clip = [_scale(frame, height, width) for frame in islice(source, frames)]
+    clip = [scale_frame(frame, height, width) for frame in islice(frames_of(path), frames)]
     if not clip:
         raise UserError(f"{path}: holds no frames")
     if len(clip) < frames:
         longest = (len(clip) - 1) // 4 * 4 + 1
         raise UserError(f"{path}: has {len(clip)} frames, {frames} are asked for; try --frames {longest}")
     return torch.stack(clip)
+
+
+def frames_of(path: Path) -> Iterator[torch.Tensor]:
+    """All frames of a clip at their own size, uint8 [H, W, 3]; files and errors are those of `load_clip`."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    yield from _load_tensor(path) if path.suffix == ".pt" else _decode(path)
 
 
 def _load_tensor(path: Path) -> torch.Tensor:
@@ -124,7 +128,8 @@ def _decode(path: Path) -> Iterator[torch.Tensor]:
         raise UserError(f"{path}: FFmpeg cannot decode it ({error.strerror})") from error
 
 
-def _scale(frame: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def scale_frame(frame: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """A frame as from `frames_of` in another size, filtered against aliasing."""
     if frame.shape[:2] == (height, width):
         return frame
     x = F.interpolate(frame.permute(2, 0, 1)[None].float(), (height, width), mode="bilinear", antialias=True)

@@ -1,0 +1,115 @@
+"""Backward, and forward with backward: FPSAttention, cuDNN, FlexAttention on the same tensors; for bench_forward.py.
+
+Each contender's gradients are held against those of a BF16 one that computes the same attention, where there is one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from common import (
+    BACKWARD,
+    CUDNN,
+    FLEX,
+    OURS,
+    TRAINING,
+    GpuMonitor,
+    Record,
+    Timing,
+    attention_flops,
+    first_line,
+    time_interleaved,
+)
+from contenders import TOLERANCE_8_BIT, Contender, as_hnd, cudnn, flex, ours
+from shapes import Shape
+
+# Operations of a pass in units of the forward's: five products instead of two.
+FORWARDS_WORTH = {BACKWARD: 2.5, TRAINING: 3.5}
+
+
+def contenders_of(shape: Shape) -> list[Contender]:
+    """Who is differentiated: FPSAttention under every window, dense cuDNN, FlexAttention under the windows."""
+    flexes = [flex(shape, window) for window in shape.training if window in shape.flex]
+    return [cudnn(shape), *flexes, *(ours(shape, window) for window in shape.training)]
+
+
+def differentiate(call: Callable[[], torch.Tensor], contender: Contender, qkv, dout) -> tuple[dict, tuple]:
+    """The timed functions of one contender by pass, and its gradients as [B, H, L, D] on the CPU."""
+
+    def training():
+        return torch.autograd.grad(contender.finish(call()), qkv, dout)
+
+    grads = training()
+    out = contender.finish(call())
+
+    def backward():
+        return torch.autograd.grad(out, qkv, dout, retain_graph=True)
+
+    return {BACKWARD: backward, TRAINING: training}, grads
+
+
+def relative_rms(x: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((x.float() - reference.float()).norm() / reference.float().norm()).item()
+
+
+@torch.enable_grad()
+def bench_training(
+    shape: Shape, qkv, work_of, clock, monitor: GpuMonitor, rounds, burst_ms, seed
+) -> list[Record]:
+    """Time the passes of every contender on one shape; `work_of` as in bench_forward. Raises DeviceLost."""
+    qkv = tuple(x.detach().requires_grad_() for x in qkv)
+    dout = as_hnd(torch.randn_like(qkv[0]), shape.layout)
+    entries, measured, grads_of = {}, [], {}
+    for c in contenders_of(shape):
+        work = work_of(shape, c.window)
+        window = None if c.window is None else work.resolved.windows[0]
+        tile = shape.tile if c.name in (OURS, FLEX) else None
+        records = {
+            name: Record(
+                *(
+                    f"{shape.case(c.window)} {name}",
+                    c.name,
+                    shape.grid,
+                    shape.heads,
+                    shape.head_dim,
+                    shape.batch,
+                ),
+                *(shape.layout, tile, window, work.density),
+                note=c.note,
+            )
+            for name in FORWARDS_WORTH
+        }
+        measured += [(record, name, work) for name, record in records.items()]
+        try:
+            passes, grads = differentiate(c.prepare(*qkv), c, qkv, dout)
+            entries |= {f"{records[name].case} {c.name}": fn for name, fn in passes.items()}
+            same = grads_of.setdefault(c.window, grads)  # cuDNN's or FlexAttention's comes first
+            for record in records.values():
+                record.rel_rms = max(relative_rms(a, b) for a, b in zip(grads, same, strict=True))
+                if c.name == OURS and not record.rel_rms <= 1.5 * TOLERANCE_8_BIT:
+                    record.fail(f"gradients differ from BF16 ones by {record.rel_rms:.3g} in relative RMS")
+        except Exception as error:  # a contender that fails is a line in the results
+            for record in records.values():
+                record.fail(first_line(error))
+            clock.check(c.name)
+    start = time.monotonic()
+    timings = time_interleaved(entries, clock, rounds, burst_ms, seed)
+    clock_mhz, power_w = monitor.between(start, time.monotonic())
+    baseline = {name: timings.get(f"{shape.case(None)} {name} {CUDNN}") for name in FORWARDS_WORTH}
+    for record, name, work in measured:
+        record.sm_clock_mhz, record.power_w = clock_mhz, power_w
+        timing = timings.get(f"{record.case} {record.op}")
+        if isinstance(timing, str):
+            record.fail(timing)
+        if not isinstance(timing, Timing):
+            continue
+        flops = FORWARDS_WORTH[name] * attention_flops(work.pairs, shape.heads, shape.head_dim, shape.batch)
+        record.ms, record.spread = timing.ms, timing.spread
+        record.tflops_total = flops / timing.ms / 1e9
+        if isinstance(baseline[name], Timing):
+            record.baseline, record.baseline_ms = CUDNN, baseline[name].ms
+            record.speedup = record.baseline_ms / record.ms
+    return [record for record, _, _ in measured]

@@ -1,0 +1,90 @@
+"""A training step of one Wan2.1 transformer block, by what runs its self-attention; for bench_forward.py.
+
+The block is Wan's but for the cross-attention to the text: modulated norms, Q, K, V, RMS norms and rotation of Q and K,
+self-attention, output, MLP. A step is its forward and backward in BF16, gradients of input and weights.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import CUDNN, OURS, STEP, GpuMonitor, Record, Timing, first_line, time_interleaved
+from contenders import Contender, as_nhd, cudnn, ours
+from fpsattention import video
+from shapes import Shape
+
+
+class Block(nn.Module):
+    """x [B, L, heads * head_dim] to the same; `attend` takes q, k, v [B, L, H, D] and returns the same shape."""
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        dim = shape.heads * shape.head_dim
+        self.heads = shape.heads
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.norm_q, self.norm_k = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
+        self.up, self.down = nn.Linear(dim, shape.mlp), nn.Linear(shape.mlp, dim)
+        self.modulation = nn.Parameter(torch.zeros(6, dim))
+
+    def forward(self, x: Tensor, angles: Tensor, attend) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation
+        q, k, v = self.qkv(F.layer_norm(x, x.shape[-1:]) * (1 + scale1) + shift1).chunk(3, -1)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (self.norm_q(q), self.norm_k(k), v))
+        q, k = (video.apply_rope(y.float(), angles).to(v.dtype) for y in (q, k))
+        x = x + gate1 * self.out(attend(q, k, v).flatten(2))
+        hidden = self.up(F.layer_norm(x, x.shape[-1:]) * (1 + scale2) + shift2)
+        return x + gate2 * self.down(F.gelu(hidden, approximate="tanh"))
+
+
+@torch.enable_grad()
+def bench_block(shape: Shape, work_of, clock, monitor: GpuMonitor, rounds, burst_ms, seed) -> list[Record]:
+    """Time and peak memory of a step, dense with cuDNN and under the shape's windows with FPSAttention."""
+    generator = torch.Generator(clock.device).manual_seed(seed)
+    options = {"device": clock.device, "dtype": torch.bfloat16}
+    block = Block(shape).to(**options)
+    size = (shape.batch, shape.tokens, shape.heads * shape.head_dim)
+    x = torch.randn(size, generator=generator, **options).requires_grad_()
+    dout = torch.randn(size, generator=generator, **options)
+    angles = video.rope_angles(shape.grid, shape.head_dim).to(clock.device)
+    leaves = [x, *block.parameters()]
+
+    def step(contender: Contender):
+        def attend(q, k, v):
+            return as_nhd(contender.finish(contender.prepare(q, k, v)()), "HND")
+
+        return lambda: torch.autograd.grad(block(x, angles, attend), leaves, dout)
+
+    entries, measured = {}, []
+    for c in [cudnn(shape), *(ours(shape, window) for window in shape.windows)]:
+        work = work_of(shape, c.window)
+        window = None if c.window is None else work.resolved.windows[0]
+        record = Record(
+            *(f"{shape.case(c.window)} {STEP}", c.name, shape.grid, shape.heads, shape.head_dim, shape.batch),
+            *("NHD", shape.tile if c.name == OURS else None, window, work.density),
+        )
+        measured.append(record)
+        try:
+            record.peak_gib = clock.peak_gib(step(c))
+            entries[f"{record.case} {c.name}"] = step(c)
+        except Exception as error:  # a contender that fails is a line in the results
+            record.fail(first_line(error))
+            clock.check(c.name)
+    start = time.monotonic()
+    timings = time_interleaved(entries, clock, rounds, burst_ms, seed)
+    clock_mhz, power_w = monitor.between(start, time.monotonic())
+    baseline = timings.get(f"{shape.case(None)} {STEP} {CUDNN}")
+    for record in measured:
+        record.sm_clock_mhz, record.power_w = clock_mhz, power_w
+        timing = timings.get(f"{record.case} {record.op}")
+        if isinstance(timing, str):
+            record.fail(timing)
+        if isinstance(timing, Timing):
+            record.ms, record.spread = timing.ms, timing.spread
+            if isinstance(baseline, Timing):
+                record.baseline, record.baseline_ms = CUDNN, baseline.ms
+                record.speedup = baseline.ms / timing.ms
+    return measured

@@ -1,0 +1,239 @@
+"""The comparison of arXiv 2506.04648, Table 5: attention changed without training, and with it.
+
+Everything is measured on crops of the held-out frames, with seeds that training cannot draw (`SEEDS_BEGIN`). For a seed
+all arms see the same crops, noise levels and noise, so that ratios between arms are taken seed by seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from . import flow
+from .clips import Clips
+from .training import Weights
+
+SEEDS_BEGIN = 1 << 31  # beyond every seed of training; of 32 bits, as there
+STAGE_POINT = {"early": 0.9, "mid": 0.5, "late": 0.1}  # u of the one-step reconstructions
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Weights under an attention mode (of `flow.MODES`)."""
+
+    name: str
+    weights: Weights
+    mode: str
+
+
+def untrained(mode: str) -> str:
+    return f"{mode}, untrained"
+
+
+def trained(mode: str) -> str:
+    return f"{mode}, fine-tuned"
+
+
+def arms_of(base: Weights, tuned: Weights, dense_tuned: Weights) -> list[Arm]:
+    """The base as it is and, untrained, under the attention of `tuned` (and the parts of it); the two fine-tunings."""
+    mode = tuned.settings.mode
+    parts = ("fp8", "window", "fps") if mode == "fps" else (mode,)
+    return [
+        Arm("dense", base, "dense"),
+        *(Arm(untrained(part), base, part) for part in parts),
+        Arm(trained(mode), tuned, mode),
+        Arm(trained("dense"), dense_tuned, "dense"),
+    ]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much to measure.
+
+    Attributes:
+        crops: held-out crops of each seed.
+        points: noise levels of the loss, evenly spread over the steps of a sampler.
+        steps, start: of the sampler, and the step at which it enters, with the crop under that much noise.
+        batch: crops at a time.
+    """
+
+    seeds: int  # at least 2, for the spread
+    crops: int
+    points: int
+    steps: int
+    start: int
+    batch: int
+
+
+def evaluate(
+    arms: list[Arm],
+    plan: flow.Plan,
+    clips: Clips,
+    effort: Effort,
+    backend: str,
+    device: torch.device,
+    tick: Callable,
+) -> tuple[dict, dict]:
+    """Measure all arms. Calls `tick` after every arm and seed.
+
+    Returns ({arm: {metric: one value per seed}}, {arm or "held-out": frames of the first crop [frames, H, W, 3]}).
+    """
+    results, pictures = {arm.name: {} for arm in arms}, {}
+    for seed in range(effort.seeds):
+        generator = torch.Generator().manual_seed(SEEDS_BEGIN + seed)
+        pixels = clips.draw("val", effort.crops, generator)
+        codec = arms[0].weights.codec  # the same in all arms
+        clean = codec.encode(pixels)
+        noise = torch.randn(clean.shape, generator=generator).to(device)  # every device sees the same
+        for arm in arms:
+            attention = flow.Attention(plan, arm.mode, backend)
+            measured, video = _measure(arm, clean, noise, attention, effort)
+            for name, value in measured.items():
+                results[arm.name].setdefault(name, []).append(value)
+            if seed == 0:
+                pictures[arm.name] = video
+                pictures["held-out"] = codec.decode(clean[:1])[0].cpu()
+            tick()
+    return results, pictures
+
+
+@torch.no_grad()
+def _measure(
+    arm: Arm, clean: Tensor, noise: Tensor, attention: flow.Attention, effort: Effort
+) -> tuple[dict, Tensor]:
+    model, codec, shift = arm.weights.model, arm.weights.codec, attention.plan.shift
+    chunks = [slice(i, i + effort.batch) for i in range(0, len(clean), effort.batch)]
+
+    def at(u: float) -> Tensor:
+        return flow.shifted(torch.tensor(u, dtype=torch.float64), shift).float()
+
+    def over_crops(fn: Callable) -> Tensor:
+        return torch.cat([fn(clean[c], noise[c]) for c in chunks])
+
+    def levels(sigma: Tensor) -> Callable:
+        return lambda x: sigma.expand(len(x))
+
+    by_stage = {stage: [] for stage in flow.STAGES}
+    for i in range(effort.points):
+        of = levels(at(1 - (i + 0.5) / effort.points))
+        loss = over_crops(lambda x, e, of=of: flow.losses(model, x, e, of(x), attention))
+        by_stage[attention.stage(of(clean)[0].item())].append(loss.mean().item())
+    measured = {f"loss {stage}": mean(x) if x else math.nan for stage, x in by_stage.items()}
+    measured["loss"] = mean(x for values in by_stage.values() for x in values)
+
+    target = codec.decode(clean)
+    for stage, u in STAGE_POINT.items():
+        of = levels(at(u))
+        guess = over_crops(lambda x, e, of=of: flow.one_step(model, flow.mix(x, e, of(x)), of(x), attention))
+        measured |= _similarity(codec.decode(guess), target, f"one step {stage}")
+
+    of = levels(at(1 - effort.start / effort.steps))
+    sampled = codec.decode(
+        over_crops(
+            lambda x, e: flow.sample(model, flow.mix(x, e, of(x)), effort.start, effort.steps, attention)
+        )
+    )
+    return measured | _similarity(sampled, target, "sampler"), sampled[0].cpu()
+
+
+def _similarity(videos: Tensor, targets: Tensor, name: str) -> dict[str, float]:
+    """PSNR (dB) and SSIM of videos [B, frames, H, W, 3] from -1 to 1, means over the videos."""
+    psnr = peak_signal_noise_ratio(
+        videos, targets, data_range=2.0, dim=(1, 2, 3, 4), reduction="elementwise_mean"
+    )
+    frames, target_frames = (x.flatten(0, 1).permute(0, 3, 1, 2) for x in (videos, targets))
+    ssim = structural_similarity_index_measure(frames, target_frames, data_range=2.0)
+    return {f"PSNR {name}": psnr.item(), f"SSIM {name}": ssim.item()}
+
+
+def change(results: dict, arm: str, reference: str, metric: str = "loss") -> tuple[float, float]:
+    """Percent by which the metric of `arm` exceeds that of `reference`: mean and deviation over the seeds."""
+    pairs = zip(results[arm][metric], results[reference][metric], strict=True)
+    changes = [100 * (a / b - 1) for a, b in pairs]
+    return mean(changes), stdev(changes)
+
+
+def verdict(results: dict, mode: str, steps: int) -> str:
+    """The paper's claim in the numbers of the arms of `arms_of`, whichever way they fall."""
+    lost, lost_spread = change(results, untrained(mode), "dense")
+    left, left_spread = change(results, trained(mode), trained("dense"))
+    text = (
+        f"Without training, the dense model's validation loss under {mode} attention is "
+        f"{_beside(lost, lost_spread)} its own; after {steps} steps of fine-tuning with it, it is "
+        f"{_beside(left, left_spread)} that of the dense model fine-tuned for as many steps."
+    )
+    if not lost > 2 * lost_spread:
+        return f"{text} Nothing measurable was lost without training, so there is nothing for training to return."
+    returned = 100 * (1 - left / lost)
+    return (
+        f"{text} So training returns {returned:.0f} % of what was lost. In the paper (Table 5) VBench falls from "
+        f"0.8019 to 0.6325 without training and is 0.8160 with it: "
+        f"{'the same' if returned >= 50 else 'not the same'} direction."
+    )
+
+
+def _beside(percent: float, spread: float) -> str:
+    return f"{abs(percent):.2f} % (± {spread:.2f}) {'above' if percent >= 0 else 'below'}"
+
+
+def tables(results: dict, arms: list[Arm], start: str) -> list[Table]:
+    """Loss, its change and picture quality: mean and, over the seeds, deviation. `start`: where the sampler began."""
+    metrics = list(results[arms[0].name])
+    losses = ["loss", *(f"loss {stage}" for stage in flow.STAGES)]
+
+    def table(title: str, columns: list[str], cell: Callable, rows: list[Arm]) -> Table:
+        made = Table(
+            title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+        )
+        made.add_column("arm", no_wrap=True)
+        for metric in columns:
+            made.add_column("all" if metric == "loss" else metric.split()[-1], justify="right")
+        for arm in rows:
+            made.add_row(arm.name, *(cell(arm.name, metric) for metric in columns))
+        return made
+
+    def level(digits: int) -> Callable:
+        def cell(arm: str, metric: str) -> str:
+            values = results[arm][metric]
+            return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+
+        return cell
+
+    def moved(arm: str, metric: str) -> str:
+        return "{:+.2f} ± {:.2f}".format(*change(results, arm, "dense", metric))
+
+    psnr, ssim = ([metric for metric in metrics if metric.startswith(kind)] for kind in ("PSNR", "SSIM"))
+    where = f"one step in each stage, and the sampler {start}"
+    return [
+        table("validation loss", losses, level(3), arms),
+        # Seeds differ far more than arms do: what counts is the change seed by seed.
+        table("validation loss beside that of dense, %", losses, moved, arms[1:]),
+        table(f"PSNR in dB: {where}", psnr, level(2), arms),
+        table(f"SSIM: {where}", ssim, level(3), arms),
+    ]
+
+
+def draw(pictures: dict, path: Path, title: str) -> None:
+    """Four frames of every video, one row for each."""
+    shown = 4
+    figure = Figure(figsize=(2 * shown + 2, 2 * len(pictures) + 0.5), layout="constrained")
+    axes = figure.subplots(len(pictures), shown, squeeze=False)
+    order = sorted(pictures, key=lambda name: name != "held-out")
+    for row, name in zip(axes, order, strict=True):
+        video = pictures[name]
+        for axis, i in zip(row, torch.linspace(0, len(video) - 1, shown).long().tolist(), strict=True):
+            axis.imshow((video[i].numpy() + 1) / 2)
+            axis.set(xticks=[], yticks=[])
+        row[0].set_ylabel(name.replace(", ", "\n"), fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=120)

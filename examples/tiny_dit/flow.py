@@ -1,0 +1,156 @@
+"""Rectified flow, and which attention runs at which noise level: the only file that knows `fpsattention`'s calls.
+
+x = (1 - sigma) * clean + sigma * noise; the model predicts noise - clean. u is sigma before the timestep shift; a
+sampler of n steps starts step i at u = 1 - i / n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import fpsattention as fps
+
+from .model import Attend, VideoDiT
+
+STAGES = ("early", "mid", "late")
+MODES = {
+    "dense": "16 bits, every pair of tokens",
+    "fp8": "FP8, every pair of tokens",
+    "window": "16 bits under the schedule's windows",
+    "fps": "FP8 under the schedule's windows",
+}
+Triple = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The schedule over denoising steps (arXiv 2506.04648, section 3.3) in numbers; `schedule` makes it one.
+
+    Attributes:
+        grid: tokens (T, H, W).
+        tile: tokens of a tile, of every stage. Early steps share one FP8 scale among 2 x 2 neighbouring tiles.
+        early, mid, late: windows in tiles.
+        alpha: progress at which mid and late begin.
+        shift: of the timesteps, in training and sampling.
+    """
+
+    grid: Triple
+    tile: Triple
+    early: Triple
+    mid: Triple
+    late: Triple
+    alpha: tuple[float, float]
+    shift: float
+
+    def schedule(self, mode: str) -> fps.StepSchedule:
+        """What `mode` (of `MODES`) attends in each stage."""
+        t, h, w = self.tile
+        configs = {
+            stage: fps.AttentionConfig(
+                tile=self.tile,
+                window=getattr(self, stage) if mode in ("window", "fps") else None,
+                quant="fp8" if mode in ("fp8", "fps") else "none",
+            )
+            for stage in STAGES
+        }
+        if mode in ("fp8", "fps"):
+            configs["early"] = replace(configs["early"], quant_tile=(t, 2 * h, 2 * w))
+        return fps.StepSchedule(**configs, alpha=self.alpha)
+
+    def density(self, stage: str) -> float:
+        return getattr(self.schedule("window"), stage).resolve(self.grid, 1).density
+
+
+class Attention:
+    """Self-attention of a run: `attend` makes the function that the model calls.
+
+    Attributes:
+        backend: of `fpsattention.attention`.
+    """
+
+    def __init__(self, plan: Plan, mode: str, backend: str = "auto"):
+        self.plan, self.backend = plan, backend
+        self.schedule = plan.schedule(mode)
+        self._configs = [getattr(self.schedule, stage) for stage in STAGES]
+
+    def stage(self, sigma: float) -> str:
+        return self.schedule.stage_for_sigma(sigma, shift=self.plan.shift)
+
+    def of_config(self, config: fps.AttentionConfig) -> Attend:
+        def attend(q, k, v):
+            # Without a GPU plain torch is all there is: no notice about it in every run.
+            backend = "reference" if self.backend == "auto" and not q.is_cuda else self.backend
+            return fps.attention(q, k, v, grid=self.plan.grid, config=config, backend=backend)
+
+        return attend
+
+    def of_batch(self, sigma: Tensor) -> Attend:
+        """For noise levels [B] (on the CPU), each sample under the config of its own stage.
+
+        The batch is split by stage in the attention only, at most three calls a layer; all else runs on all of it.
+        One stage for a whole batch would need one call only, but then the samples of a step are not independent: its
+        gradient is that of one stage, and differs more from step to step.
+        """
+        if len(set(self._configs)) == 1:
+            return self.of_config(self._configs[0])
+
+        def attend(q, k, v):
+            return self.schedule.map_by_stage(
+                lambda config, *qkv: self.of_config(config)(*qkv), sigma, q, k, v, shift=self.plan.shift
+            )
+
+        return attend
+
+    def of_step(self, step: int, steps: int) -> Attend:
+        return self.of_config(self.schedule.at(step=step, num_steps=steps))
+
+
+def shifted(u: Tensor, shift: float) -> Tensor:
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def draw_sigma(count: int, std: float, shift: float, generator: torch.Generator) -> Tensor:
+    """Logit-normal u of mean 0 (in the logit), shifted: fp32 [count] on the CPU."""
+    return shifted(torch.sigmoid(std * torch.randn(count, generator=generator)), shift)
+
+
+def mix(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    sigma = sigma.to(clean.device)[:, None, None, None, None]
+    return (1 - sigma) * clean + sigma * noise
+
+
+def velocity(model: VideoDiT, x: Tensor, sigma: Tensor, attend: Attend) -> Tensor:
+    """The model in mixed precision on a GPU, fp32 elsewhere."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+        return model(x, sigma.to(x.device), attend)
+
+
+def losses(model: VideoDiT, clean: Tensor, noise: Tensor, sigma: Tensor, attention: Attention) -> Tensor:
+    """Mean squared error of the velocity of each sample, fp32 [B]; sigma [B] on the CPU."""
+    predicted = velocity(model, mix(clean, noise, sigma), sigma, attention.of_batch(sigma))
+    return (predicted - (noise - clean)).square().mean(dim=(1, 2, 3, 4))
+
+
+def one_step(model: VideoDiT, x: Tensor, sigma: Tensor, attention: Attention) -> Tensor:
+    """The clean latent that the model sees in a noisy one."""
+    return x - sigma.to(x.device)[:, None, None, None, None] * velocity(
+        model, x, sigma, attention.of_batch(sigma)
+    )
+
+
+def sample(
+    model: VideoDiT, x: Tensor, start: int, steps: int, attention: Attention, tick: Callable = lambda: None
+) -> Tensor:
+    """Euler's method from step `start` of `steps`, where x is, down to sigma 0. Calls `tick` after every step."""
+    sigmas = shifted(1 - torch.arange(steps + 1, dtype=torch.float64) / steps, attention.plan.shift).float()
+    for step in range(start, steps):
+        here, there = sigmas[step], sigmas[step + 1]
+        x = x + (there - here).item() * velocity(
+            model, x, here.expand(len(x)), attention.of_step(step, steps)
+        )
+        tick()
+    return x

@@ -1,0 +1,447 @@
+// Backward: dK, dV and dQ of the forward's FP8 attention. A CTA owns a key block, 128 keys, and walks the query
+// blocks, 64 queries each, that attend it.
+//
+//   warps           role   waits for         signals                                     registers
+//   2 warpgroups    math   keys, full        empty                                       240
+//   1 thread        load   empty             keys, full (with the copy engine's bytes)    24
+//
+// A math warpgroup owns 64 of the keys. Everything is transposed, keys by queries, so that the rows of its
+// accumulators are its keys and dK, dV stay in registers. For a query block, with the operands of params.h,
+//   S^T  = k8 q8^T                                    FP8, as the forward computed it
+//   X    = 2^(S^T s_q s_k scale log2(e) + offset)     448 P, up to the power of two that c takes back
+//   dV  += X^ (c dO)                                  X^: X in E4M3's four significant bits, exact in bf16
+//   dS^T = X (v (c dO)^T - delta)                     bf16
+//   dK  += dS^T q        dQ += dS k
+// The two warpgroups swap dS through shared memory, then each takes half of the channels of dQ, which it adds up in
+// global memory in fp32: atomically, or with `turns` one key block after the other.
+#include <algorithm>
+#include <cfloat>
+#include <cute/tensor.hpp>
+#include <numeric>
+
+#include "fpsattention/fragments.cuh"
+#include "fpsattention/hopper.cuh"
+#include "fpsattention/launch.h"
+#include "fpsattention/params.h"
+
+namespace fps {
+namespace {
+
+using namespace cute;
+using E4M3 = cute::float_e4m3_t;
+using BF16 = cute::bfloat16_t;
+
+template <int kHeadDim_>
+struct BwdConfig {
+    static constexpr int kHeadDim = kHeadDim_;
+    static constexpr int kHalf = kHeadDim / 2;  // channels of dQ that one warpgroup computes
+    static constexpr int kStages = 2;
+    static constexpr int kWarpgroups = 2, kMathThreads = 128 * kWarpgroups, kThreads = kMathThreads + 128;
+    static constexpr int kKeys = kBlock / kWarpgroups;  // of a warpgroup
+    // At launch every warp has as many, in multiples of 8; then the load warps give theirs up to the math warps.
+    static constexpr int kLaunchRegisters = 64 * 1024 / kThreads / 8 * 8;
+    static constexpr int kLoadRegisters = 24, kMathRegisters = 240;
+    static_assert(128 * kLoadRegisters + kMathThreads * kMathRegisters <= kThreads * kLaunchRegisters);
+    static_assert(kHeadDim == 64 || kHeadDim == 128);
+
+    // Rows by channels. "By channels" the tensor core sums over channels; an image in parts of 64 columns serves both
+    // ways, since the same bytes are K-major for one and MN-major for the other.
+    using RowsFP8 = conditional_t<kHeadDim == 128, GMMA::Layout_K_SW128_Atom<E4M3>, GMMA::Layout_K_SW64_Atom<E4M3>>;
+    using RowsBF16 = GMMA::Layout_K_SW128_Atom<BF16>;
+    using ColumnsBF16 = GMMA::Layout_MN_SW128_Atom<BF16>;
+    using ColumnsK = conditional_t<kHalf == 64, ColumnsBF16, GMMA::Layout_MN_SW64_Atom<BF16>>;
+    using PartByPart = Step<_2, _1>;
+    using LayoutK8 = decltype(tile_to_shape(RowsFP8{}, Shape<Int<kKeys>, Int<kHeadDim>>{}));
+    using LayoutQ8 = decltype(tile_to_shape(RowsFP8{}, Shape<Int<kQueryBlock>, Int<kHeadDim>>{}));
+    using LayoutV = decltype(tile_to_shape(RowsBF16{}, Shape<Int<kBlock>, Int<kHeadDim>>{}));
+    using LayoutQuery = decltype(tile_to_shape(RowsBF16{}, Shape<Int<kQueryBlock>, Int<kHeadDim>>{}));
+    using LayoutQueryT = decltype(tile_to_shape(ColumnsBF16{}, Shape<Int<kHeadDim>, Int<kQueryBlock>>{}, PartByPart{}));
+    using LayoutKT = decltype(tile_to_shape(ColumnsK{}, Shape<Int<kHalf>, Int<kBlock>>{}, PartByPart{}));
+    using LayoutDS = decltype(tile_to_shape(ColumnsBF16{}, Shape<Int<kQueryBlock>, Int<kBlock>>{}, PartByPart{}));
+
+    static constexpr auto K = GMMA::Major::K, MN = GMMA::Major::MN;
+    using AtomGrad = conditional_t<kHeadDim == 128, SM90::GMMA::MMA_64x128x16_F32BF16BF16_RS<K, MN>,
+                                   SM90::GMMA::MMA_64x64x16_F32BF16BF16_RS<K, MN>>;
+    using AtomDQ = conditional_t<kHeadDim == 128, SM90::GMMA::MMA_64x64x16_F32BF16BF16_SS<MN, MN>,
+                                 SM90::GMMA::MMA_64x32x16_F32BF16BF16_SS<MN, MN>>;
+    using MmaS = decltype(make_tiled_mma(SM90::GMMA::MMA_64x64x32_F32E4M3E4M3_SS_TN<>{}));
+    using MmaDP = decltype(make_tiled_mma(SM90::GMMA::MMA_64x64x16_F32BF16BF16_SS<K, K>{}));
+    using MmaGrad = decltype(make_tiled_mma(AtomGrad{}));
+    using MmaDQ = decltype(make_tiled_mma(AtomDQ{}));
+};
+
+// What bulk copies bring: the images of params.h.
+template <class Cfg>
+struct QueryImage {
+    BF16 q[kQueryBlock * Cfg::kHeadDim];
+    BF16 dout[kQueryBlock * Cfg::kHeadDim];
+    QueryRow rows[kQueryBlock];
+};
+template <class Cfg>
+struct KeyImage {
+    BF16 k[kBlock * Cfg::kHeadDim];
+    BF16 v[kBlock * Cfg::kHeadDim];
+};
+template <class Cfg>
+struct Q8Image {
+    E4M3 q8[kQueryBlock * Cfg::kHeadDim];
+    BlockMeta meta;
+};
+
+// Where a query block's dQ goes.
+struct Destination {
+    int64_t block;   // index of the query block among all of B, H
+    int turn, last;  // what its `turns` must read before this key block adds, and reads after it
+};
+
+template <class Cfg>
+struct BwdSmem {
+    struct alignas(1024) Stage {
+        QueryImage<Cfg> query;
+        alignas(1024) Q8Image<Cfg> fp8;
+        Destination to;
+    };
+    alignas(1024) KeyImage<Cfg> keys;
+    alignas(1024) E4M3 k8[kBlock * Cfg::kHeadDim];
+    alignas(1024) BF16 ds[2][kBlock * kQueryBlock];
+    BlockMeta k_meta;
+    Stage stages[Cfg::kStages];
+    Barrier keys_full, full[Cfg::kStages], empty[Cfg::kStages];
+
+    static_assert(sizeof(QueryImage<Cfg>) == bwd_query_bytes(Cfg::kHeadDim));
+    static_assert(sizeof(KeyImage<Cfg>) == bwd_key_bytes(Cfg::kHeadDim));
+    static_assert(sizeof(Q8Image<Cfg>) == q_block_bytes(Cfg::kHeadDim));
+};
+
+// The key block of a CTA. Blocks of one head run together, so that they share its queries in L2; with a window per
+// head, heads with large windows come first.
+struct KeyBlock {
+    int batch, head, first_row;
+    int64_t bh, image;
+    Int3 tile, extent;
+    TileBox queries;
+
+    __device__ explicit KeyBlock(const BackwardParams &p) {
+        const TileGrid &g = p.geometry;
+        int index = blockIdx.x;
+        const int in_head = index % g.blocks();
+        index /= g.blocks();
+        batch = index % p.batch;
+        head = p.n_windows == 1 ? index / p.batch : p.head_order[index / p.batch];
+        bh = int64_t(batch) * p.heads + head;
+        image = bh * g.blocks() + in_head;
+        tile = g.tile_coord(in_head / g.blocks_per_tile());
+        extent = g.extent(tile);
+        first_row = in_head % g.blocks_per_tile() * kBlock;
+        queries = g.queries_of(tile, window(p), p.border);
+    }
+    __device__ Int3 window(const BackwardParams &p) const { return p.windows[p.n_windows == 1 ? 0 : head]; }
+    __device__ bool exists() const { return first_row < extent.volume(); }
+};
+
+// Key blocks of a query tile are numbered along its box of keys in raster order, `blocks_per_tile` to a tile, from 1.
+// The number of this key block is its `last`; its `turn` is the number of the one before it that holds a token.
+__device__ inline int2 turn_of(const BackwardParams &p, const KeyBlock &key, Int3 query) {
+    const TileGrid &g = p.geometry;
+    const TileBox box = g.keys_of(query, key.window(p), p.border);
+    const Int3 size{box.t.size(), box.h.size(), box.w.size()};
+    const int tile = ((key.tile.t - box.t.lo) * size.h + key.tile.h - box.h.lo) * size.w + key.tile.w - box.w.lo;
+    const int block = key.first_row / kBlock, last = tile * g.blocks_per_tile() + block + 1;
+    if (block > 0 || tile == 0) {
+        return {last - 1, last};
+    }
+    const Int3 before = coordinates(tile - 1, size);
+    const Int3 extent = g.extent({box.t.lo + before.t, box.h.lo + before.h, box.w.lo + before.w});
+    return {(tile - 1) * g.blocks_per_tile() + ceil_div(extent.volume(), kBlock), last};
+}
+
+// One thread brings the keys, then keeps the ring of query blocks full.
+template <class Cfg>
+__device__ void load(const BackwardParams &p, BwdSmem<Cfg> &smem) {
+    constexpr int kQ8Bytes = q_block_bytes(Cfg::kHeadDim), kQueryBytes = bwd_query_bytes(Cfg::kHeadDim);
+    constexpr int kK8Bytes = kBlock * Cfg::kHeadDim, kKeyBytes = bwd_key_bytes(Cfg::kHeadDim);
+    const TileGrid &g = p.geometry;
+    const KeyBlock key(p);
+    const uint8_t *kv = p.kv_blocks + key.image * kv_block_bytes(Cfg::kHeadDim);
+    smem.keys_full.expect(kK8Bytes + int(sizeof(BlockMeta)) + kKeyBytes);
+    smem.keys_full.arrive();
+    bulk_load(smem.k8, kv, kK8Bytes, smem.keys_full);
+    bulk_load(&smem.k_meta, kv + 2 * kK8Bytes, sizeof(BlockMeta), smem.keys_full);
+    const uint8_t *images = p.key_images + key.image * kKeyBytes;
+    bulk_load(smem.keys.k, images, kKeyBytes / 2, smem.keys_full);
+    bulk_load(smem.keys.v, images + kKeyBytes / 2, kKeyBytes / 2, smem.keys_full);
+
+    const TileBox &box = key.queries;
+    const Int3 size{box.t.size(), box.h.size(), box.w.size()};
+    const int tiles = box.tiles();
+    // Key blocks that run at the same time start at different query tiles, or they would all add to the same rows of
+    // dQ. With turns they start where the turns do.
+    const int start = p.turns == nullptr ? int(key.image % tiles) : 0;
+    RingState<Cfg::kStages> ring;
+    for (int i = 0; i < tiles; ++i) {
+        const Int3 at = coordinates((start + i) % tiles, size);
+        const Int3 tile{box.t.lo + at.t, box.h.lo + at.h, box.w.lo + at.w};
+        const int blocks = ceil_div(g.extent(tile).volume(), kQueryBlock);
+        const int64_t first = (key.bh * g.tiles.volume() + g.tile_index(tile)) * (g.slot / kQueryBlock);
+        const int2 turn = p.turns == nullptr ? int2{} : turn_of(p, key, tile);
+        for (int b = 0; b < blocks; ++b, ring.next()) {
+            auto &stage = smem.stages[ring.stage()];
+            Barrier &full = smem.full[ring.stage()];
+            smem.empty[ring.stage()].wait(ring.empty_parity());
+            stage.to = {first + b, turn.x, turn.y};
+            full.expect(kQ8Bytes + kQueryBytes);
+            full.arrive();
+            bulk_load(&stage.fp8, p.q_blocks + (first + b) * kQ8Bytes, kQ8Bytes, full);
+            bulk_load(&stage.query, p.query_images + (first + b) * kQueryBytes, kQueryBytes, full);
+        }
+    }
+}
+
+// x in E4M3's four significant bits, to nearest, ties to even; where E4M3 has subnormals or nothing, four bits still.
+// The last bit of 2^20 x + x is worth an eighth of x's leading one, and 2^20 x itself has no smaller bits.
+__device__ __forceinline__ float four_bits(float x) {
+    return __fmaf_rn(x, -0x1p20f, __fmaf_rn(x, 0x1p20f, x));
+}
+
+// 16-bit pairs of an accumulator, in the order of an A operand.
+template <class TensorX, class TensorA, class F>
+__device__ __forceinline__ void pack(const TensorX &x, TensorA &a, F &&f) {
+    Tensor words = recast<uint32_t>(a);
+#pragma unroll
+    for (int i = 0; i < size(words); ++i) {
+        words(i) = downcast<__nv_bfloat16>(f(x(2 * i)), f(x(2 * i + 1)));
+    }
+}
+
+// dS^T of this warpgroup's keys to shared memory, [keys][64 queries], swizzled.
+template <class TensorA>
+__device__ __forceinline__ void share_ds(BF16 *ds, const TensorA &a, int first_key, int thread) {
+    Tensor words = recast<uint32_t const>(a);
+    const int lane = thread % 32;
+    // Matrices in the order of the words: two groups of 8 keys, then the next 8 queries.
+    const int key = first_key + thread / 32 * 16 + lane / 8 % 2 * 8 + lane % 8;
+#pragma unroll
+    for (int i = 0; i < size(words); i += 4) {
+        const int query = 4 * i + lane / 16 * 8;
+        store_matrices(reinterpret_cast<char *>(ds) + swizzled<128>(key, 2 * query), words(i), words(i + 1),
+                       words(i + 2), words(i + 3));
+    }
+}
+
+// Adds this warpgroup's half of a query block's dQ to global memory, in the order of the fragment.
+template <class Cfg, class TensorDQ>
+__device__ __forceinline__ void add_dq(const BackwardParams &p, Destination to, const TensorDQ &dq, int warpgroup,
+                                       int thread) {
+    int *turns = p.turns == nullptr ? nullptr : p.turns + 2 * to.block + warpgroup;
+    if (turns != nullptr) {
+        wait_for(turns, to.turn);
+    }
+    float *sum = p.dq_sum + to.block * (kQueryBlock * Cfg::kHeadDim) + warpgroup * (kQueryBlock * Cfg::kHalf);
+#pragma unroll
+    for (int i = 0; i < size(dq); i += 4) {
+        reduce_add(sum + i * 128 + 4 * thread, dq(i), dq(i + 1), dq(i + 2), dq(i + 3));
+    }
+    if (turns != nullptr) {
+        __threadfence();
+        named_barrier_sync(2 + warpgroup, 128);
+        if (thread == 0) {
+            store_release(turns, to.last);
+        }
+    }
+}
+
+// Warpgroup `warpgroup` owns keys 64 * warpgroup and on of the block.
+template <class Cfg, class T>
+__device__ void math(const BackwardParams &p, BwdSmem<Cfg> &smem, int warpgroup) {
+    const int thread = threadIdx.x % 128, lane = thread % 4;
+    constexpr auto kWithStages = [](auto layout, auto stages, auto stride) {
+        return make_composed_layout(layout.layout_a(), layout.offset(),
+                                    append(layout.layout_b(), make_layout(stages, stride)));
+    };
+    constexpr auto kStages = Int<Cfg::kStages>{};
+    constexpr auto kStageBytes = Int<sizeof(smem.stages[0])>{};
+    constexpr auto kStageStride = Int<sizeof(smem.stages[0]) / sizeof(BF16)>{};
+    auto &first = smem.stages[0];
+    Tensor sK8 = make_tensor(make_smem_ptr(smem.k8 + warpgroup * Cfg::kKeys * Cfg::kHeadDim), typename Cfg::LayoutK8{});
+    Tensor sQ8 = make_tensor(make_smem_ptr(first.fp8.q8), kWithStages(typename Cfg::LayoutQ8{}, kStages, kStageBytes));
+    Tensor sV = local_tile(make_tensor(make_smem_ptr(smem.keys.v), typename Cfg::LayoutV{}),
+                           Shape<Int<Cfg::kKeys>, Int<Cfg::kHeadDim>>{}, make_coord(warpgroup, 0));
+    Tensor sdO =
+        make_tensor(make_smem_ptr(first.query.dout), kWithStages(typename Cfg::LayoutQuery{}, kStages, kStageStride));
+    Tensor sdOT =
+        make_tensor(make_smem_ptr(first.query.dout), kWithStages(typename Cfg::LayoutQueryT{}, kStages, kStageStride));
+    Tensor sQT =
+        make_tensor(make_smem_ptr(first.query.q), kWithStages(typename Cfg::LayoutQueryT{}, kStages, kStageStride));
+    Tensor sKT = make_tensor(make_smem_ptr(smem.keys.k + warpgroup * kBlock * Cfg::kHalf), typename Cfg::LayoutKT{});
+    Tensor sdS = make_tensor(make_smem_ptr(smem.ds[0]),
+                             kWithStages(typename Cfg::LayoutDS{}, Int<2>{}, Int<kBlock * kQueryBlock>{}));
+
+    typename Cfg::MmaS mma_s;
+    typename Cfg::MmaDP mma_dp;
+    typename Cfg::MmaGrad mma_grad;
+    typename Cfg::MmaDQ mma_dq;
+    // Shared-memory descriptors.
+    Tensor rK8 = mma_s.get_slice(thread).partition_fragment_A(sK8);
+    Tensor rQ8 = mma_s.get_slice(thread).partition_fragment_B(sQ8);
+    Tensor rV = mma_dp.get_slice(thread).partition_fragment_A(sV);
+    Tensor rdO = mma_dp.get_slice(thread).partition_fragment_B(sdO);
+    Tensor rdOT = mma_grad.get_slice(thread).partition_fragment_B(sdOT);
+    Tensor rQT = mma_grad.get_slice(thread).partition_fragment_B(sQT);
+    Tensor rdS = mma_dq.get_slice(thread).partition_fragment_A(sdS);
+    Tensor rKT = mma_dq.get_slice(thread).partition_fragment_B(sKT);
+    using Scores = Shape<Int<Cfg::kKeys>, Int<kQueryBlock>>;
+    Tensor rS = partition_fragment_C(mma_s, Scores{});
+    Tensor rdP = partition_fragment_C(mma_dp, Scores{});
+    Tensor rP = make_tensor<BF16>(partition_shape_A(mma_grad, Scores{}));
+    Tensor rdST = make_tensor<BF16>(partition_shape_A(mma_grad, Scores{}));
+    Tensor rdQ = partition_fragment_C(mma_dq, Shape<Int<kQueryBlock>, Int<Cfg::kHalf>>{});
+    Tensor rdV = partition_fragment_C(mma_grad, Shape<Int<Cfg::kKeys>, Int<Cfg::kHeadDim>>{});
+    Tensor rdK = partition_fragment_C(mma_grad, Shape<Int<Cfg::kKeys>, Int<Cfg::kHeadDim>>{});
+    clear(rdV);
+    clear(rdK);
+
+    // A product over all of its k steps, from zero or added to what is there, as a group of its own.
+    const auto issue = [](auto &mma, bool from_zero, const auto &a, const auto &b, auto &c) {
+        warpgroup_fence_operand(c);
+        warpgroup_arrive();
+        mma.accumulate_ = from_zero ? GMMA::ScaleOut::Zero : GMMA::ScaleOut::One;
+#pragma unroll
+        for (int k = 0; k < size<2>(a); ++k) {
+            gemm(mma, a(_, _, k), b(_, _, k), c);
+            mma.accumulate_ = GMMA::ScaleOut::One;
+        }
+        warpgroup_commit_batch();
+    };
+
+    const TileGrid &g = p.geometry;
+    smem.keys_full.wait(0);
+    const float k_scale_log2 = smem.k_meta.scale * p.scale * kLog2E;
+    // Rows r = 0 and 1 of this thread that hold a key.
+    const int valid = smem.k_meta.valid;
+    const int row = warpgroup * Cfg::kKeys + fragment_row(thread);
+    RingState<Cfg::kStages> ring;
+    for (int left = g.valid_blocks(KeyBlock(p).queries, kQueryBlock); left > 0; --left, ring.next()) {
+        const int s = ring.stage(), ds = ring.count % 2;
+        auto &stage = smem.stages[s];
+        smem.full[s].wait(ring.full_parity());
+        issue(mma_s, true, rK8, rQ8(_, _, _, s), rS);
+        issue(mma_dp, true, rV, rdO(_, _, _, s), rdP);
+        // Above zero, so that padding's -inf stays that.
+        const float scale_log2 = fmaxf(stage.fp8.meta.scale * k_scale_log2, FLT_MIN);
+        const Destination to = stage.to;  // read before the barrier: after it, nothing keeps the warps together
+        warpgroup_wait<1>();
+        warpgroup_fence_operand(rS);
+        if (valid < kBlock) {
+#pragma unroll
+            for (int i = 0; i < size(rS); ++i) {
+                rS(i) = row + 8 * (i / 2 % 2) < valid ? rS(i) : -INFINITY;
+            }
+        }
+        // Two neighbouring queries: offset, delta, offset, delta.
+        const auto queries = [&](int group) {
+            return *reinterpret_cast<const float4 *>(&stage.query.rows[8 * group + 2 * lane]);
+        };
+#pragma unroll
+        for (int group = 0; group < kQueryBlock / 8; ++group) {
+            const float4 two = queries(group);
+#pragma unroll
+            for (int i = 4 * group; i < 4 * group + 4; ++i) {
+                rS(i) = exp2_approx(fmaf(rS(i), scale_log2, i % 2 ? two.z : two.x));
+            }
+        }
+        pack(rS, rP, four_bits);
+        warpgroup_fence_operand(rP);
+        issue(mma_grad, false, rP, rdOT(_, _, _, s), rdV);
+        warpgroup_wait<1>();
+        warpgroup_fence_operand(rdP);
+#pragma unroll
+        for (int group = 0; group < kQueryBlock / 8; ++group) {
+            const float4 two = queries(group);
+#pragma unroll
+            for (int i = 4 * group; i < 4 * group + 4; ++i) {
+                rdP(i) = rS(i) * (rdP(i) - (i % 2 ? two.w : two.y));
+            }
+        }
+        pack(rdP, rdST, [](float x) { return x; });
+        share_ds(smem.ds[ds], rdST, warpgroup * Cfg::kKeys, thread);
+        fence_proxy_async();
+        // Past it, dS of both warpgroups is there, and dQ of the block before last has been computed from the buffer.
+        named_barrier_sync(1, Cfg::kMathThreads);
+        issue(mma_dq, true, rdS(_, _, _, ds), rKT, rdQ);
+        warpgroup_fence_operand(rdST);
+        issue(mma_grad, false, rdST, rQT(_, _, _, s), rdK);
+        warpgroup_wait<1>();
+        warpgroup_fence_operand(rdQ);
+        warpgroup_fence_operand(rdV);
+        add_dq<Cfg>(p, to, rdQ, warpgroup, thread);
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(rdK);
+        if (thread == 0) {
+            smem.empty[s].arrive();
+        }
+    }
+
+    const KeyBlock key(p);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int in_tile = key.first_row + row + 8 * r;
+        const bool holds_key = in_tile < key.extent.volume();
+        const int64_t token = holds_key ? g.token(key.tile, key.extent, in_tile) : 0;
+        const auto store = [&](void *base, const Strides &to, const auto &grad, float factor) {
+            T *out = static_cast<T *>(base) + key.batch * to.batch + key.head * to.head + token * to.token;
+            store_row<T, Cfg::kHeadDim>(out, holds_key, r, lane, [&](int i) { return grad(i) * factor; });
+        };
+        store(p.dk, p.dk_strides, rdK, p.scale);
+        store(p.dv, p.dv_strides, rdV, 1.0f);
+    }
+}
+
+template <class Cfg, class T>
+__global__ void __launch_bounds__(Cfg::kThreads, 1) attn_bwd_sm90(const __grid_constant__ BackwardParams p) {
+    wait_for_previous();
+    if (!KeyBlock(p).exists()) {
+        return;
+    }
+    extern __shared__ char smem_bytes[];
+    // The runtime aligns dynamic shared memory to 16 bytes only; the swizzle needs 1024.
+    auto &smem = *reinterpret_cast<BwdSmem<Cfg> *>(smem_bytes + (-smem_address(smem_bytes) & 1023));
+    if (threadIdx.x == 0) {
+        smem.keys_full.init(1);
+        for (int s = 0; s < Cfg::kStages; ++s) {
+            smem.full[s].init(1);
+            smem.empty[s].init(Cfg::kWarpgroups);
+        }
+        fence_barrier_init();
+    }
+    __syncthreads();
+    if (threadIdx.x < Cfg::kMathThreads) {
+        claim_registers<Cfg::kMathRegisters>();
+        const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // warp-uniform, for the descriptors' sake
+        math<Cfg, T>(p, smem, warpgroup);
+    } else {
+        release_registers<Cfg::kLoadRegisters>();
+        if (threadIdx.x == Cfg::kMathThreads) {
+            load<Cfg>(p, smem);
+        }
+    }
+}
+
+}  // namespace
+
+void attn_bwd(BackwardParams p, cudaStream_t stream) {
+    // Heads with large windows come first, so that the last key blocks to run are those with few queries.
+    std::iota(p.head_order, p.head_order + p.n_windows, 0);
+    std::stable_sort(p.head_order, p.head_order + p.n_windows,
+                     [&](int a, int b) { return p.windows[a].volume() > p.windows[b].volume(); });
+    bwd_operands(p, stream);
+    dispatch(p.head_dim, p.dtype, [&](auto dim, auto element) {
+        using Cfg = BwdConfig<decltype(dim)::value>;
+        constexpr int kSmemBytes = sizeof(BwdSmem<Cfg>) + 1024;
+        static_assert(kSmemBytes <= 227 * 1024);
+        launch(attn_bwd_sm90<Cfg, decltype(element)>, dim3(p.batch * p.heads * p.geometry.blocks()), Cfg::kThreads,
+               kSmemBytes, stream, p);
+    });
+    bwd_finish_dq(p, stream);
+}
+
+}  // namespace fps

@@ -1,0 +1,239 @@
+// Around the backward's main kernel: its 16-bit operands before, dQ in raster order after.
+//
+//   query_operands   one CTA per (query block, head): delta, dO c, dequantised q; reads O and dO once
+//   key_operands     one CTA per (key block, head): dequantised k and v
+//   finish_dq        one CTA per (query block, head): fp32 sums to raster order, times the softmax scale
+//
+// What the forward saved is FP8 (params.h); these kernels take it apart instead of reading Q, K, V again, so that the
+// gradient is that of what the forward computed.
+#include <cuda_fp8.h>
+
+#include "fpsattention/fragments.cuh"
+#include "fpsattention/launch.h"
+#include "fpsattention/params.h"
+
+namespace fps {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kCtas = 4;  // an SM has room for; unasked, ptxas spills a register to fit more
+constexpr int kVec = 8;   // elements of 16 bytes in bf16, of 8 bytes in E4M3
+
+__device__ __forceinline__ void decode(uint2 bytes, float scale, float (&x)[kVec]) {
+    const uint32_t words[2] = {bytes.x, bytes.y};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const __half2_raw pair =
+            __nv_cvt_fp8x2_to_halfraw2(__nv_fp8x2_storage_t(words[i / 2] >> (i % 2 * 16)), __NV_E4M3);
+        const float2 f = __half22float2(__half2(pair));
+        x[2 * i] = f.x * scale;
+        x[2 * i + 1] = f.y * scale;
+    }
+}
+
+__device__ __forceinline__ uint4 to_bf16(const float (&x)[kVec]) {
+    using T = __nv_bfloat16;
+    return {downcast<T>(x[0], x[1]), downcast<T>(x[2], x[3]), downcast<T>(x[4], x[5]), downcast<T>(x[6], x[7])};
+}
+
+// Where 8 columns from `channel` on of a row go, in an image of `rows` rows in parts of kPart columns.
+template <int kPart>
+__device__ __forceinline__ uint4 *part_of(uint8_t *image, int rows, int row, int channel) {
+    const int offset = channel / kPart * rows * kPart * 2 + swizzled<2 * kPart>(row, channel % kPart * 2);
+    return reinterpret_cast<uint4 *>(image + offset);
+}
+
+// A block of `kRows` rows: which (batch, head), tile, and rows of its slot.
+template <int kRows>
+struct Block {
+    int batch, head, first_row;
+    int64_t bh, index;  // of the head; of the block among all of B, H
+    Int3 tile, extent;
+    int valid;  // rows that hold a token
+
+    __device__ explicit Block(const BackwardParams &p) {
+        const TileGrid &g = p.geometry;
+        const int per_tile = g.slot / kRows, in_head = blockIdx.x % (g.tiles.volume() * per_tile);
+        head = blockIdx.x / (g.tiles.volume() * per_tile);
+        batch = blockIdx.z;
+        bh = int64_t(batch) * p.heads + head;
+        index = bh * (g.tiles.volume() * per_tile) + in_head;
+        tile = g.tile_coord(in_head / per_tile);
+        extent = g.extent(tile);
+        first_row = in_head % per_tile * kRows;
+        valid = min(kRows, extent.volume() - first_row);
+    }
+};
+
+// grid (heads * query blocks, 1, batch)
+template <class T, int kHeadDim>
+__global__ void __launch_bounds__(kThreads, kCtas) query_operands(const __grid_constant__ BackwardParams p) {
+    wait_for_previous();
+    constexpr int kLanes = kHeadDim / kVec, kRowsPerPass = kThreads / kLanes;
+    const Block<kQueryBlock> block(p);
+    if (block.valid <= 0) {
+        return;  // nobody loads it
+    }
+    const uint8_t *fp8 = p.q_blocks + block.index * q_block_bytes(kHeadDim);
+    const float scale = reinterpret_cast<const BlockMeta *>(fp8 + kQueryBlock * kHeadDim)->scale;
+    uint8_t *q_image = p.query_images + block.index * bwd_query_bytes(kHeadDim);
+    uint8_t *dout_image = q_image + kQueryBlock * kHeadDim * 2;
+    QueryRow *rows = reinterpret_cast<QueryRow *>(dout_image + kQueryBlock * kHeadDim * 2);
+    const int channel = threadIdx.x % kLanes * kVec;
+#pragma unroll
+    for (int row = threadIdx.x / kLanes; row < kQueryBlock; row += kRowsPerPass) {
+        const bool valid = row < block.valid;
+        const int64_t token = valid ? p.geometry.token(block.tile, block.extent, block.first_row + row) : 0;
+        const auto load = [&](const void *base, const Strides &s, float (&x)[kVec]) {
+            const int64_t at = block.batch * s.batch + block.head * s.head + token * s.token + channel;
+            const uint4 raw =
+                valid ? __ldg(reinterpret_cast<const uint4 *>(static_cast<const T *>(base) + at)) : uint4{};
+            const uint32_t pairs[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float2 f = upcast<T>(pairs[i]);
+                x[2 * i] = f.x, x[2 * i + 1] = f.y;
+            }
+        };
+        float out[kVec], dout[kVec], delta = 0;
+        load(p.out, p.out_strides, out);
+        load(p.dout, p.dout_strides, dout);
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) {
+            delta = fmaf(out[i], dout[i], delta);
+        }
+#pragma unroll
+        for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+            delta += __shfl_xor_sync(~0u, delta, offset);
+        }
+        const int64_t at = block.bh * p.geometry.tokens() + token;
+        const float shift = p.lse_shift == nullptr ? 0.0f : p.lse_shift[at];
+        const float lse2 = valid ? (p.lse[at] - shift) * kLog2E : 0.0f, m = ceilf(lse2);
+        const float c = exp2f(m - lse2) * (1.0f / kE4M3Max);
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) {
+            dout[i] *= c;
+        }
+        *part_of<64>(dout_image, kQueryBlock, row, channel) = to_bf16(dout);
+        if (channel == 0) {
+            delta -= p.dlse[at];
+            rows[row] = valid ? QueryRow{kLog2P - m, c * delta} : QueryRow{-INFINITY, 0.0f};
+        }
+        float q[kVec];
+        decode(*reinterpret_cast<const uint2 *>(fp8 + swizzled<kHeadDim>(row, channel)), scale, q);
+        *part_of<64>(q_image, kQueryBlock, row, channel) = to_bf16(q);
+    }
+}
+
+// grid (heads * key blocks, 1, batch)
+template <int kHeadDim>
+__global__ void __launch_bounds__(kThreads, kCtas) key_operands(const __grid_constant__ BackwardParams p) {
+    wait_for_previous();
+    constexpr int kLanes = kHeadDim / kVec, kChunks = kBlock / 16;
+    constexpr int kPitch = kBlock + 4;  // bytes of a channel's tokens: the next channel is a bank further on
+    __shared__ alignas(16) uint8_t tokens_of[kHeadDim * kPitch];
+    __shared__ float v_scale[kHeadDim];
+    const Block<kBlock> block(p);
+    if (block.valid <= 0) {
+        return;
+    }
+    const uint8_t *fp8 = p.kv_blocks + block.index * kv_block_bytes(kHeadDim);
+    const float k_scale = reinterpret_cast<const BlockMeta *>(fp8 + 2 * kBlock * kHeadDim)->scale;
+    uint8_t *k_image = p.key_images + block.index * bwd_key_bytes(kHeadDim);
+    uint8_t *v_image = k_image + kBlock * kHeadDim * 2;
+
+    for (int i = threadIdx.x; i < kHeadDim; i += kThreads) {
+        v_scale[i] = quant_scale(p.v_amax[block.bh * kHeadDim + i]).scale;
+    }
+    for (int i = threadIdx.x; i < kHeadDim * kChunks; i += kThreads) {
+        const int d = i / kChunks, byte = i % kChunks * 16;
+        const uint4 raw = *reinterpret_cast<const uint4 *>(fp8 + kBlock * kHeadDim + swizzled<kBlock>(d, byte));
+        uint32_t *to = reinterpret_cast<uint32_t *>(&tokens_of[d * kPitch + byte]);
+        to[0] = raw.x, to[1] = raw.y, to[2] = raw.z, to[3] = raw.w;
+    }
+    for (int i = threadIdx.x; i < kBlock * kLanes; i += kThreads) {
+        const int row = i / kLanes, channel = i % kLanes * kVec;
+        float k[kVec];
+        decode(*reinterpret_cast<const uint2 *>(fp8 + swizzled<kHeadDim>(row, channel)), k_scale, k);
+        *part_of<kHeadDim / 2>(k_image, kBlock, row, channel) = to_bf16(k);
+    }
+    __syncthreads();
+    // Neighbouring lanes take neighbouring tokens: they read words of the same few banks.
+    for (int i = threadIdx.x; i < kBlock * kLanes; i += kThreads) {
+        const int row = i % kBlock, channel = i / kBlock * kVec;
+        const uint8_t *from = &tokens_of[channel * kPitch + row / 16 * 16 + place_of_token(row % 16)];
+        uint32_t words[2] = {};
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) {
+            words[j / 4] |= uint32_t(from[j * kPitch]) << (j % 4 * 8);
+        }
+        float v[kVec];
+        decode({words[0], words[1]}, 1.0f, v);
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) {
+            v[j] *= v_scale[channel + j];
+        }
+        *part_of<64>(v_image, kBlock, row, channel) = to_bf16(v);
+    }
+}
+
+// grid (heads * query blocks, 1, batch), a warpgroup for each half of the channels, as attn_bwd's summed them up.
+template <class T, int kHeadDim>
+__global__ void __launch_bounds__(kThreads) finish_dq(const __grid_constant__ BackwardParams p) {
+    wait_for_previous();
+    constexpr int kColumns = kHeadDim / 2, kGroups = kColumns / 8;
+    const Block<kQueryBlock> block(p);
+    if (block.valid <= 0) {
+        return;
+    }
+    const int half = threadIdx.x / 128, thread = threadIdx.x % 128, lane = thread % 4;
+    const float4 *sums =
+        reinterpret_cast<const float4 *>(p.dq_sum + block.index * (kQueryBlock * kHeadDim)) + half * kGroups * 128;
+    float x[4 * kGroups];
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+        const float4 sum = __ldg(sums + g * 128 + thread);
+        x[4 * g] = sum.x, x[4 * g + 1] = sum.y, x[4 * g + 2] = sum.z, x[4 * g + 3] = sum.w;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int row = fragment_row(thread) + 8 * r;
+        const bool valid = row < block.valid;
+        const int64_t token = valid ? p.geometry.token(block.tile, block.extent, block.first_row + row) : 0;
+        if (p.k_mean != nullptr) {
+            // lse is that of K with its mean, which the sums lack.
+            const float dlse = p.dlse[block.bh * p.geometry.tokens() + token];
+            const float *mean = p.k_mean + block.bh * kHeadDim + half * kColumns + 2 * lane;
+#pragma unroll
+            for (int i = 0; i < 2 * kGroups; ++i) {
+                x[i / 2 * 4 + 2 * r + i % 2] += dlse * mean[i / 2 * 8 + i % 2];
+            }
+        }
+        T *to = static_cast<T *>(p.dq) + block.batch * p.dq_strides.batch + block.head * p.dq_strides.head +
+                token * p.dq_strides.token + half * kColumns;
+        store_row<T, kColumns>(to, valid, r, lane, [&](int i) { return x[i] * p.scale; });
+    }
+}
+
+template <int kRows>
+dim3 blocks_of(const BackwardParams &p) {
+    return {unsigned(p.heads * p.geometry.tiles.volume() * (p.geometry.slot / kRows)), 1, unsigned(p.batch)};
+}
+
+}  // namespace
+
+void bwd_operands(const BackwardParams &p, cudaStream_t stream) {
+    dispatch(p.head_dim, p.dtype, [&](auto dim, auto element) {
+        constexpr int kHeadDim = decltype(dim)::value;
+        launch(query_operands<decltype(element), kHeadDim>, blocks_of<kQueryBlock>(p), kThreads, 0, stream, p);
+        launch(key_operands<kHeadDim>, blocks_of<kBlock>(p), kThreads, 0, stream, p);
+    });
+}
+
+void bwd_finish_dq(const BackwardParams &p, cudaStream_t stream) {
+    dispatch(p.head_dim, p.dtype, [&](auto dim, auto element) {
+        launch(finish_dq<decltype(element), decltype(dim)::value>, blocks_of<kQueryBlock>(p), kThreads, 0, stream, p);
+    });
+}
+
+}  // namespace fps

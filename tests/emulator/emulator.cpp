@@ -1,0 +1,566 @@
+// Runs CUDA kernels for Hopper on the CPU. Every CUDA thread is a fiber; a scheduler picks CTAs and threads at random,
+// from a seed. What the hardware does on its own time happens at a random later time: bulk copies land some steps after
+// they were issued, and a wgmma runs as late as the kernel lets it (or, `eager`, as early). Until then its accumulator
+// and the copy's destination hold NaN, as does memory that nobody wrote. So a missing wait shows in the results. What
+// no program may do ends in an exception: a deadlock, misaligned addresses, registers touched while a wgmma uses them.
+//
+// Not modelled: memory ordering (all memory is sequentially consistent), time, and how the tensor core rounds.
+#include "emulator.h"
+
+#include <sys/mman.h>
+
+#include <cstdarg>
+#include <cstdio>
+#include <deque>
+#include <exception>
+#include <map>
+#include <stdexcept>
+
+namespace emulator {
+namespace {
+
+constexpr size_t kStackBytes = 192 * 1024;
+constexpr size_t kSharedBytes = 228 * 1024;
+constexpr int kStepsOfDeadlock = 200000;  // steps of the scheduler in which nothing happens
+constexpr uint32_t kPoison = 0x7fbadbad;  // a NaN
+
+int concurrent_ctas = 1;
+bool eager_wgmma = false;
+uint64_t random_state = 1;
+
+uint64_t random_number() {  // xorshift64
+    random_state ^= random_state << 13;
+    random_state ^= random_state >> 7;
+    random_state ^= random_state << 17;
+    return random_state;
+}
+
+struct Wgmma {
+    Shape shape;
+    std::vector<const uint32_t *> a;
+    std::vector<uint32_t> a_at_issue;
+    uint64_t a_descriptor, b_descriptor;
+    std::vector<float *> d;
+    bool accumulate;
+};
+
+struct Cta;
+struct Thread {
+    Cta *cta = nullptr;
+    int index = 0;
+    bool done = true;
+    char *stack = nullptr;
+    void *stack_pointer = nullptr;
+    std::deque<Wgmma> in_flight;
+    uint64_t issued = 0;
+    std::vector<uint64_t> groups;                   // wgmmas issued before each commit
+    std::map<float *, std::vector<float>> results;  // of accumulators in flight, by their first register
+};
+
+// 32 lanes meet, leave a row of words each, and the last one to come does the work.
+struct Meeting {
+    uint32_t words[32][5], shared[32];
+    int arrived = 0;
+    uint64_t generation = 0;
+};
+struct NamedBarrier {
+    int arrived = 0, threads = 0;
+    uint64_t generation = 0;
+};
+struct Mbarrier {
+    int arrivals = 0, pending = 0;
+    long bytes = 0;
+    uint32_t phase = 0;
+};
+struct Copy {
+    char *to;
+    const char *from;
+    int bytes;
+    void *barrier;
+};
+
+struct Cta {
+    uint3 index{};
+    int live = 0;  // threads that have not ended
+    char *memory = nullptr;
+    std::vector<Thread> threads;
+    std::map<int, NamedBarrier> barriers;
+    std::map<void *, Mbarrier> mbarriers;
+    std::vector<Copy> copies;
+    std::vector<Meeting> warps;
+    std::vector<uint64_t> executed;  // wgmmas of each warpgroup
+};
+
+std::vector<Cta> ctas;
+Thread *current;
+void *scheduler_stack_pointer;
+std::function<void()> kernel_body;
+std::exception_ptr kernel_error;
+int idle_steps;
+
+char *allocate(size_t bytes) {
+    void *memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) {
+        throw std::bad_alloc();
+    }
+    return static_cast<char *>(memory);
+}
+
+// Stores the callee-saved registers on this stack, its pointer in *save, and goes on where the other one stopped.
+extern "C" void emulator_switch(void **save, void *to);
+asm(R"(
+.text
+.local emulator_switch
+emulator_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+)");
+
+void thread_main() {
+    try {
+        kernel_body();
+        if (!current->in_flight.empty()) {
+            fail("a thread ends with wgmmas in flight");
+        }
+    } catch (...) {
+        kernel_error = std::current_exception();
+    }
+    current->done = true;
+    --current->cta->live;
+    progress();
+    yield();
+}
+
+void resume(Thread &thread) {
+    current = &thread;
+    threadIdx = {unsigned(thread.index), 0, 0};
+    blockIdx = thread.cta->index;
+    emulator_switch(&scheduler_stack_pointer, thread.stack_pointer);
+    if (kernel_error != nullptr) {
+        std::rethrow_exception(std::exchange(kernel_error, nullptr));
+    }
+}
+
+void start(Cta &cta, uint3 index, int threads) {
+    char *memory = cta.memory != nullptr ? cta.memory : allocate(kSharedBytes);
+    std::vector<Thread> fibers = std::move(cta.threads);
+    cta = Cta{};
+    cta.index = index;
+    cta.live = threads;
+    cta.memory = memory;
+    std::memset(memory, 0xff, kSharedBytes);
+    cta.warps.resize(threads / 32);
+    cta.executed.resize((threads + 127) / 128);
+    fibers.resize(std::max(fibers.size(), size_t(threads)));
+    cta.threads = std::move(fibers);
+    for (int i = 0; i < threads; ++i) {
+        char *stack = cta.threads[i].stack != nullptr ? cta.threads[i].stack : allocate(kStackBytes);
+        Thread thread;
+        thread.cta = &cta;
+        thread.index = i;
+        thread.done = false;
+        thread.stack = stack;
+        // As emulator_switch leaves a stack: six registers, then where to go; below a null return address.
+        void **top = reinterpret_cast<void **>(stack + kStackBytes - 64);
+        *--top = nullptr;
+        *--top = reinterpret_cast<void *>(&thread_main);
+        thread.stack_pointer = top - 6;
+        cta.threads[i] = std::move(thread);
+    }
+}
+
+// All 32 lanes leave `words`; the last one runs `work` on what was left; then all go on.
+template <class Work>
+Meeting &meet(const uint32_t *words, int count, Work work) {
+    Meeting &meeting = current->cta->warps[current->index / 32];
+    const uint64_t generation = meeting.generation;
+    std::copy(words, words + count, meeting.words[current->index % 32]);
+    if (++meeting.arrived == 32) {
+        meeting.arrived = 0;
+        ++meeting.generation;
+        work(meeting);
+    }
+    while (meeting.generation == generation) {
+        yield();
+    }
+    return meeting;
+}
+
+void publish(Meeting &meeting) {
+    for (int lane = 0; lane < 32; ++lane) {
+        meeting.shared[lane] = meeting.words[lane][0];
+    }
+}
+
+Mbarrier &mbarrier_of(Cta &cta, void *barrier) {
+    const auto found = cta.mbarriers.find(barrier);
+    if (found == cta.mbarriers.end()) {
+        fail("mbarrier used before its init");
+    }
+    return found->second;
+}
+
+void complete_phase(Mbarrier &barrier) {
+    if (barrier.pending < 0) {
+        fail("more arrivals on an mbarrier than it was initialised for");
+    }
+    if (barrier.pending == 0 && barrier.bytes == 0) {
+        barrier.phase ^= 1;
+        barrier.pending = barrier.arrivals;
+        progress();
+    }
+}
+
+void land(Cta &cta, size_t which) {
+    const Copy copy = cta.copies[which];
+    cta.copies.erase(cta.copies.begin() + long(which));
+    std::memcpy(copy.to, copy.from, copy.bytes);
+    Mbarrier &barrier = mbarrier_of(cta, copy.barrier);
+    barrier.bytes -= copy.bytes;
+    complete_phase(barrier);
+    progress();
+}
+
+// Shared-memory address of an element of a wgmma operand: row or column `mn`, place `k` in the sum. The fields and
+// their meaning are those of PTX's matrix descriptor.
+uint32_t element_address(const Cta &cta, uint64_t descriptor, bool mn_major, int mn, int k, int bytes) {
+    const uint32_t start = (descriptor & 0x3fff) << 4;
+    const uint32_t leading = (descriptor >> 16 & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
+    const int swizzle = descriptor >> 62 & 3;
+    if ((descriptor >> 49 & 7) != 0 || (swizzle != 1 && swizzle != 2)) {
+        fail("a matrix descriptor that the emulator does not know");
+    }
+    const int width = swizzle == 1 ? 128 : 64;
+    uint32_t address = start;
+    if (mn_major) {
+        const int per_row = width / bytes;
+        address += mn / per_row * leading + k / 8 * stride + k % 8 * width + mn % per_row * bytes;
+    } else {
+        address += mn / 8 * stride + mn % 8 * width + k * bytes;
+    }
+    address ^= (address >> 3) & (swizzle == 1 ? 0x70 : 0x30);
+    if (address + bytes > kSharedBytes) {
+        fail("wgmma reads beyond shared memory");
+    }
+    return address;
+}
+
+float e4m3(uint8_t x) {
+    return __half2float(__half(__nv_cvt_fp8_to_halfraw(x, __NV_E4M3)));
+}
+float bf16(uint16_t x) {
+    return bits<float>(uint32_t(x) << 16);
+}
+
+// The first wgmma in flight of a warpgroup, whose threads have all issued it.
+void execute(Cta &cta, int warpgroup) {
+    Thread *threads = &cta.threads[warpgroup * 128];
+    const Wgmma first = threads[0].in_flight.front();
+    const Shape shape = first.shape;
+    const int bytes = shape.fp8 ? 1 : 2;
+    static float a[64][32], b[32][256], product[64][256];
+    const auto element = [&](uint64_t descriptor, bool mn_major, int mn, int k) {
+        const char *at = cta.memory + element_address(cta, descriptor, mn_major, mn, k, bytes);
+        uint16_t pair;
+        std::memcpy(&pair, at, bytes);
+        return shape.fp8 ? e4m3(uint8_t(*at)) : bf16(pair);
+    };
+    for (int k = 0; k < shape.k; ++k) {
+        for (int n = 0; n < shape.n; ++n) {
+            b[k][n] = element(first.b_descriptor, shape.b_mn_major, n, k);
+        }
+        for (int m = 0; m < 64 && !shape.a_in_registers; ++m) {
+            a[m][k] = element(first.a_descriptor, shape.a_mn_major, m, k);
+        }
+    }
+    for (int i = 0; i < 128; ++i) {
+        const Wgmma &own = threads[i].in_flight.front();
+        if (own.a_descriptor != first.a_descriptor || own.b_descriptor != first.b_descriptor ||
+            own.accumulate != first.accumulate || own.shape.n != shape.n) {
+            fail("the threads of a warpgroup issue different wgmmas");
+        }
+        for (int r = 0; r < int(own.a.size()); ++r) {
+            const uint32_t word = *own.a[r];
+            if (word != own.a_at_issue[r]) {
+                fail("a register of A was written while a wgmma reads it");
+            }
+            const int row = i / 32 * 16 + i % 32 / 4 + 8 * (r % 2);
+            for (int j = 0; j < 4 / bytes; ++j) {
+                const int column = i % 4 * (4 / bytes) + r / 2 * (16 / bytes) + j;
+                a[row][column] = shape.fp8 ? e4m3(uint8_t(word >> (8 * j))) : bf16(uint16_t(word >> (16 * j)));
+            }
+        }
+    }
+    for (int m = 0; m < 64; ++m) {
+        std::fill(product[m], product[m] + shape.n, 0.0f);
+        for (int k = 0; k < shape.k; ++k) {
+            for (int n = 0; n < shape.n; ++n) {
+                product[m][n] += a[m][k] * b[k][n];
+            }
+        }
+    }
+    for (int i = 0; i < 128; ++i) {
+        Thread &thread = threads[i];
+        const Wgmma own = std::move(thread.in_flight.front());
+        thread.in_flight.pop_front();
+        std::vector<float> &result = thread.results.at(own.d[0]);
+        for (int e = 0; e < int(own.d.size()); ++e) {
+            const int row = i / 32 * 16 + i % 32 / 4 + 8 * (e / 2 % 2), column = e / 4 * 8 + i % 4 * 2 + e % 2;
+            result[e] = (own.accumulate ? result[e] : 0.0f) + product[row][column];
+        }
+        const bool last = std::none_of(thread.in_flight.begin(), thread.in_flight.end(),
+                                       [&](const Wgmma &later) { return later.d[0] == own.d[0]; });
+        if (last) {
+            for (int e = 0; e < int(own.d.size()); ++e) {
+                if (bits<uint32_t>(*own.d[e]) != kPoison) {
+                    fail("an accumulator was written while a wgmma owns it");
+                }
+                *own.d[e] = result[e];
+            }
+            thread.results.erase(own.d[0]);
+        }
+    }
+    ++cta.executed[warpgroup];
+    progress();
+}
+
+bool issued_by_all(const Cta &cta, int warpgroup) {
+    const auto first = cta.threads.begin() + warpgroup * 128;
+    return std::all_of(first, first + 128, [&](const Thread &t) { return t.issued > cta.executed[warpgroup]; });
+}
+
+}  // namespace
+
+void fail(const char *format, ...) {
+    char text[256];
+    va_list arguments;
+    va_start(arguments, format);
+    std::vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    throw std::runtime_error(text);
+}
+
+void progress() {
+    idle_steps = 0;
+}
+
+void yield() {
+    emulator_switch(&current->stack_pointer, scheduler_stack_pointer);
+}
+
+char *shared_memory() {
+    return current->cta->memory + 16;  // the runtime promises no more than 16 bytes of alignment
+}
+
+uint32_t shared_address(const void *p) {
+    const auto offset = static_cast<const char *>(p) - current->cta->memory;
+    if (offset < 0 || offset >= long(kSharedBytes)) {
+        fail("an address outside of shared memory");
+    }
+    return uint32_t(offset);
+}
+
+void barrier(int id, int threads) {
+    NamedBarrier &barrier = current->cta->barriers[id];
+    if (barrier.arrived == 0) {
+        barrier.threads = threads;
+    }
+    if (barrier.threads != threads) {
+        fail("barrier %d is used with %d threads and with %d", id, barrier.threads, threads);
+    }
+    const uint64_t generation = barrier.generation;
+    if (++barrier.arrived == threads) {
+        barrier.arrived = 0;
+        ++barrier.generation;
+        progress();
+    }
+    while (barrier.generation == generation) {
+        yield();
+    }
+}
+
+uint32_t shuffle(uint32_t x, int from) {
+    return meet(&x, 1, publish).shared[from];
+}
+
+bool all(bool x) {
+    const uint32_t word = x;
+    const Meeting &meeting = meet(&word, 1, publish);
+    return std::all_of(meeting.shared, meeting.shared + 32, [](uint32_t y) { return y != 0; });
+}
+
+void store_matrices(uint32_t row, const uint32_t (&words)[4]) {
+    if (row % 16 != 0) {
+        fail("stmatrix to a misaligned row");
+    }
+    const uint32_t row_and_words[5] = {row, words[0], words[1], words[2], words[3]};
+    meet(row_and_words, 5, [](const Meeting &meeting) {
+        for (int matrix = 0; matrix < 4; ++matrix) {
+            for (int lane = 0; lane < 32; ++lane) {
+                char *to = current->cta->memory + meeting.words[8 * matrix + lane / 4][0];
+                std::memcpy(to + 4 * (lane % 4), &meeting.words[lane][1 + matrix], 4);
+            }
+        }
+    });
+}
+
+void mbarrier_init(void *barrier, int arrivals) {
+    Mbarrier fresh;
+    fresh.arrivals = fresh.pending = arrivals;
+    current->cta->mbarriers[barrier] = fresh;
+}
+
+void mbarrier_expect(void *barrier, int bytes) {
+    mbarrier_of(*current->cta, barrier).bytes += bytes;
+}
+
+void mbarrier_arrive(void *barrier) {
+    Mbarrier &mbarrier = mbarrier_of(*current->cta, barrier);
+    --mbarrier.pending;
+    complete_phase(mbarrier);
+}
+
+bool mbarrier_completed(void *barrier, uint32_t parity) {
+    return mbarrier_of(*current->cta, barrier).phase != parity;
+}
+
+void bulk_copy(void *shared, const void *global, int bytes, void *barrier) {
+    char *to = static_cast<char *>(shared);
+    if (uintptr_t(shared) % 16 != 0 || uintptr_t(global) % 16 != 0 || bytes % 16 != 0) {
+        fail("a bulk copy that is not aligned to 16 bytes");
+    }
+    shared_address(to);
+    shared_address(to + bytes - 1);
+    std::memset(to, 0xff, bytes);
+    current->cta->copies.push_back({to, static_cast<const char *>(global), bytes, barrier});
+}
+
+void wgmma(Shape shape, std::vector<const uint32_t *> a, uint64_t a_descriptor, uint64_t b_descriptor,
+           std::vector<float *> d, bool accumulate) {
+    Wgmma operation{shape, a, {}, a_descriptor, b_descriptor, d, accumulate};
+    for (const uint32_t *word : a) {
+        operation.a_at_issue.push_back(*word);
+    }
+    std::vector<float> &result = current->results[d[0]];
+    if (result.empty()) {
+        for (float *x : d) {
+            result.push_back(*x);
+            *x = bits<float>(kPoison);
+        }
+    }
+    current->in_flight.push_back(std::move(operation));
+    ++current->issued;
+    progress();
+    const int warpgroup = current->index / 128;
+    while (eager_wgmma && issued_by_all(*current->cta, warpgroup)) {
+        execute(*current->cta, warpgroup);
+    }
+}
+
+void wgmma_commit() {
+    current->groups.push_back(current->issued);
+}
+
+void wgmma_wait(int groups) {
+    const long group = long(current->groups.size()) - groups - 1;
+    if (group < 0) {
+        return;
+    }
+    Cta &cta = *current->cta;
+    const int warpgroup = current->index / 128;
+    while (cta.executed[warpgroup] < current->groups[group]) {
+        if (issued_by_all(cta, warpgroup) && random_number() % 256 == 0) {
+            execute(cta, warpgroup);
+        } else {
+            yield();
+        }
+    }
+}
+
+void run(dim3 grid, int threads, size_t shared_bytes, std::function<void()> body) {
+    if (threads % 32 != 0 || shared_bytes > kSharedBytes - 1024) {
+        fail("a launch with %d threads and %zu bytes of shared memory", threads, shared_bytes);
+    }
+    blockDim = dim3(threads);
+    gridDim = grid;
+    kernel_body = std::move(body);
+    idle_steps = 0;
+    // Static shared memory is one for all CTAs.
+    const size_t at_once = shared_bytes > 0 ? concurrent_ctas : 1;
+    ctas.resize(std::max(ctas.size(), at_once));
+    for (Cta &cta : ctas) {
+        cta.live = 0;  // a launch that failed leaves some
+    }
+    const unsigned total = grid.x * grid.y * grid.z;
+    for (unsigned next = 0;;) {
+        std::vector<Cta *> live;
+        for (size_t i = 0; i < at_once; ++i) {
+            if (ctas[i].live == 0 && next < total) {
+                start(ctas[i], {next % grid.x, next / grid.x % grid.y, next / grid.x / grid.y}, threads);
+                ++next;
+            }
+            if (ctas[i].live > 0) {
+                live.push_back(&ctas[i]);
+            }
+        }
+        if (live.empty()) {
+            return;
+        }
+        Cta &cta = *live[random_number() % live.size()];
+        // All threads from a random one on, or 32 of them.
+        const int first = int(random_number() % threads), count = random_number() % 2 ? 32 : threads;
+        for (int i = 0; i < count; ++i) {
+            Thread &thread = cta.threads[(first + i) % threads];
+            if (!thread.done) {
+                resume(thread);
+            }
+        }
+        while (!cta.copies.empty() && random_number() % 4 == 0) {
+            land(cta, random_number() % cta.copies.size());
+        }
+        if (++idle_steps > kStepsOfDeadlock) {
+            fail("deadlock in CTA %u", cta.index.x);
+        }
+    }
+}
+
+}  // namespace emulator
+
+// For ctypes: how the launches from now on are scheduled.
+extern "C" __attribute__((visibility("default"))) void emulator_configure(int ctas, int eager, uint64_t seed) {
+    emulator::concurrent_ctas = ctas;
+    emulator::eager_wgmma = eager != 0;
+    emulator::random_state = seed * 0x9e3779b97f4a7c15u + 1;
+}
+
+// The part of the CUDA runtime that the host code calls.
+cudaError_t cudaGetDevice(int *device) {
+    *device = 0;
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr, int) {
+    *value = 3;  // SMs, so that CTAs of the persistent forward take several items
+    return cudaSuccess;
+}
+cudaError_t cudaFuncSetAttribute(const void *, cudaFuncAttribute, int) {
+    return cudaSuccess;
+}
+const char *cudaGetErrorName(cudaError_t) {
+    return "";
+}
+const char *cudaGetErrorString(cudaError_t) {
+    return "";
+}

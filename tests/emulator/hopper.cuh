@@ -1,0 +1,93 @@
+// In place of include/fpsattention/hopper.cuh: the same functions, with the emulator's effects. The build fails when
+// the real file has one that is missing here.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace fps {
+
+inline uint32_t smem_address(const void *p) {
+    return emulator::shared_address(p);
+}
+
+struct Barrier {
+    uint64_t state;
+
+    void init(int arrivals) { emulator::mbarrier_init(this, arrivals); }
+    void expect(int bytes) { emulator::mbarrier_expect(this, bytes); }
+    void arrive() { emulator::mbarrier_arrive(this); }
+    bool try_wait(uint32_t parity) { return emulator::mbarrier_completed(this, parity); }
+    void wait(uint32_t parity) {
+        while (!try_wait(parity)) {
+            emulator::yield();
+        }
+    }
+};
+
+template <int kStages>
+struct RingState {
+    uint32_t count = 0;
+
+    int stage() const { return count % kStages; }
+    uint32_t full_parity() const { return count / kStages % 2; }
+    uint32_t empty_parity() const { return full_parity() ^ 1; }
+    void next() { ++count; }
+};
+
+// One launch ends before the next begins, and memory is sequentially consistent: nothing to wait for or to fence.
+inline void wait_for_previous() {
+}
+inline void fence_barrier_init() {
+}
+inline void fence_proxy_async() {
+}
+
+inline void bulk_load(void *smem, const void *gmem, int bytes, Barrier &full) {
+    emulator::bulk_copy(smem, gmem, bytes, &full);
+}
+
+inline void named_barrier_sync(int id, int threads) {
+    emulator::barrier(id, threads);
+}
+
+inline void store_matrices(void *row, uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3) {
+    emulator::store_matrices(smem_address(row), {x0, x1, x2, x3});
+}
+
+inline void reduce_add(float *to, float x0, float x1, float x2, float x3) {
+    if (uintptr_t(to) % 16 != 0) {
+        emulator::fail("red.v4 to a misaligned address");
+    }
+    to[0] += x0, to[1] += x1, to[2] += x2, to[3] += x3;
+}
+
+inline void wait_for(const int *counter, int value) {
+    while (!emulator::all(*counter == value)) {
+        emulator::yield();
+    }
+}
+inline void store_release(int *to, int x) {
+    *to = x;
+    emulator::progress();
+}
+
+template <int kRegisters>
+void release_registers() {
+}
+template <int kRegisters>
+void claim_registers() {
+}
+
+inline float exp2_approx(float x) {
+    const float y = std::exp2(x);
+    return y < 0x1p-126f ? 0.0f : y;  // NaN stays
+}
+
+inline uint32_t pack_e4m3(float x0, float x1, float x2, float x3) {
+    const auto e4m3 = [](float x) { return uint32_t(__nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3)); };
+    return e4m3(x0) | e4m3(x1) << 8 | e4m3(x2) << 16 | e4m3(x3) << 24;
+}
+
+}  // namespace fps

@@ -1,0 +1,141 @@
+"""The bench of the backward without a GPU: stand-ins for the contenders, on small tensors."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import bench_backward
+import bench_block
+import bench_forward
+import common
+import contenders
+import fpsattention as fps
+from fpsattention import video
+from shapes import Shape
+
+WINDOW = (1, 1, 1)
+SHAPE = Shape("t", (4, 6, 8), 2, (2, 3, 4), (None,), head_dim=64, training=(None, WINDOW), flex=(WINDOW,))
+
+
+class Clock:
+    """Every call runs; the n-th burst took n ms a call."""
+
+    device = "cpu"
+
+    def __init__(self):
+        self.bursts = 0
+
+    def burst(self, fn, calls):
+        self.bursts += 1
+        assert all(g.isfinite().all() for g in fn())
+        return [float(self.bursts)] * calls
+
+    def check(self, after):
+        pass
+
+    def peak_gib(self, fn):
+        fn()
+        return 1.5
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """The reference in the kernel's place, and torch's own SDPA on the CPU; `spoil` is applied to our output."""
+
+    def put(spoil=lambda out: out):
+        def ours(shape, window):
+            config = contenders.config_of(shape, window)
+
+            def prepare(*qkv):
+                return lambda: spoil(fps.attention(*qkv, grid=shape.grid, config=config, backend="reference"))
+
+            return replace(contenders.ours(shape, window), prepare=prepare)
+
+        def cudnn(shape):
+            def prepare(*qkv):
+                return lambda: F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv))
+
+            return replace(contenders.cudnn(shape), prepare=prepare)
+
+        for module in (bench_backward, bench_block):
+            monkeypatch.setattr(module, "ours", ours)
+            monkeypatch.setattr(module, "cudnn", cudnn)
+
+    return put
+
+
+def bench():
+    """{(case, op): record}"""
+    qkv = [x.float() for x in bench_forward.random_qkv(SHAPE, "cpu")]
+    with torch.no_grad():  # as the bench runs
+        records = bench_backward.bench_training(
+            SHAPE, qkv, bench_forward.work_of, Clock(), common.GpuMonitor("none"), 2, 1e-3, 0
+        )
+    return {(r.case, r.op): r for r in records}
+
+
+@pytest.mark.filterwarnings("ignore:fpsattention runs its reference")
+def test_records(stand_ins):
+    stand_ins()
+    records = bench()
+    cases = [f"t/{window} {name}" for window in ("dense", "1,1,1") for name in ("backward", "training")]
+    assert set(records) == {
+        *((case, common.OURS) for case in cases),
+        *((case, common.CUDNN) for case in cases[:2]),
+        *((case, common.FLEX) for case in cases[2:]),
+    }
+    for (case, op), r in records.items():
+        assert not r.error and not r.is_forward and r.baseline == common.CUDNN
+        assert r.baseline_ms == records[("t/dense " + case.split()[1], common.CUDNN)].ms
+        assert r.speedup == r.baseline_ms / r.ms
+        pairs = 192 * (192 if "dense" in case else 24)
+        products = 5 if case.endswith("backward") else 7
+        assert r.tflops_total == pytest.approx(products * 2 * 64 * 2 * pairs / r.ms / 1e9)
+        assert 0.01 < r.rel_rms < 0.1 if op == common.OURS else r.rel_rms == 0
+
+
+@pytest.mark.filterwarnings("ignore:fpsattention runs its reference")
+def test_wrong_gradients_are_named(stand_ins):
+    stand_ins(lambda out: 1.3 * out)
+    records = bench()
+    for (_, op), r in records.items():
+        assert ("gradients differ" in r.error) == (op == common.OURS)
+
+
+@pytest.mark.filterwarnings("ignore:fpsattention runs its reference")
+def test_a_contender_without_gradient_is_a_record_with_an_error(stand_ins):
+    stand_ins(lambda out: out.detach())
+    records = bench()
+    for (_, op), r in records.items():
+        assert ("does not require grad" in r.error) == (op == common.OURS)
+        assert (r.ms is None) == (op == common.OURS)
+
+
+def test_a_block_is_timed_with_every_attention(stand_ins):
+    stand_ins()
+    shape = replace(SHAPE, windows=(None, WINDOW), mlp=96)
+    with torch.no_grad():
+        records = bench_block.bench_block(
+            shape, bench_forward.work_of, Clock(), common.GpuMonitor("none"), 2, 1e-3, 0
+        )
+    assert [(r.case, r.op) for r in records] == [
+        ("t/dense block step", common.CUDNN),
+        ("t/dense block step", common.OURS),
+        ("t/1,1,1 block step", common.OURS),
+    ]
+    for r in records:
+        assert not r.error and not r.is_forward and r.peak_gib == 1.5
+        assert r.speedup == records[0].ms / r.ms
+
+
+def test_the_block_attends_in_its_own_layout():
+    """With attention that returns V the block is a function of each token alone."""
+    block = bench_block.Block(replace(SHAPE, mlp=96))
+    torch.nn.init.normal_(block.modulation)
+    angles = video.rope_angles(SHAPE.grid, 64)
+    x = torch.randn(1, 192, 128)
+    out = block(x, angles, lambda q, k, v: v)
+    order = torch.randperm(192)
+    torch.testing.assert_close(block(x[:, order], angles, lambda q, k, v: v), out[:, order])

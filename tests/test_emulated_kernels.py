@@ -1,0 +1,190 @@
+"""The kernels' own sources, run on the CPU by the emulator of tests/emulator, against the executable contract.
+
+No GPU is needed. What this sees: indices, layouts, descriptors, masks, roundings, and whether every wait is there,
+under random schedules. What it cannot see: time, memory ordering, and how the tensor core rounds its sums.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import math
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from emulator import build
+from fpsattention import AttentionConfig, ops, reference
+
+# Relative RMS. dQ and dK are of products of 16-bit numbers, which only their sums' order can change. A probability on
+# the edge between two E4M3 codes may fall to the other side, as exp2 differs by an ulp: then one element P of out's and
+# dV's sums moves by P / 8. With the hundred keys and more of the windows below, P is at most some 0.3, and both sides
+# have hundreds of rows.
+LIMITS = {"out": 1e-2, "lse": 1e-5, "dq": 4e-3, "dk": 4e-3, "dv": 1e-2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call, and how it is scheduled: CTAs at a time, wgmmas early or late."""
+
+    grid: tuple[int, int, int]
+    config: AttentionConfig
+    head_dim: int = 64
+    batch: int = 1
+    heads: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    tensor_layout: str = "NHD"
+    deterministic: bool = False
+    ctas: int = 3
+    eager: bool = False
+
+
+CASES = {
+    "one tile": Case((4, 8, 8), AttentionConfig(tile=(4, 8, 8)), heads=2, head_dim=128),
+    "ragged": Case((5, 9, 9), AttentionConfig(tile=(3, 5, 8)), deterministic=True, ctas=4),
+    "window": Case(
+        (5, 7, 9), AttentionConfig(tile=(2, 3, 4), window=(1, 3, 3)), dtype=torch.float16, batch=2, eager=True
+    ),
+    "truncate, a window per head": Case(
+        (5, 7, 9),
+        AttentionConfig(tile=(3, 4, 5), window=((1, 1, 1), (2, 2, 2)), border="truncate"),
+        heads=2,
+        head_dim=128,
+        dtype=torch.float16,
+        tensor_layout="HND",
+        deterministic=True,
+        ctas=5,
+    ),
+    "clamp, a window per head": Case(
+        (6, 6, 15),
+        AttentionConfig(tile=(3, 6, 5), window=((1, 1, 3), (2, 1, 1)), smooth_k=True),
+        heads=2,
+        tensor_layout="HND",
+        ctas=1,
+    ),
+    "smooth_k, quant_tile": Case(
+        (5, 7, 9),
+        AttentionConfig(tile=(2, 3, 4), quant_tile=(4, 6, 8), smooth_k=True),
+        dtype=torch.float16,
+        deterministic=True,
+    ),
+    "several blocks to a tile": Case(
+        (5, 8, 8), AttentionConfig(tile=(5, 8, 6)), head_dim=128, deterministic=True, eager=True
+    ),
+}
+
+
+def load(path):
+    """The compiled module, under a name of its own: the real `_C` stays where it is, and so do other builds."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}._C", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    """Path of the emulated module."""
+    try:
+        return build.build(tmp_path_factory.mktemp("emulated"))
+    except build.MissingTool as missing:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"the kernels cannot be compiled for the CPU: {missing}")
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Lets the host code of ops.py take tensors of the CPU; memory that it leaves uninitialised holds NaN."""
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda.nvtx, "range", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+
+    def poisoned(allocate):
+        def wrapper(*args, **kwargs):
+            x = allocate(*args, **kwargs)
+            ctypes.memset(x.data_ptr(), 0xFF, x.numel() * x.element_size())
+            return x
+
+        return wrapper
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+
+
+def errors(path, case: Case, seed: int, monkeypatch) -> dict[str, float]:
+    """Relative RMS distance of every result from the contract; infinite if it is not finite."""
+    monkeypatch.setattr(ops, "_C", load(path))
+    configure = ctypes.CDLL(str(path)).emulator_configure
+    configure(case.ctas, case.eager, ctypes.c_uint64(seed))
+
+    generator = torch.Generator().manual_seed(seed)
+    tokens, heads = math.prod(case.grid), case.heads
+    shape = (tokens, heads) if case.tensor_layout == "NHD" else (heads, tokens)
+    shape = (case.batch, *shape, case.head_dim)
+    q, k, v, dout = (torch.randn(shape, generator=generator) for _ in range(4))
+    if case.config.smooth_k:
+        k += 2 * torch.randn(case.head_dim, generator=generator)
+    q, k, v, dout = (x.to(case.dtype) for x in (q, k, v, dout))
+    dlse = torch.randn(case.batch, heads, tokens, generator=generator)
+    scale = case.head_dim**-0.5
+
+    resolved = case.config.resolve(case.grid, heads)
+    windows = [x for window in resolved.windows for x in window]
+    call = (windows, resolved.truncate, scale, case.tensor_layout)
+    geometry = (resolved.grid, resolved.tile)
+    quant_tile = list(case.config.quant_tile or ())
+    images = ops._quantize_cuda(q, k, v, *geometry, quant_tile, resolved.smooth_k, scale, case.tensor_layout)
+    out, lse = ops._attend_cuda(*images, *geometry, *call, q.dtype)
+    q_blocks, kv_blocks, v_amax, _, lse_shift, k_mean = images
+    gradients = ops._attention_backward_cuda(
+        dout, dlse, out, lse, q_blocks, kv_blocks, v_amax, lse_shift, k_mean, *geometry, *call, case.deterministic
+    )  # fmt: skip
+
+    about = dict(grid=case.grid, config=case.config, scale=scale, tensor_layout=case.tensor_layout)
+    expected = (
+        *reference.emulated_attention(q, k, v, **about),
+        *reference.emulated_backward(q, k, v, out, lse, dout, dlse, **about),
+    )
+    found = {}
+    for name, x, right in zip(LIMITS, (out, lse, *gradients), expected, strict=True):
+        distance = (x.double() - right.double()).norm() / right.double().norm()
+        found[name] = distance.item() if x.isfinite().all() else math.inf
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_keep_the_contract(name, emulated, on_cpu, monkeypatch, seed):
+    found = errors(emulated, CASES[name], seed, monkeypatch)
+    assert all(found[x] <= LIMITS[x] for x in LIMITS), found
+
+
+EMPTY = "        if (thread == 0) {\n            smem.empty[s].arrive();\n        }\n"
+ADD_DQ = "        add_dq<Cfg>(p, to, rdQ, warpgroup, thread);\n"
+MUTATIONS = {
+    "no barrier between dS and its readers": {
+        "        named_barrier_sync(1, Cfg::kMathThreads);\n": "",
+    },
+    "queries released before dK has read them": {EMPTY: "", ADD_DQ: EMPTY + ADD_DQ},
+    "one buffer of dS": {"ds = ring.count % 2": "ds = 0"},
+    "S read while it is computed": {
+        "        warpgroup_wait<1>();\n        warpgroup_fence_operand(rS);": (
+            "        warpgroup_fence_operand(rS);"
+        ),
+    },
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_broken_backward_is_noticed(name, emulated, tmp_path, on_cpu, monkeypatch):
+    path = build.build(tmp_path, MUTATIONS[name], base=emulated.parent)
+    case = Case((5, 9, 9), AttentionConfig(tile=(3, 5, 8)), ctas=2)
+    try:
+        found = errors(path, case, 3, monkeypatch)
+    except RuntimeError:  # the emulator's own checks
+        return
+    assert any(not found[x] <= LIMITS[x] for x in ("dq", "dk", "dv")), found
