@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -171,12 +171,17 @@ def _value_mean(draw):
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of input: its generator, and whether its logits are so wide (beyond some ten in the log2 domain)
-    that the tensor core's own rounding of Q K^T moves the probabilities (see compare.py).
+    """A kind of input.
+
+    make: its generator.
+    wide_logits: whether its logits are so wide (beyond some ten in the log2 domain) that the tensor core's own
+        rounding of Q K^T moves the probabilities (see compare.py).
+    dout: by dtype, the size of the output's gradient for which those of q, k, v are within what the dtype holds.
     """
 
     make: Callable
     wide_logits: bool = False
+    dout: dict[torch.dtype, float] = field(default_factory=lambda: {torch.bfloat16: 1.0, torch.float16: 1.0})
 
 
 KINDS = {
@@ -190,7 +195,7 @@ KINDS = {
     "zero_tile": Kind(_zero_tile),
     "negative_rows": Kind(_negative_rows),
     "very_negative_rows": Kind(_very_negative_rows, wide_logits=True),
-    "large": Kind(_large),
+    "large": Kind(_large, dout={torch.bfloat16: 1e-35, torch.float16: 1e-4}),
     "tiny": Kind(_tiny),
     "vanishing": Kind(_vanishing),
     "all_zeros": Kind(_all_zeros),

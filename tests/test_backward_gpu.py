@@ -40,9 +40,9 @@ def differentiate(q, k, v, dout, dlse=None, *, deterministic=False, **call):
     return (out.detach(), lse.detach()), grads
 
 
-def check(q, k, v, *, seed, with_lse=False, wide_logits=False, deterministic=False, **call):
+def check(q, k, v, *, seed, kind="gaussian", with_lse=False, deterministic=False, **call):
     """The kernel's gradients of one call, once they are known to honour the contract."""
-    dout = normal(q, seed + 1)
+    wide_logits, dout = KINDS[kind].wide_logits, normal(q, seed + 1) * KINDS[kind].dout[q.dtype]
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     exact_out, exact_lse = reference.emulated_attention(*leaves, **call, dtype=torch.float64)
     dlse = normal(exact_lse.float(), seed + 2) if with_lse else None
@@ -74,7 +74,7 @@ def check_case(case, head_dim, dtype, seed, **kwargs):
         seed=seed,
     )
     call = {"grid": case.grid, "config": case.config, "scale": case.scale, "tensor_layout": case.layout}
-    check(q, k, v, seed=seed, **call, **kwargs)
+    check(q, k, v, seed=seed, kind=case.kind, **call, **kwargs)
 
 
 @BOTH_DTYPES
@@ -92,7 +92,7 @@ def test_backward(case, head_dim, dtype, seed):
 def test_nasty_inputs(kind, window, head_dim, dtype, seed):
     grid, config = (9, 18, 20), fps.AttentionConfig(tile=(5, 6, 4), window=window)
     q, k, v = make_qkv(kind, grid=grid, tile=config.tile, head_dim=head_dim, dtype=dtype, seed=seed)
-    check(q, k, v, seed=seed, grid=grid, config=config, wide_logits=KINDS[kind].wide_logits)
+    check(q, k, v, seed=seed, grid=grid, config=config, kind=kind)
 
 
 @BOTH_HEAD_DIMS
@@ -151,7 +151,7 @@ DETERMINISTIC = {
 @BOTH_HEAD_DIMS
 @pytest.mark.parametrize(("grid", "config"), DETERMINISTIC.values(), ids=DETERMINISTIC.keys())
 def test_deterministic(grid, config, head_dim, seed):
-    """The same bits every time, and those of a call whose sums came in another order up to their last bits."""
+    """The same bits every time, and up to a few last bits those of a call whose sums come in another order."""
     q, k, v = make_qkv("gaussian", grid=grid, tile=config.tile, heads=3, head_dim=head_dim, seed=seed)
     dout = normal(q, seed + 1)
     call = {"grid": grid, "config": config}
@@ -160,9 +160,8 @@ def test_deterministic(grid, config, head_dim, seed):
         _, again = differentiate(q, k, v, dout, **call, deterministic=True)
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
     _, free = differentiate(q, k, v, dout, **call, deterministic=False)
-    assert torch.equal(free[1], first[1]) and torch.equal(free[2], first[2])
-    difference = (free[0].float() - first[0].float()).norm() / first[0].float().norm()
-    assert difference < 2e-3  # a bf16 here and there falls the other way
+    for a, b in zip(free, first, strict=True):  # a bf16 here and there falls the other way
+        assert (a.float() - b.float()).norm() < 2e-3 * b.float().norm()
 
 
 def test_the_global_setting_makes_it_deterministic(seed, monkeypatch):
