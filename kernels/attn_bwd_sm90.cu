@@ -1,9 +1,12 @@
 // Backward: dK, dV and dQ of the forward's FP8 attention. A CTA owns a key block, 128 keys, and walks the query
 // blocks, 64 queries each, that attend it.
 //
-//   warps           role   waits for         signals                                     registers
-//   2 warpgroups    math   keys, full        empty                                       240
-//   1 thread        load   empty             keys, full (with the copy engine's bytes)    24
+//   warps           role   waits for                       signals                                     registers
+//   2 warpgroups    math   keys, full, q_full, ds_full,    empty, q_empty, ds_full, dq_full             240
+//                          dq_empty
+//   1 thread        load   empty, q_empty                  keys, full, q_full (with the copy engine's     24
+//                                                          bytes)
+//   2 warps         add    dq_full                         dq_empty                                      24
 //
 // A math warpgroup owns 64 of the keys. Everything is transposed, keys by queries, so that the rows of its
 // accumulators are its keys and dK, dV stay in registers. For a query block, with the operands of params.h,
@@ -12,8 +15,12 @@
 //   dV  += X^ (c dO)                                  X^: X in E4M3's four significant bits, exact in bf16
 //   dS^T = X (v (c dO)^T - delta)                     bf16
 //   dK  += dS^T q        dQ += dS k
-// The two warpgroups swap dS through shared memory, then each takes half of the channels of dQ, which it adds up in
-// global memory in fp32: atomically, or with `turns` one key block after the other.
+// The two warpgroups swap dS through shared memory, then each takes half of the channels of dQ. An add warp for each
+// half has the copy engine add it up in global memory in fp32: atomically, or with `turns` one key block after the
+// other.
+//
+// dK and dQ of a step are computed in the next one, beside its exponentials, so that the tensor core has work during
+// those and neither warpgroup waits for the other's dS.
 #include <algorithm>
 #include <cfloat>
 #include <cute/tensor.hpp>
@@ -70,47 +77,24 @@ struct BwdConfig {
     using MmaDQ = decltype(make_tiled_mma(AtomDQ{}));
 };
 
-// What bulk copies bring: the images of params.h.
-template <class Cfg>
-struct QueryImage {
-    BF16 q[kQueryBlock * Cfg::kHeadDim];
-    BF16 dout[kQueryBlock * Cfg::kHeadDim];
-    QueryRow rows[kQueryBlock];
-};
-template <class Cfg>
-struct KeyImage {
-    BF16 k[kBlock * Cfg::kHeadDim];
-    BF16 v[kBlock * Cfg::kHeadDim];
-};
-template <class Cfg>
-struct Q8Image {
-    E4M3 q8[kQueryBlock * Cfg::kHeadDim];
-    BlockMeta meta;
-};
-
-// Where a query block's dQ goes.
-struct Destination {
-    int64_t block;   // index of the query block among all of B, H
-    int turn, last;  // what its `turns` must read before this key block adds, and reads after it
-};
-
+// What bulk copies bring is parts of the images of params.h.
 template <class Cfg>
 struct BwdSmem {
     struct alignas(1024) Stage {
-        QueryImage<Cfg> query;
-        alignas(1024) Q8Image<Cfg> fp8;
-        Destination to;
+        BF16 dout[kQueryBlock * Cfg::kHeadDim];
+        E4M3 q8[kQueryBlock * Cfg::kHeadDim];
     };
-    alignas(1024) KeyImage<Cfg> keys;
-    alignas(1024) E4M3 k8[kBlock * Cfg::kHeadDim];
-    alignas(1024) BF16 ds[2][kBlock * kQueryBlock];
-    BlockMeta k_meta;
+    alignas(1024) BF16 k[kBlock * Cfg::kHeadDim];
+    BF16 v[kBlock * Cfg::kHeadDim];
+    E4M3 k8[kBlock * Cfg::kHeadDim];
     Stage stages[Cfg::kStages];
-    Barrier keys_full, full[Cfg::kStages], empty[Cfg::kStages];
-
-    static_assert(sizeof(QueryImage<Cfg>) == bwd_query_bytes(Cfg::kHeadDim));
-    static_assert(sizeof(KeyImage<Cfg>) == bwd_key_bytes(Cfg::kHeadDim));
-    static_assert(sizeof(Q8Image<Cfg>) == q_block_bytes(Cfg::kHeadDim));
+    BF16 q[Cfg::kStages][kQueryBlock * Cfg::kHeadDim];  // goes half a step later than the rest of its query block
+    BF16 ds[2][kBlock * kQueryBlock];
+    float dq[Cfg::kWarpgroups][kQueryBlock * Cfg::kHalf];
+    QueryRows rows[Cfg::kStages];
+    BlockMeta k_meta;
+    Barrier keys_full, full[Cfg::kStages], empty[Cfg::kStages], q_full[Cfg::kStages], q_empty[Cfg::kStages];
+    Barrier ds_full, dq_full[Cfg::kWarpgroups], dq_empty[Cfg::kWarpgroups];
 };
 
 // The key block of a CTA. Blocks of one head run together, so that they share its queries in L2; with a window per
@@ -155,46 +139,92 @@ __device__ inline int2 turn_of(const BackwardParams &p, const KeyBlock &key, Int
     return {(tile - 1) * g.blocks_per_tile() + ceil_div(extent.volume(), kBlock), last};
 }
 
-// One thread brings the keys, then keeps the ring of query blocks full.
-template <class Cfg>
-__device__ void load(const BackwardParams &p, BwdSmem<Cfg> &smem) {
-    constexpr int kQ8Bytes = q_block_bytes(Cfg::kHeadDim), kQueryBytes = bwd_query_bytes(Cfg::kHeadDim);
-    constexpr int kK8Bytes = kBlock * Cfg::kHeadDim, kKeyBytes = bwd_key_bytes(Cfg::kHeadDim);
+// The query blocks that attend a key block, in the order in which the CTA takes them: f(index of the query block among
+// all of B, H; its tile).
+template <class F>
+__device__ __forceinline__ void for_each_query_block(const BackwardParams &p, const KeyBlock &key, F &&f) {
     const TileGrid &g = p.geometry;
-    const KeyBlock key(p);
-    const uint8_t *kv = p.kv_blocks + key.image * kv_block_bytes(Cfg::kHeadDim);
-    smem.keys_full.expect(kK8Bytes + int(sizeof(BlockMeta)) + kKeyBytes);
-    smem.keys_full.arrive();
-    bulk_load(smem.k8, kv, kK8Bytes, smem.keys_full);
-    bulk_load(&smem.k_meta, kv + 2 * kK8Bytes, sizeof(BlockMeta), smem.keys_full);
-    const uint8_t *images = p.key_images + key.image * kKeyBytes;
-    bulk_load(smem.keys.k, images, kKeyBytes / 2, smem.keys_full);
-    bulk_load(smem.keys.v, images + kKeyBytes / 2, kKeyBytes / 2, smem.keys_full);
-
     const TileBox &box = key.queries;
     const Int3 size{box.t.size(), box.h.size(), box.w.size()};
     const int tiles = box.tiles();
     // Key blocks that run at the same time start at different query tiles, or they would all add to the same rows of
     // dQ. With turns they start where the turns do.
     const int start = p.turns == nullptr ? int(key.image % tiles) : 0;
-    RingState<Cfg::kStages> ring;
     for (int i = 0; i < tiles; ++i) {
         const Int3 at = coordinates((start + i) % tiles, size);
         const Int3 tile{box.t.lo + at.t, box.h.lo + at.h, box.w.lo + at.w};
         const int blocks = ceil_div(g.extent(tile).volume(), kQueryBlock);
         const int64_t first = (key.bh * g.tiles.volume() + g.tile_index(tile)) * (g.slot / kQueryBlock);
-        const int2 turn = p.turns == nullptr ? int2{} : turn_of(p, key, tile);
-        for (int b = 0; b < blocks; ++b, ring.next()) {
-            auto &stage = smem.stages[ring.stage()];
-            Barrier &full = smem.full[ring.stage()];
-            smem.empty[ring.stage()].wait(ring.empty_parity());
-            stage.to = {first + b, turn.x, turn.y};
-            full.expect(kQ8Bytes + kQueryBytes);
-            full.arrive();
-            bulk_load(&stage.fp8, p.q_blocks + (first + b) * kQ8Bytes, kQ8Bytes, full);
-            bulk_load(&stage.query, p.query_images + (first + b) * kQueryBytes, kQueryBytes, full);
+        for (int b = 0; b < blocks; ++b) {
+            f(first + b, tile);
         }
     }
+}
+
+// One thread brings the keys, then keeps the rings of query blocks full.
+template <class Cfg>
+__device__ void load(const BackwardParams &p, BwdSmem<Cfg> &smem) {
+    constexpr int kK8Bytes = sizeof(smem.k8), kKeyBytes = sizeof(smem.k);
+    constexpr int kQBytes = sizeof(smem.q[0]), kQ8Bytes = sizeof(smem.stages[0].q8), kRowsBytes = sizeof(QueryRows);
+    const KeyBlock key(p);
+    const uint8_t *kv = p.kv_blocks + key.image * kv_block_bytes(Cfg::kHeadDim);
+    smem.keys_full.expect(kK8Bytes + int(sizeof(BlockMeta)) + 2 * kKeyBytes);
+    smem.keys_full.arrive();
+    bulk_load(smem.k8, kv, kK8Bytes, smem.keys_full);
+    bulk_load(&smem.k_meta, kv + 2 * kK8Bytes, sizeof(BlockMeta), smem.keys_full);
+    const uint8_t *images = p.key_images + key.image * bwd_key_bytes(Cfg::kHeadDim);
+    bulk_load(smem.k, images, kKeyBytes, smem.keys_full);
+    bulk_load(smem.v, images + kKeyBytes, kKeyBytes, smem.keys_full);
+
+    RingState<Cfg::kStages> ring;
+    for_each_query_block(p, key, [&](int64_t block, Int3) {
+        const int s = ring.stage();
+        const uint8_t *q8 = p.q_blocks + block * q_block_bytes(Cfg::kHeadDim);
+        const uint8_t *image = p.query_images + block * bwd_query_bytes(Cfg::kHeadDim);
+        smem.empty[s].wait(ring.empty_parity());
+        smem.full[s].expect(kQ8Bytes + kQBytes + kRowsBytes);
+        smem.full[s].arrive();
+        bulk_load(smem.stages[s].q8, q8, kQ8Bytes, smem.full[s]);
+        bulk_load(smem.stages[s].dout, image + kQBytes, kQBytes, smem.full[s]);
+        bulk_load(&smem.rows[s], image + 2 * kQBytes, kRowsBytes, smem.full[s]);
+        smem.q_empty[s].wait(ring.empty_parity());
+        smem.q_full[s].expect(kQBytes);
+        smem.q_full[s].arrive();
+        bulk_load(smem.q[s], image, kQBytes, smem.q_full[s]);
+        ring.next();
+    });
+}
+
+// A warp has half of the channels of every query block's dQ added to global memory. One lane does it; that the warp
+// comes along keeps positions uniform, in registers that are no thread's.
+template <class Cfg>
+__device__ void add(const BackwardParams &p, BwdSmem<Cfg> &smem, int half) {
+    constexpr int kFloats = kQueryBlock * Cfg::kHalf;
+    const KeyBlock key(p);
+    RingState<1> ring;
+    for_each_query_block(p, key, [&](int64_t block, Int3 tile) {
+        smem.dq_full[half].wait(ring.full_parity());
+        ring.next();
+        const int64_t i = 2 * block + half;
+        int2 turn{};
+        if (p.turns != nullptr) {
+            turn = turn_of(p, key, tile);
+            wait_for(p.turns + i, turn.x);
+            fence_proxy_async_global();
+        }
+        if (threadIdx.x % 32 == 0) {
+            fence_proxy_async();
+            bulk_reduce_add(p.dq_sum + i * kFloats, smem.dq[half], kFloats * int(sizeof(float)));
+            bulk_wait_read();
+            smem.dq_empty[half].arrive();
+            if (p.turns != nullptr) {
+                bulk_wait();
+                fence_proxy_async_global();
+                store_release(p.turns + i, turn.y);
+            }
+        }
+        __syncwarp();  // a lane left behind could miss a phase of dq_full
+    });
 }
 
 // x in E4M3's four significant bits, to nearest, ties to even; where E4M3 has subnormals or nothing, four bits still.
@@ -213,40 +243,17 @@ __device__ __forceinline__ void pack(const TensorX &x, TensorA &a, F &&f) {
     }
 }
 
-// dS^T of this warpgroup's keys to shared memory, [keys][64 queries], swizzled.
-template <class TensorA>
-__device__ __forceinline__ void share_ds(BF16 *ds, const TensorA &a, int first_key, int thread) {
-    Tensor words = recast<uint32_t const>(a);
-    const int lane = thread % 32;
-    // Matrices in the order of the words: two groups of 8 keys, then the next 8 queries.
-    const int key = first_key + thread / 32 * 16 + lane / 8 % 2 * 8 + lane % 8;
+// dS^T of this warpgroup's keys in shared memory, [keys][64 queries], swizzled: f(address of this lane's row, words) for
+// every four matrices. In the order of the words, these are two groups of 8 keys, then the next 8 queries.
+template <class TensorA, class F>
+__device__ __forceinline__ void for_each_four_matrices(BF16 *ds, TensorA &a, int first_key, int thread, F &&f) {
+    Tensor words = recast<uint32_t>(a);
+    const int lane = thread % 32, key = first_key + thread / 32 * 16 + lane / 8 % 2 * 8 + lane % 8;
 #pragma unroll
     for (int i = 0; i < size(words); i += 4) {
         const int query = 4 * i + lane / 16 * 8;
-        store_matrices(reinterpret_cast<char *>(ds) + swizzled<128>(key, 2 * query), words(i), words(i + 1),
-                       words(i + 2), words(i + 3));
-    }
-}
-
-// Adds this warpgroup's half of a query block's dQ to global memory, in the order of the fragment.
-template <class Cfg, class TensorDQ>
-__device__ __forceinline__ void add_dq(const BackwardParams &p, Destination to, const TensorDQ &dq, int warpgroup,
-                                       int thread) {
-    int *turns = p.turns == nullptr ? nullptr : p.turns + 2 * to.block + warpgroup;
-    if (turns != nullptr) {
-        wait_for(turns, to.turn);
-    }
-    float *sum = p.dq_sum + to.block * (kQueryBlock * Cfg::kHeadDim) + warpgroup * (kQueryBlock * Cfg::kHalf);
-#pragma unroll
-    for (int i = 0; i < size(dq); i += 4) {
-        reduce_add(sum + i * 128 + 4 * thread, dq(i), dq(i + 1), dq(i + 2), dq(i + 3));
-    }
-    if (turns != nullptr) {
-        __threadfence();
-        named_barrier_sync(2 + warpgroup, 128);
-        if (thread == 0) {
-            store_release(turns, to.last);
-        }
+        f(reinterpret_cast<char *>(ds) + swizzled<128>(key, 2 * query), words(i), words(i + 1), words(i + 2),
+          words(i + 3));
     }
 }
 
@@ -261,18 +268,17 @@ __device__ void math(const BackwardParams &p, BwdSmem<Cfg> &smem, int warpgroup)
     constexpr auto kStages = Int<Cfg::kStages>{};
     constexpr auto kStageBytes = Int<sizeof(smem.stages[0])>{};
     constexpr auto kStageStride = Int<sizeof(smem.stages[0]) / sizeof(BF16)>{};
+    constexpr auto kQStride = Int<kQueryBlock * Cfg::kHeadDim>{};
     auto &first = smem.stages[0];
     Tensor sK8 = make_tensor(make_smem_ptr(smem.k8 + warpgroup * Cfg::kKeys * Cfg::kHeadDim), typename Cfg::LayoutK8{});
-    Tensor sQ8 = make_tensor(make_smem_ptr(first.fp8.q8), kWithStages(typename Cfg::LayoutQ8{}, kStages, kStageBytes));
-    Tensor sV = local_tile(make_tensor(make_smem_ptr(smem.keys.v), typename Cfg::LayoutV{}),
+    Tensor sQ8 = make_tensor(make_smem_ptr(first.q8), kWithStages(typename Cfg::LayoutQ8{}, kStages, kStageBytes));
+    Tensor sV = local_tile(make_tensor(make_smem_ptr(smem.v), typename Cfg::LayoutV{}),
                            Shape<Int<Cfg::kKeys>, Int<Cfg::kHeadDim>>{}, make_coord(warpgroup, 0));
-    Tensor sdO =
-        make_tensor(make_smem_ptr(first.query.dout), kWithStages(typename Cfg::LayoutQuery{}, kStages, kStageStride));
+    Tensor sdO = make_tensor(make_smem_ptr(first.dout), kWithStages(typename Cfg::LayoutQuery{}, kStages, kStageStride));
     Tensor sdOT =
-        make_tensor(make_smem_ptr(first.query.dout), kWithStages(typename Cfg::LayoutQueryT{}, kStages, kStageStride));
-    Tensor sQT =
-        make_tensor(make_smem_ptr(first.query.q), kWithStages(typename Cfg::LayoutQueryT{}, kStages, kStageStride));
-    Tensor sKT = make_tensor(make_smem_ptr(smem.keys.k + warpgroup * kBlock * Cfg::kHalf), typename Cfg::LayoutKT{});
+        make_tensor(make_smem_ptr(first.dout), kWithStages(typename Cfg::LayoutQueryT{}, kStages, kStageStride));
+    Tensor sQT = make_tensor(make_smem_ptr(smem.q[0]), kWithStages(typename Cfg::LayoutQueryT{}, kStages, kQStride));
+    Tensor sKT = make_tensor(make_smem_ptr(smem.k + warpgroup * kBlock * Cfg::kHalf), typename Cfg::LayoutKT{});
     Tensor sdS = make_tensor(make_smem_ptr(smem.ds[0]),
                              kWithStages(typename Cfg::LayoutDS{}, Int<2>{}, Int<kBlock * kQueryBlock>{}));
 
@@ -292,8 +298,7 @@ __device__ void math(const BackwardParams &p, BwdSmem<Cfg> &smem, int warpgroup)
     using Scores = Shape<Int<Cfg::kKeys>, Int<kQueryBlock>>;
     Tensor rS = partition_fragment_C(mma_s, Scores{});
     Tensor rdP = partition_fragment_C(mma_dp, Scores{});
-    Tensor rP = make_tensor<BF16>(partition_shape_A(mma_grad, Scores{}));
-    Tensor rdST = make_tensor<BF16>(partition_shape_A(mma_grad, Scores{}));
+    Tensor rA = make_tensor<BF16>(partition_shape_A(mma_grad, Scores{}));  // dS^T or P^T
     Tensor rdQ = partition_fragment_C(mma_dq, Shape<Int<kQueryBlock>, Int<Cfg::kHalf>>{});
     Tensor rdV = partition_fragment_C(mma_grad, Shape<Int<Cfg::kKeys>, Int<Cfg::kHeadDim>>{});
     Tensor rdK = partition_fragment_C(mma_grad, Shape<Int<Cfg::kKeys>, Int<Cfg::kHeadDim>>{});
@@ -319,16 +324,68 @@ __device__ void math(const BackwardParams &p, BwdSmem<Cfg> &smem, int warpgroup)
     // Rows r = 0 and 1 of this thread that hold a key.
     const int valid = smem.k_meta.valid;
     const int row = warpgroup * Cfg::kKeys + fragment_row(thread);
-    RingState<Cfg::kStages> ring;
-    for (int left = g.valid_blocks(KeyBlock(p).queries, kQueryBlock); left > 0; --left, ring.next()) {
+    // dS^T of this warpgroup's keys, of even and of odd steps.
+    constexpr auto kStore = [](auto *row, auto... words) { store_matrices(row, words...); };
+    constexpr auto kLoad = [](const auto *row, auto &...words) { load_matrices(row, words...); };
+    const auto access_ds = [&](int ds, auto &a, auto access) {
+        for_each_four_matrices(smem.ds[ds], a, warpgroup * Cfg::kKeys, thread, access);
+    };
+    const auto arrive = [&](Barrier &barrier) {  // for this warp
+        __syncwarp();
+        if (thread % 32 == 0) {
+            barrier.arrive();
+        }
+    };
+    // dK and dQ of step `before`, and where dQ goes.
+    const auto issue_dk = [&](RingState<Cfg::kStages> before) {
+        smem.q_full[before.stage()].wait(before.full_parity());
+        warpgroup_fence_operand(rA);
+        issue(mma_grad, false, rA, rQT(_, _, _, before.stage()), rdK);
+    };
+    const auto issue_dq = [&](int ds) {
+        smem.ds_full.wait(ds ^ 1);  // steps have the phases in turn, and so do the buffers
+        fence_proxy_async();
+        issue(mma_dq, true, rdS(_, _, _, ds), rKT, rdQ);
+    };
+    const auto hand_over_dq = [&](RingState<1> before) {
+        smem.dq_empty[warpgroup].wait(before.empty_parity());
+        float *to = smem.dq[warpgroup] + 4 * thread;  // in the order of the fragment
+#pragma unroll
+        for (int i = 0; i < size(rdQ); i += 4) {
+            *reinterpret_cast<float4 *>(to + i * 128) = {rdQ(i), rdQ(i + 1), rdQ(i + 2), rdQ(i + 3)};
+        }
+        arrive(smem.dq_full[warpgroup]);
+    };
+    // Before the first step there is no dS; zeros, times the first q, do for it.
+    clear(rA);
+    access_ds(1, rA, kStore);
+    arrive(smem.ds_full);
+    RingState<Cfg::kStages> ring, before;
+    for (int left = g.valid_blocks(KeyBlock(p).queries, kQueryBlock); left > 0; --left) {
         const int s = ring.stage(), ds = ring.count % 2;
-        auto &stage = smem.stages[s];
+        access_ds(ds ^ 1, rA, kLoad);
         smem.full[s].wait(ring.full_parity());
         issue(mma_s, true, rK8, rQ8(_, _, _, s), rS);
-        issue(mma_dp, true, rV, rdO(_, _, _, s), rdP);
+        issue_dk(before);
+
+        const QueryRows &rows = smem.rows[s];
+        const auto of_queries = [&](const float *values, int group) {  // two neighbouring ones
+            return *reinterpret_cast<const float2 *>(values + 8 * group + 2 * lane);
+        };
         // Above zero, so that padding's -inf stays that.
-        const float scale_log2 = fmaxf(stage.fp8.meta.scale * k_scale_log2, FLT_MIN);
-        const Destination to = stage.to;  // read before the barrier: after it, nothing keeps the warps together
+        const float scale_log2 = fmaxf(rows.scale * k_scale_log2, FLT_MIN);
+        const auto exponentiate = [&](int group, float2 offset) {
+#pragma unroll
+            for (int i = 4 * group; i < 4 * group + 4; ++i) {
+                rS(i) = exp2_approx(fmaf(rS(i), scale_log2, i % 2 ? offset.y : offset.x));
+            }
+        };
+        constexpr int kGroups = kQueryBlock / 8, kHalf = kGroups / 2;
+        float2 offset[kHalf];
+#pragma unroll
+        for (int i = 0; i < kHalf; ++i) {
+            offset[i] = of_queries(rows.offset, i);
+        }
         warpgroup_wait<1>();
         warpgroup_fence_operand(rS);
         if (valid < kBlock) {
@@ -337,49 +394,57 @@ __device__ void math(const BackwardParams &p, BwdSmem<Cfg> &smem, int warpgroup)
                 rS(i) = row + 8 * (i / 2 % 2) < valid ? rS(i) : -INFINITY;
             }
         }
-        // Two neighbouring queries: offset, delta, offset, delta.
-        const auto queries = [&](int group) {
-            return *reinterpret_cast<const float4 *>(&stage.query.rows[8 * group + 2 * lane]);
-        };
 #pragma unroll
-        for (int group = 0; group < kQueryBlock / 8; ++group) {
-            const float4 two = queries(group);
-#pragma unroll
-            for (int i = 4 * group; i < 4 * group + 4; ++i) {
-                rS(i) = exp2_approx(fmaf(rS(i), scale_log2, i % 2 ? two.z : two.x));
-            }
+        for (int i = 0; i < kHalf; ++i) {
+            exponentiate(i, offset[i]);
         }
-        pack(rS, rP, four_bits);
-        warpgroup_fence_operand(rP);
-        issue(mma_grad, false, rP, rdOT(_, _, _, s), rdV);
+        issue_dq(ds ^ 1);
+#pragma unroll
+        for (int i = 0; i < kHalf; ++i) {
+            offset[i] = of_queries(rows.offset, kHalf + i);
+        }
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(rdK);
+        warpgroup_fence_operand(rdQ);
+        if (ring.count > 0) {
+            hand_over_dq({before.count});
+            arrive(smem.q_empty[before.stage()]);
+            before.next();
+        }
+        issue(mma_dp, true, rV, rdO(_, _, _, s), rdP);
+#pragma unroll
+        for (int i = 0; i < kHalf; ++i) {
+            exponentiate(kHalf + i, offset[i]);
+        }
+        pack(rS, rA, four_bits);
+        warpgroup_fence_operand(rA);
+        issue(mma_grad, false, rA, rdOT(_, _, _, s), rdV);
         warpgroup_wait<1>();
         warpgroup_fence_operand(rdP);
 #pragma unroll
-        for (int group = 0; group < kQueryBlock / 8; ++group) {
-            const float4 two = queries(group);
+        for (int group = 0; group < kGroups; ++group) {
+            const float2 minus_delta = of_queries(rows.minus_delta, group);
 #pragma unroll
             for (int i = 4 * group; i < 4 * group + 4; ++i) {
-                rdP(i) = rS(i) * (rdP(i) - (i % 2 ? two.w : two.y));
+                rdP(i) = rS(i) * (rdP(i) + (i % 2 ? minus_delta.y : minus_delta.x));
             }
         }
+        Tensor rdST = make_fragment_like(rA);  // rA is in use, by dV
         pack(rdP, rdST, [](float x) { return x; });
-        share_ds(smem.ds[ds], rdST, warpgroup * Cfg::kKeys, thread);
-        fence_proxy_async();
-        // Past it, dS of both warpgroups is there, and dQ of the block before last has been computed from the buffer.
-        named_barrier_sync(1, Cfg::kMathThreads);
-        issue(mma_dq, true, rdS(_, _, _, ds), rKT, rdQ);
-        warpgroup_fence_operand(rdST);
-        issue(mma_grad, false, rdST, rQT(_, _, _, s), rdK);
-        warpgroup_wait<1>();
-        warpgroup_fence_operand(rdQ);
-        warpgroup_fence_operand(rdV);
-        add_dq<Cfg>(p, to, rdQ, warpgroup, thread);
+        access_ds(ds, rdST, kStore);
+        arrive(smem.ds_full);
         warpgroup_wait<0>();
-        warpgroup_fence_operand(rdK);
-        if (thread == 0) {
-            smem.empty[s].arrive();
-        }
+        warpgroup_fence_operand(rdV);
+        arrive(smem.empty[s]);
+        ring.next();
     }
+    access_ds(ring.count % 2 ^ 1, rA, kLoad);
+    issue_dk(before);
+    issue_dq(ring.count % 2 ^ 1);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(rdK);
+    warpgroup_fence_operand(rdQ);
+    hand_over_dq({before.count});
 
     const KeyBlock key(p);
 #pragma unroll
@@ -406,10 +471,18 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1) attn_bwd_sm90(const __grid_c
     // The runtime aligns dynamic shared memory to 16 bytes only; the swizzle needs 1024.
     auto &smem = *reinterpret_cast<BwdSmem<Cfg> *>(smem_bytes + (-smem_address(smem_bytes) & 1023));
     if (threadIdx.x == 0) {
+        constexpr int kMathWarps = Cfg::kMathThreads / 32;
         smem.keys_full.init(1);
         for (int s = 0; s < Cfg::kStages; ++s) {
             smem.full[s].init(1);
-            smem.empty[s].init(Cfg::kWarpgroups);
+            smem.empty[s].init(kMathWarps);
+            smem.q_full[s].init(1);
+            smem.q_empty[s].init(kMathWarps);
+        }
+        smem.ds_full.init(kMathWarps);
+        for (int w = 0; w < Cfg::kWarpgroups; ++w) {
+            smem.dq_full[w].init(kMathWarps / Cfg::kWarpgroups);
+            smem.dq_empty[w].init(1);
         }
         fence_barrier_init();
     }
@@ -420,7 +493,10 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1) attn_bwd_sm90(const __grid_c
         math<Cfg, T>(p, smem, warpgroup);
     } else {
         release_registers<Cfg::kLoadRegisters>();
-        if (threadIdx.x == Cfg::kMathThreads) {
+        const int warp = __shfl_sync(~0u, (threadIdx.x - Cfg::kMathThreads) / 32, 0);
+        if (warp < Cfg::kWarpgroups) {
+            add<Cfg>(p, smem, warp);
+        } else if (threadIdx.x == Cfg::kThreads - 32) {
             load<Cfg>(p, smem);
         }
     }

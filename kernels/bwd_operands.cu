@@ -78,7 +78,10 @@ __global__ void __launch_bounds__(kThreads, kCtas) query_operands(const __grid_c
     const float scale = reinterpret_cast<const BlockMeta *>(fp8 + kQueryBlock * kHeadDim)->scale;
     uint8_t *q_image = p.query_images + block.index * bwd_query_bytes(kHeadDim);
     uint8_t *dout_image = q_image + kQueryBlock * kHeadDim * 2;
-    QueryRow *rows = reinterpret_cast<QueryRow *>(dout_image + kQueryBlock * kHeadDim * 2);
+    QueryRows &rows = *reinterpret_cast<QueryRows *>(dout_image + kQueryBlock * kHeadDim * 2);
+    if (threadIdx.x == 0) {
+        rows.scale = scale;
+    }
     const int channel = threadIdx.x % kLanes * kVec;
 #pragma unroll
     for (int row = threadIdx.x / kLanes; row < kQueryBlock; row += kRowsPerPass) {
@@ -116,8 +119,8 @@ __global__ void __launch_bounds__(kThreads, kCtas) query_operands(const __grid_c
         }
         *part_of<64>(dout_image, kQueryBlock, row, channel) = to_bf16(dout);
         if (channel == 0) {
-            delta -= p.dlse[at];
-            rows[row] = valid ? QueryRow{kLog2P - m, c * delta} : QueryRow{-INFINITY, 0.0f};
+            rows.offset[row] = valid ? kLog2P - m : -INFINITY;
+            rows.minus_delta[row] = valid ? c * (p.dlse[at] - delta) : 0.0f;
         }
         float q[kVec];
         decode(*reinterpret_cast<const uint2 *>(fp8 + swizzled<kHeadDim>(row, channel)), scale, q);

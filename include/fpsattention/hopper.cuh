@@ -88,31 +88,50 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// fence.proxy.async: this thread's writes to shared memory become visible to wgmma, once a barrier has passed.
+// fence.proxy.async: this thread's writes to shared memory become visible to wgmma and the copy engine, once a barrier
+// has passed; or the order of what it does in global memory holds for the copy engine's share too.
 __device__ __forceinline__ void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
+__device__ __forceinline__ void fence_proxy_async_global() {
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+}
 
-// stmatrix x4: four 8 x 8 matrices of 16-bit elements; `row` is where lane l's row l % 8 of matrix l / 8 goes.
+// stmatrix x4 and ldmatrix x4: four 8 x 8 matrices of 16-bit elements; `row` is where lane l's row l % 8 of matrix l / 8
+// lies.
 __device__ __forceinline__ void store_matrices(void *row, uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem_address(row)), "r"(x0),
                  "r"(x1), "r"(x2), "r"(x3)
                  : "memory");
 }
-
-// red.global.add.v4.f32: four floats added to global memory.
-__device__ __forceinline__ void reduce_add(float *to, float x0, float x1, float x2, float x3) {
-    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x0), "f"(x1), "f"(x2),
-                 "f"(x3)
+__device__ __forceinline__ void load_matrices(const void *row, uint32_t &x0, uint32_t &x1, uint32_t &x2, uint32_t &x3) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x0), "=r"(x1), "=r"(x2), "=r"(x3)
+                 : "r"(smem_address(row))
                  : "memory");
 }
 
-// Acquire and release at GPU scope, for turns taken between CTAs. A whole warp waits together.
+// cp.reduce.async.bulk: `bytes` (a multiple of 16) of floats in shared memory are added to those in global memory. The
+// waits are for all that this thread has issued: until the source may be written again, and until all is added.
+__device__ __forceinline__ void bulk_reduce_add(float *gmem, const float *smem, int bytes) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(gmem),
+                 "r"(smem_address(smem)), "r"(bytes)
+                 : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+__device__ __forceinline__ void bulk_wait_read() {
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+__device__ __forceinline__ void bulk_wait() {
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+// Acquire and release at GPU scope, for turns taken between CTAs: until a counter that grows has reached a value.
 __device__ __forceinline__ void wait_for(const int *counter, int value) {
     const auto reached = [&] {
         int x;
         asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(counter) : "memory");
-        return __all_sync(~0u, x == value);
+        return x >= value;
     };
 #ifdef FPS_DEBUG
     for (int tries = 0; !reached(); ++tries) {

@@ -32,14 +32,16 @@ FPS_HD constexpr int kv_block_bytes(int head_dim) {
 
 // The 16-bit operands that the backward has beside these, bf16 for fp16 inputs as well, D in halves or in parts of 64
 // columns, rows of which are swizzled:
-//   query block:  q  [D/64][64][64] | dO c  [D/64][64][64] | QueryRow [64]
+//   query block:  q  [D/64][64][64] | dO c  [D/64][64][64] | QueryRows
 //   key block:    k  [2][128][D/2]  | v  [D/64][128][64]
-struct QueryRow {
-    float offset;  // log2(448) - M: 448 P 2^(lse2 - M) = 2^(z + offset), M = ceil(lse2); -inf for padding
-    float delta;   // c (rowsum(dO O) - dlse), c = 2^(M - lse2) / 448
+struct QueryRows {
+    float offset[kQueryBlock];  // log2(448) - M: 448 P 2^(lse2 - M) = 2^(z + offset), M = ceil(lse2); -inf for padding
+    float minus_delta[kQueryBlock];  // c (dlse - rowsum(dO O)), c = 2^(M - lse2) / 448
+    float scale;                     // of q8
+    int unused[3];
 };
 FPS_HD constexpr int bwd_query_bytes(int head_dim) {
-    return kQueryBlock * (2 * 2 * head_dim + int(sizeof(QueryRow)));
+    return kQueryBlock * 2 * 2 * head_dim + int(sizeof(QueryRows));
 }
 FPS_HD constexpr int bwd_key_bytes(int head_dim) {
     return kBlock * 2 * 2 * head_dim;

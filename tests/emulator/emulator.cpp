@@ -76,7 +76,8 @@ struct Copy {
     char *to;
     const char *from;
     int bytes;
-    void *barrier;
+    void *barrier;   // null: a reduction to global memory,
+    Thread *issuer;  // for which this thread may wait
 };
 
 struct Cta {
@@ -227,11 +228,17 @@ void complete_phase(Mbarrier &barrier) {
 void land(Cta &cta, size_t which) {
     const Copy copy = cta.copies[which];
     cta.copies.erase(cta.copies.begin() + long(which));
+    progress();
+    if (copy.barrier == nullptr) {
+        for (int i = 0; i < copy.bytes / 4; ++i) {
+            reinterpret_cast<float *>(copy.to)[i] += reinterpret_cast<const float *>(copy.from)[i];
+        }
+        return;
+    }
     std::memcpy(copy.to, copy.from, copy.bytes);
     Mbarrier &barrier = mbarrier_of(cta, copy.barrier);
     barrier.bytes -= copy.bytes;
     complete_phase(barrier);
-    progress();
 }
 
 // Shared-memory address of an element of a wgmma operand: row or column `mn`, place `k` in the sum. The fields and
@@ -417,6 +424,18 @@ void store_matrices(uint32_t row, const uint32_t (&words)[4]) {
     });
 }
 
+void load_matrices(uint32_t row, uint32_t *const (&words)[4]) {
+    if (row % 16 != 0) {
+        fail("ldmatrix from a misaligned row");
+    }
+    const Meeting &meeting = meet(&row, 1, publish);
+    const int lane = current->index % 32;
+    for (int matrix = 0; matrix < 4; ++matrix) {
+        const char *from = current->cta->memory + meeting.shared[8 * matrix + lane / 4];
+        std::memcpy(words[matrix], from + 4 * (lane % 4), 4);
+    }
+}
+
 void mbarrier_init(void *barrier, int arrivals) {
     Mbarrier fresh;
     fresh.arrivals = fresh.pending = arrivals;
@@ -437,15 +456,32 @@ bool mbarrier_completed(void *barrier, uint32_t parity) {
     return mbarrier_of(*current->cta, barrier).phase != parity;
 }
 
-void bulk_copy(void *shared, const void *global, int bytes, void *barrier) {
-    char *to = static_cast<char *>(shared);
+void check_bulk(const void *shared, const void *global, int bytes) {
     if (uintptr_t(shared) % 16 != 0 || uintptr_t(global) % 16 != 0 || bytes % 16 != 0) {
         fail("a bulk copy that is not aligned to 16 bytes");
     }
-    shared_address(to);
-    shared_address(to + bytes - 1);
-    std::memset(to, 0xff, bytes);
-    current->cta->copies.push_back({to, static_cast<const char *>(global), bytes, barrier});
+    shared_address(shared);
+    shared_address(static_cast<const char *>(shared) + bytes - 1);
+}
+
+void bulk_copy(void *shared, const void *global, int bytes, void *barrier) {
+    check_bulk(shared, global, bytes);
+    std::memset(shared, 0xff, bytes);
+    current->cta->copies.push_back(
+        {static_cast<char *>(shared), static_cast<const char *>(global), bytes, barrier, nullptr});
+}
+
+void bulk_reduce_add(float *global, const float *shared, int bytes) {
+    check_bulk(shared, global, bytes);
+    current->cta->copies.push_back(
+        {reinterpret_cast<char *>(global), reinterpret_cast<const char *>(shared), bytes, nullptr, current});
+}
+
+void bulk_wait() {
+    const std::vector<Copy> &copies = current->cta->copies;
+    while (std::any_of(copies.begin(), copies.end(), [](const Copy &copy) { return copy.issuer == current; })) {
+        yield();
+    }
 }
 
 void wgmma(Shape shape, std::vector<const uint32_t *> a, uint64_t a_descriptor, uint64_t b_descriptor,

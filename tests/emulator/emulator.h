@@ -55,12 +55,16 @@ void barrier(int id, int threads);
 uint32_t shuffle(uint32_t x, int from);
 bool all(bool x);
 void store_matrices(uint32_t row, const uint32_t (&words)[4]);
+void load_matrices(uint32_t row, uint32_t *const (&words)[4]);
 
 void mbarrier_init(void *barrier, int arrivals);
 void mbarrier_expect(void *barrier, int bytes);
 void mbarrier_arrive(void *barrier);
 bool mbarrier_completed(void *barrier, uint32_t parity);
 void bulk_copy(void *shared, const void *global, int bytes, void *barrier);
+void bulk_reduce_add(float *global, const float *shared, int bytes);
+// For all that this thread has issued.
+void bulk_wait();
 
 // One wgmma of 64 x n x k: E4M3 or bf16 operands, A from registers or from shared memory, `mn_major` operands
 // transposed.
@@ -100,6 +104,9 @@ T load(const T *p) {
 
 inline void __syncthreads() {
     emulator::barrier(0, int(blockDim.x));
+}
+inline void __syncwarp() {
+    emulator::all(true);
 }
 inline void __threadfence() {
 }

@@ -43,6 +43,8 @@ inline void fence_barrier_init() {
 }
 inline void fence_proxy_async() {
 }
+inline void fence_proxy_async_global() {
+}
 
 inline void bulk_load(void *smem, const void *gmem, int bytes, Barrier &full) {
     emulator::bulk_copy(smem, gmem, bytes, &full);
@@ -56,15 +58,22 @@ inline void store_matrices(void *row, uint32_t x0, uint32_t x1, uint32_t x2, uin
     emulator::store_matrices(smem_address(row), {x0, x1, x2, x3});
 }
 
-inline void reduce_add(float *to, float x0, float x1, float x2, float x3) {
-    if (uintptr_t(to) % 16 != 0) {
-        emulator::fail("red.v4 to a misaligned address");
-    }
-    to[0] += x0, to[1] += x1, to[2] += x2, to[3] += x3;
+inline void load_matrices(const void *row, uint32_t &x0, uint32_t &x1, uint32_t &x2, uint32_t &x3) {
+    emulator::load_matrices(smem_address(row), {&x0, &x1, &x2, &x3});
+}
+
+inline void bulk_reduce_add(float *gmem, const float *smem, int bytes) {
+    emulator::bulk_reduce_add(gmem, smem, bytes);
+}
+inline void bulk_wait_read() {
+    emulator::bulk_wait();
+}
+inline void bulk_wait() {
+    emulator::bulk_wait();
 }
 
 inline void wait_for(const int *counter, int value) {
-    while (!emulator::all(*counter == value)) {
+    while (*counter < value) {
         emulator::yield();
     }
 }
