@@ -10,7 +10,16 @@ from functools import lru_cache
 from typing import Literal
 
 from . import _C
-from .geometry import TileGeometry, Triple, as_grid, as_tile, as_triple, as_truncate, tile_geometry
+from .geometry import (
+    TileGeometry,
+    Triple,
+    as_grid,
+    as_length,
+    as_tile,
+    as_triple,
+    as_truncate,
+    tile_geometry,
+)
 from .planning import plan
 
 AXES = "thw"
@@ -66,16 +75,21 @@ class AttentionConfig:
                 f'leave it out, or use quant="fp8"'
             )
 
-    def resolve(self, grid: Sequence[int], heads: int) -> ResolvedConfig:
-        """This config for a grid (T, H, W) of tokens and a number of heads. Cached.
+    def resolve(
+        self, grid: Sequence[int], heads: int, prefix_len: int = 0, suffix_len: int = 0
+    ) -> ResolvedConfig:
+        """This config for a grid (T, H, W) of tokens, a number of heads, and extra tokens before and after the grid's.
+        Cached.
 
-        Raises TypeError or ValueError when the window does not fit the grid or the heads.
+        Raises TypeError or ValueError when the window does not fit the grid or the heads, or a length is no integer
+        of at least 0.
         """
         if isinstance(heads, bool) or not hasattr(heads, "__index__"):
             raise TypeError(f"heads: {heads!r} must be an integer, at least 1")
         if operator.index(heads) < 1:
             raise ValueError(f"heads: {heads} must be an integer, at least 1")
-        return _resolve(self, as_grid(grid), operator.index(heads))
+        lengths = as_length("prefix_len", prefix_len), as_length("suffix_len", suffix_len)
+        return _resolve(self, as_grid(grid), operator.index(heads), *lengths)
 
 
 @dataclass(frozen=True)
@@ -86,6 +100,7 @@ class ResolvedConfig:
         grid, tile, quant_tile: tokens per axis.
         windows: triples of tiles; one for all heads, or one per head.
         border, quant, smooth_k: as in `AttentionConfig`.
+        prefix_len, suffix_len: extra tokens before and after the grid's.
     """
 
     grid: Triple
@@ -95,10 +110,12 @@ class ResolvedConfig:
     quant: str
     quant_tile: Triple
     smooth_k: bool
+    prefix_len: int = 0
+    suffix_len: int = 0
 
     @property
     def geometry(self) -> TileGeometry:
-        return tile_geometry(self.grid, self.tile)
+        return tile_geometry(self.grid, self.tile, self.prefix_len, self.suffix_len)
 
     @property
     def truncate(self) -> bool:
@@ -159,11 +176,13 @@ def _fit_window(window: Triple, tiles: Triple) -> Triple:
 
 
 @lru_cache(maxsize=1024)
-def _resolve(config: AttentionConfig, grid: Triple, heads: int) -> ResolvedConfig:
+def _resolve(
+    config: AttentionConfig, grid: Triple, heads: int, prefix_len: int, suffix_len: int
+) -> ResolvedConfig:
     tile = config.tile or plan(grid).best.tile
     quant_tile = config.quant_tile or tile
     _check_quant_tile(quant_tile, tile)
-    tiles = tile_geometry(grid, tile).tiles
+    tiles = tile_geometry(grid, tile, prefix_len, suffix_len).tiles
     windows = (tiles,) if config.window is None else config.window
     if not isinstance(windows[0], tuple):
         windows = (windows,)
@@ -174,4 +193,5 @@ def _resolve(config: AttentionConfig, grid: Triple, heads: int) -> ResolvedConfi
     windows = tuple(_fit_window(w, tiles) for w in windows)
     if len(set(windows)) == 1:
         windows = windows[:1]
-    return ResolvedConfig(grid, tile, windows, config.border, config.quant, quant_tile, config.smooth_k)
+    rounding = config.quant, quant_tile, config.smooth_k
+    return ResolvedConfig(grid, tile, windows, config.border, *rounding, prefix_len, suffix_len)

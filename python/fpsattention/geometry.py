@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import cached_property, lru_cache
 
 import torch
+import torch.nn.functional as F
 
 from . import _C
 
@@ -37,6 +38,15 @@ def as_triple(name: str, value: Sequence[int], least: int) -> Triple:
     if min(triple) < least:
         raise ValueError(f"{form}; nearest legal value {tuple(max(x, least) for x in triple)}")
     return triple
+
+
+def as_length(name: str, value: int) -> int:
+    """`value` as a plain int, at least 0. Raises TypeError or ValueError that name the argument."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: {value!r} must be an integer, at least 0")
+    if operator.index(value) < 0:
+        raise ValueError(f"{name}: {value} must be an integer, at least 0; nearest legal value 0")
+    return operator.index(value)
 
 
 def as_grid(value: Sequence[int]) -> Triple:
@@ -81,30 +91,58 @@ class TileGeometry:
     least the number of tiles on its axis; `border` is "clamp" or "truncate" (Sliding Tile Attention, arXiv
     2502.04507; FPSAttention, arXiv 2506.04648, Eq. 2).
 
+    Extra tokens, text for instance, may lie before the video's (the prefix) and after them (the suffix). Each of
+    the two sections is cut, in order, in *runs* of `slot` tokens. A run is a tile of its own, outside the grid:
+    it attends everything, and everything attends it. Runs are numbered after the video's tiles, the prefix's first.
+
     Attributes:
         grid, tile: tokens per axis.
+        prefix_len, suffix_len: tokens before and after the video's.
         tiles: number of tiles per axis.
-        n_tokens, n_tiles: their products over the axes.
+        n_tokens, n_tiles: all tokens and all tiles, the extra ones included.
+        n_video_tiles: tiles of the grid.
+        n_extra_tokens: prefix_len + suffix_len.
         slot: rows per tile, a multiple of 128, at most 512.
         blocks_per_tile: 128-row kernel blocks per slot.
     """
 
-    def __init__(self, grid: Sequence[int], tile: Sequence[int]):
+    def __init__(self, grid: Sequence[int], tile: Sequence[int], prefix_len: int = 0, suffix_len: int = 0):
         self.grid = as_grid(grid)
         self.tile = as_tile(tile)
+        self.prefix_len = as_length("prefix_len", prefix_len)
+        self.suffix_len = as_length("suffix_len", suffix_len)
         self.tiles: Triple = tuple(-(-g // t) for g, t in zip(self.grid, self.tile, strict=True))
-        self.n_tokens = math.prod(self.grid)
-        self.n_tiles = math.prod(self.tiles)
+        self.n_extra_tokens = self.prefix_len + self.suffix_len
+        self.n_tokens = math.prod(self.grid) + self.n_extra_tokens
+        if self.n_tokens > MAX_TOKENS:
+            raise ValueError(
+                f"prefix_len: {prefix_len} and suffix_len {suffix_len} make {self.n_tokens} tokens with grid "
+                f"{self.grid}, at most {MAX_TOKENS} are possible"
+            )
         self.blocks_per_tile = -(-math.prod(self.tile) // _C.BLOCK)
         self.slot = self.blocks_per_tile * _C.BLOCK
+        self.n_video_tiles = math.prod(self.tiles)
+        self.n_tiles = self.n_video_tiles + sum(-(-n // self.slot) for n in (self.prefix_len, self.suffix_len))
 
     @cached_property
     def slot_tokens(self) -> torch.Tensor:
-        """int64 [n_tiles, slot]: raster index of the token in each row, -1 for padding."""
-        rows = torch.empty(self.n_tiles, self.slot, dtype=torch.int32)
-        if self.n_tiles:
-            _C.slot_tokens(self.grid, self.tile, rows.data_ptr())
-        return rows.long()
+        """int64 [n_tiles, slot]: index of the token in each row, -1 for padding."""
+        video = torch.empty(self.n_video_tiles, self.slot, dtype=torch.int32)
+        if self.n_video_tiles:
+            _C.slot_tokens(self.grid, self.tile, video.data_ptr())
+        video = video.long()
+        video[video >= 0] += self.prefix_len
+        runs = [
+            F.pad(section, (0, -len(section) % self.slot), value=-1).view(-1, self.slot)
+            for section in self.extra_tokens.split([self.prefix_len, self.suffix_len])
+        ]
+        return torch.cat([video, *runs])
+
+    @cached_property
+    def extra_tokens(self) -> torch.Tensor:
+        """int64 [n_extra_tokens], ascending: indices of the prefix's and the suffix's tokens."""
+        tokens = torch.arange(self.n_tokens)
+        return torch.cat([tokens[: self.prefix_len], tokens[self.n_tokens - self.suffix_len :]])
 
     @cached_property
     def valid(self) -> torch.Tensor:
@@ -113,25 +151,28 @@ class TileGeometry:
 
     @cached_property
     def tile_of_token(self) -> torch.Tensor:
-        """int64 [n_tokens]: the tile of each token, by raster index."""
+        """int64 [n_tokens]: the tile of each token."""
         tile_of_row = torch.arange(self.n_tiles).repeat_interleave(self.valid)
         out = torch.empty(self.n_tokens, dtype=torch.int64)
         out[self.slot_tokens[self.slot_tokens >= 0]] = tile_of_row
         return out
 
     def brick_of_tile(self, quant_tile: Sequence[int]) -> torch.Tensor:
-        """int64 [n_tiles]: the brick each tile is in; `quant_tile` is a whole multiple of the tile."""
+        """int64 [n_tiles]: the brick each tile is in; `quant_tile` is a whole multiple of the tile. A run of extra
+        tokens is a brick of its own; these come after the grid's.
+        """
         per_axis = [
             torch.arange(n) // (b // t) for n, b, t in zip(self.tiles, quant_tile, self.tile, strict=True)
         ]
         bricks = [int(x[-1]) + 1 if len(x) else 0 for x in per_axis]
         t, h, w = torch.meshgrid(*per_axis, indexing="ij")
-        return ((t * bricks[1] + h) * bricks[2] + w).reshape(-1)
+        video = ((t * bricks[1] + h) * bricks[2] + w).reshape(-1)
+        return torch.cat([video, math.prod(bricks) + torch.arange(self.n_tiles - self.n_video_tiles)])
 
     def coordinates(self, tile_index: int) -> Triple:
-        """Tile coordinates (t, h, w) of a tile number. Raises IndexError when there is no such tile."""
-        if not 0 <= tile_index < self.n_tiles:
-            raise IndexError(f"tile_index: {tile_index} must be in [0, {self.n_tiles})")
+        """Coordinates (t, h, w) of a tile of the grid. Raises IndexError when there is no such tile."""
+        if not 0 <= tile_index < self.n_video_tiles:
+            raise IndexError(f"tile_index: {tile_index} must be in [0, {self.n_video_tiles})")
         rest, w = divmod(tile_index, self.tiles[2])
         return (*divmod(rest, self.tiles[1]), w)
 
@@ -140,7 +181,9 @@ class TileGeometry:
         return [_C.axis_keys(i, n, window[axis], truncate) for i in range(n)]
 
     def key_boxes(self, window: Triple, border: str) -> torch.Tensor:
-        """int64 [n_tiles, 3, 2]: half-open range [lo, hi) of key tiles on each axis, for every query tile."""
+        """int64 [n_video_tiles, 3, 2]: half-open range [lo, hi) of key tiles on each axis, for every query tile of the
+        grid.
+        """
         per_axis = [
             torch.tensor(self._axis_keys(axis, window, border), dtype=torch.int64).reshape(-1, 2)
             for axis in range(3)
@@ -166,23 +209,35 @@ class TileGeometry:
 
     def _box(self, tile_index, window, border, axis_rule) -> torch.Tensor:
         truncate = as_truncate(border)
+        if self.n_video_tiles <= tile_index < self.n_tiles:
+            return torch.arange(self.n_tiles)
         box = [
             axis_rule(i, n, w, truncate)
             for i, n, w in zip(self.coordinates(tile_index), self.tiles, window, strict=True)
         ]
-        return self.tiles_in(torch.tensor([box]))[0]
+        return torch.cat([self.tiles_in(torch.tensor([box]))[0], torch.arange(self.n_video_tiles, self.n_tiles)])
+
+    def tile_mask(self, window: Triple, border: str) -> torch.Tensor:
+        """bool [n_tiles, n_tiles]: which tiles (rows) attend which (columns)."""
+        coordinates = torch.cartesian_prod(*(torch.arange(n) for n in self.tiles))
+        lo, hi = self.key_boxes(window, border)[:, None].unbind(-1)
+        mask = torch.ones(self.n_tiles, self.n_tiles, dtype=torch.bool)
+        video = slice(self.n_video_tiles)
+        mask[video, video] = ((coordinates >= lo) & (coordinates < hi)).all(-1)
+        return mask
 
     def attended_pairs(self, window: Triple, border: str) -> int:
-        """Query-key pairs of tokens that attend each other, of one head."""
-        pairs = 1  # the attended set is a product of axes, so the count is too
+        """Query-key pairs of tokens that attend each other, of one head; all extra tokens count as valid."""
+        pairs = 1  # of the video: the attended set is a product of axes, so the count is too
         for axis, n in enumerate(self.tiles):
             extent = [min(self.tile[axis], self.grid[axis] - i * self.tile[axis]) for i in range(n)]
             keys = self._axis_keys(axis, window, border)
             pairs *= sum(extent[i] * sum(extent[lo:hi]) for i, (lo, hi) in enumerate(keys))
-        return pairs
+        # Extra queries attend all tokens; the video's attend the extra keys besides their window.
+        return pairs + self.n_extra_tokens * (self.n_tokens + math.prod(self.grid))
 
     def density(self, window: Triple, border: str) -> float:
-        """Attended pairs as a fraction of all pairs; 1.0 for the empty grid, where nothing is left out."""
+        """Attended pairs as a fraction of all pairs; 1.0 where there are no tokens, and so nothing is left out."""
         return self.attended_pairs(window, border) / self.n_tokens**2 if self.n_tokens else 1.0
 
     def computed_pairs(self, window: Triple, border: str) -> int:
@@ -193,8 +248,10 @@ class TileGeometry:
         """
         truncate = as_truncate(border)
         query_blocks = (-(-self.valid // _C.QUERY_BLOCK)).tolist()
-        blocks = sum(
-            n * _C.valid_blocks(self.grid, self.tile, window, truncate, i) for i, n in enumerate(query_blocks)
+        video, extra = query_blocks[: self.n_video_tiles], query_blocks[self.n_video_tiles :]
+        blocks = sum(extra) * (self._video_blocks + self._extra_blocks) + sum(
+            n * (_C.valid_blocks(self.grid, self.tile, window, truncate, i) + self._extra_blocks)
+            for i, n in enumerate(video)
         )
         return blocks * _C.QUERY_BLOCK * _C.BLOCK
 
@@ -204,13 +261,23 @@ class TileGeometry:
 
     @cached_property
     def waste(self) -> float:
-        """Rows of all blocks that hold a token, over the number of tokens, less 1. 0 for the empty grid."""
+        """Rows of all blocks that hold a token, over the number of tokens, less 1. 0 where there are none."""
         if not self.n_tokens:
             return 0.0
-        return _C.valid_blocks(self.grid, self.tile, self.tiles, False, 0) * _C.BLOCK / self.n_tokens - 1
+        return (self._video_blocks + self._extra_blocks) * _C.BLOCK / self.n_tokens - 1
+
+    @property
+    def _video_blocks(self) -> int:
+        """128-row blocks of the grid's tiles that hold a token."""
+        return _C.valid_blocks(self.grid, self.tile, self.tiles, False, 0) if self.n_video_tiles else 0
+
+    @property
+    def _extra_blocks(self) -> int:
+        """128-row blocks of the runs that hold a token."""
+        return sum(-(-n // _C.BLOCK) for n in (self.prefix_len, self.suffix_len))
 
 
 @lru_cache(maxsize=64)
-def tile_geometry(grid: Triple, tile: Triple) -> TileGeometry:
-    """The `TileGeometry` of a grid and a tile, shared between callers."""
-    return TileGeometry(grid, tile)
+def tile_geometry(grid: Triple, tile: Triple, prefix_len: int = 0, suffix_len: int = 0) -> TileGeometry:
+    """The `TileGeometry` of a grid, a tile and so many extra tokens, shared between callers."""
+    return TileGeometry(grid, tile, prefix_len, suffix_len)

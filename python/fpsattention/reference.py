@@ -17,7 +17,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from .config import AttentionConfig, ResolvedConfig
-from .geometry import Triple, as_grid
+from .geometry import TileGeometry, Triple, as_grid, as_length
 
 E4M3_MAX = 448.0
 AMAX_FLOOR = 2.0**-100  # a group no larger than this counts as zero: 448 / amax would overflow fp32
@@ -34,11 +34,14 @@ def to_heads_first(x: torch.Tensor, tensor_layout: str) -> torch.Tensor:
     return x.transpose(1, 2) if tensor_layout == "NHD" else x
 
 
-def check_inputs(q, k, v, grid, tensor_layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Views of q, k, v as [B, H, L, D], once they are known to be alike and to fill the grid.
+def check_inputs(
+    q, k, v, grid, tensor_layout, prefix_len=0, suffix_len=0, prefix_valid=None, suffix_valid=None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Views of q, k, v as [B, H, L, D], once they are known to be alike, to fill the grid and the extra tokens'
+    sections, and to have valid counts that fit.
 
-    Raises TypeError for what is no floating-point tensor, ValueError for a rank, shape, dtype, device or
-    token count that does not fit.
+    Raises TypeError for what is no floating-point tensor, no integer length or no int32 tensor of counts, ValueError
+    for a rank, shape, dtype, device or token count that does not fit, and on the CPU for a count out of range.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor) or not x.dtype.is_floating_point:
@@ -52,12 +55,71 @@ def check_inputs(q, k, v, grid, tensor_layout) -> tuple[torch.Tensor, torch.Tens
             if mine != first:
                 raise ValueError(f"{name}: {what} {mine} must be that of q, {first}")
     heads_first = tuple(to_heads_first(x, tensor_layout) for x in (q, k, v))
-    tokens, expected = heads_first[0].shape[2], math.prod(as_grid(grid))
-    if tokens != expected:
+    sections = {
+        "prefix": (as_length("prefix_len", prefix_len), prefix_valid),
+        "suffix": (as_length("suffix_len", suffix_len), suffix_valid),
+    }
+    tokens, video = heads_first[0].shape[2], math.prod(as_grid(grid))
+    if tokens != video + prefix_len + suffix_len:
+        with_extra = "".join(f", {name}_len is {length}" for name, (length, _) in sections.items() if length)
         raise ValueError(
-            f"q: has {tokens} tokens in layout {tensor_layout}, but grid {tuple(grid)} has {expected}"
+            f"q: has {tokens} tokens in layout {tensor_layout}, but grid {tuple(grid)} has {video}{with_extra}"
         )
+    for name, (length, valid) in sections.items():
+        if valid is not None:
+            _check_valid(f"{name}_valid", valid, f"{name}_len", length, heads_first[0])
     return heads_first
+
+
+def _check_valid(name: str, valid, section: str, length: int, q: torch.Tensor) -> None:
+    """Raise unless `valid` counts tokens of a section this long in each sample of q [B, ...]."""
+    if not isinstance(valid, torch.Tensor) or valid.dtype != torch.int32:
+        kind = valid.dtype if isinstance(valid, torch.Tensor) else type(valid).__name__
+        raise TypeError(f"{name}: must be an int32 tensor with one count for each sample, got {kind}")
+    if not length:
+        raise ValueError(f"{name}: counts tokens of an empty section, {section} is 0; leave it out")
+    if valid.shape != q.shape[:1]:
+        raise ValueError(
+            f"{name}: shape {list(valid.shape)} must be [{q.shape[0]}], one count for each sample of q"
+        )
+    if valid.device != q.device:
+        raise ValueError(f"{name}: device {valid.device} must be that of q, {q.device}")
+    if valid.is_cpu and not torch.compiler.is_compiling():  # elsewhere looking would stop the device
+        for sample, count in enumerate(valid.tolist()):
+            if not 0 <= count <= length:
+                raise ValueError(
+                    f"{name}: {count} of sample {sample} must be from 0 to {length} ({section}); nearest legal "
+                    f"value {min(max(count, 0), length)}"
+                )
+
+
+def valid_tokens(
+    geometry: TileGeometry,
+    prefix_valid: torch.Tensor | None,
+    suffix_valid: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """bool [B, L]: which tokens of each sample are valid, by the counts of valid extra tokens; None: all are.
+
+    Counts below 0 stand for 0, those beyond a section for the whole section.
+    """
+    counts = [(geometry.prefix_len, prefix_valid), (geometry.suffix_len, suffix_valid)]
+    given = [valid for _, valid in counts if valid is not None]
+    if not given:
+        return None
+    batch, device = len(given[0]), given[0].device
+    prefix, suffix = (
+        torch.ones(batch, length, dtype=torch.bool, device=device)
+        if valid is None
+        else torch.arange(length, device=device) < valid[:, None]
+        for length, valid in counts
+    )
+    video = torch.ones(batch, math.prod(geometry.grid), dtype=torch.bool, device=device)
+    return torch.cat([prefix, video, suffix], dim=1)
+
+
+def zero_invalid(x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """x [B, H, L, D] with zeros for invalid tokens: what these hold, be it NaN, is as good as never read."""
+    return x if valid is None else x.masked_fill(~valid[:, None, :, None], 0.0)
 
 
 @dataclass(frozen=True)
@@ -70,6 +132,8 @@ class Quantized:
         v_scale: fp32 [B, H, D].
         k_mean: fp32 [B, H, D], or None without smoothing.
         tile_of_token: int64 [L].
+
+    Invalid extra tokens are zeros.
     """
 
     q8: torch.Tensor
@@ -109,28 +173,47 @@ def _to_e4m3(x: torch.Tensor) -> torch.Tensor:
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
-def quantize(q, k, v, resolved: ResolvedConfig, tensor_layout: str = "NHD") -> Quantized:
+def quantize(
+    q,
+    k,
+    v,
+    resolved: ResolvedConfig,
+    tensor_layout: str = "NHD",
+    prefix_valid: torch.Tensor | None = None,
+    suffix_valid: torch.Tensor | None = None,
+) -> Quantized:
     """Round Q, K, V to E4M3 as the kernels do, bit for bit (arXiv 2506.04648, section 3.1).
 
     Q and K have one scale per (batch, head, tile), or per brick of tiles when `resolved.quant_tile` is larger
-    than the tile; V has one per (batch, head, channel). amax is of the inputs in fp32; a group whose amax is
-    at most `AMAX_FLOOR` has scale 1 and rounds to zeros. A NaN or Inf in the input spreads over its group.
+    than the tile; a run of extra tokens is a tile of its own. V has one per (batch, head, channel). amax is of the
+    inputs in fp32, over valid tokens; a group whose amax is at most `AMAX_FLOOR` has scale 1 and rounds to zeros. A
+    NaN or Inf in a valid token spreads over its group.
 
     Args:
         q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), any floating dtype; read as fp32.
+        prefix_valid, suffix_valid: int32 [B], as in `exact_attention`; the lengths are those of `resolved`.
 
     Raises as `check_inputs` does.
     """
-    q, k, v = (x.float() for x in check_inputs(q, k, v, resolved.grid, tensor_layout))
+    lengths, counts = (resolved.prefix_len, resolved.suffix_len), (prefix_valid, suffix_valid)
+    q, k, v = check_inputs(q, k, v, resolved.grid, tensor_layout, *lengths, *counts)
+    return _quantize(q, k, v, resolved, valid_tokens(resolved.geometry, *counts))
+
+
+def _quantize(q, k, v, resolved: ResolvedConfig, valid: torch.Tensor | None) -> Quantized:
+    """`quantize` of q, k, v [B, H, L, D] with these tokens valid, bool [B, L]."""
+    q, k, v = (zero_invalid(x.float(), valid) for x in (q, k, v))
+    geometry = resolved.geometry
     k_mean = None
     if resolved.smooth_k:
-        k_mean = k.mean(dim=2, dtype=torch.float64).float()
-        k = k - k_mean[:, :, None]
-    geometry = resolved.geometry
+        n = geometry.n_tokens if valid is None else valid.sum(1).clamp(min=1)[:, None, None]
+        k_mean = (k.sum(dim=2, dtype=torch.float64) / n).float()
+        k = zero_invalid(k - k_mean[:, :, None], valid)
     tile_of_token = geometry.tile_of_token.to(q.device)
-    brick_of_tile = geometry.brick_of_tile(resolved.quant_tile).to(q.device)
+    brick_of_tile = geometry.brick_of_tile(resolved.quant_tile)
+    n_bricks = int(brick_of_tile[-1]) + 1 if geometry.n_tiles else 0
+    brick_of_tile = brick_of_tile.to(q.device)
     brick_of_token = brick_of_tile[tile_of_token]
-    n_bricks = math.prod(-(-n // b) for n, b in zip(geometry.tiles, resolved.brick, strict=True))
 
     def per_brick(x):
         amax = x.new_zeros(*x.shape[:2], n_bricks)
@@ -162,16 +245,23 @@ def _ieee_matmul() -> Iterator[None]:
 def _chunks(
     resolved: ResolvedConfig, window: Triple, heads: int, head_dim: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Pairs of token indices (queries [n, rows], keys [n, keys]) computed in one go; -1 is padding.
+    """Pairs of token indices (queries [n, rows], keys [n, keys]) computed in one go; -1 is padding. Extra tokens
+    take no part in tiles here: as keys they follow those of every group, and as queries they are a group.
 
     Row i of `queries` attends row i of `keys`; every query token comes once. heads * n * keys * rows and
     heads * n * keys * head_dim stay within `BUDGET`, unless a single row, or the keys of a single group, are
     more.
     """
     geometry = resolved.geometry
-    if not geometry.n_tiles:
+    extra = geometry.extra_tokens
+    if len(extra):
+        everything = torch.arange(geometry.n_tokens)[None]
+        for some in extra[None].split(max(1, BUDGET // (heads * geometry.n_tokens)), dim=1):
+            yield some, everything
+    if not geometry.n_video_tiles:
         return
-    rows_of_tile = geometry.slot_tokens[:, : int(geometry.valid.max())]
+    video = slice(geometry.n_video_tiles)
+    rows_of_tile = geometry.slot_tokens[video, : int(geometry.valid[video].max())]
     boxes, group_of_tile = geometry.key_boxes(window, resolved.border).unique(dim=0, return_inverse=True)
     tiles_by_group = group_of_tile.argsort(stable=True)
     query_tiles = group_of_tile.bincount()
@@ -180,13 +270,14 @@ def _chunks(
     for size in sizes.unique(dim=0):
         alike = (sizes == size).all(1).nonzero()[:, 0]
         n_query_tiles, n_key_tiles = int(size[0]), int(size[1:].prod())
-        per_row = heads * n_key_tiles * rows_of_tile.shape[1]
+        per_row = heads * (n_key_tiles * rows_of_tile.shape[1] + len(extra))
         rows = min(n_query_tiles * rows_of_tile.shape[1], max(1, BUDGET // per_row))
         n = max(1, BUDGET // (per_row * max(rows, head_dim)))
         for groups in alike.split(n):
             tiles = tiles_by_group[first[groups, None] + torch.arange(n_query_tiles)]
             queries = rows_of_tile[tiles].flatten(1)
             keys = rows_of_tile[geometry.tiles_in(boxes[groups])].flatten(1)
+            keys = torch.cat([keys, extra.expand(len(groups), -1)], dim=1)
             for some in queries.split(rows, dim=1):
                 yield some, keys
 
@@ -198,17 +289,19 @@ def _blockwise(
     resolved: ResolvedConfig,
     window: Triple,
     dtype: torch.dtype,
+    valid: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of some heads under one window: `compute` on every chunk, results back in raster order.
+    """Attention of some heads under one window: `compute` on every chunk, results back in the order of memory.
 
     Args:
         compute: takes the chunk's slices of `of_queries` [heads, n, rows, ...] and of `of_keys` [heads, n,
-            keys, ...], and a mask [n, 1, keys], True where a key is padding, or None; returns out [heads, n,
-            rows, D] and lse [heads, n, rows] in `dtype`. Differentiable when the operands require a gradient:
-            chunks are recomputed.
+            keys, ...], and a mask that broadcasts to [heads, n, rows, keys], True where a key is padding or invalid,
+            or None; returns out [heads, n, rows, D] and lse [heads, n, rows] in `dtype`. Differentiable when the
+            operands require a gradient: chunks are recomputed.
         of_queries, of_keys: tensors [heads, L, ...], the first of each with D channels.
+        valid: bool [heads, L], or None: all tokens are valid.
 
-    Returns out [heads, L, D] and lse [heads, L].
+    Returns out [heads, L, D] and lse [heads, L]; of invalid queries 0 and -inf.
     """
     q = of_queries[0]
     heads, _, head_dim = q.shape
@@ -222,21 +315,33 @@ def _blockwise(
             return compute(*values, padding)
 
     for queries, keys in _chunks(resolved, window, heads, head_dim):
-        rows, valid = queries.clamp(min=0).to(q.device), queries >= 0
+        rows, in_use = queries.clamp(min=0).to(q.device), queries >= 0
         padding = (keys < 0)[:, None].to(q.device) if keys.min() < 0 else None
-        args = (rows, keys.clamp(min=0).to(q.device), padding, *of_queries, *of_keys)
+        keys = keys.clamp(min=0).to(q.device)
+        if valid is not None:
+            unseen = ~valid[:, keys][:, :, None]
+            # Where no key is valid no query is: anything finite may stand there until it is overwritten.
+            unseen &= valid.any(1)[:, None, None, None]
+            padding = unseen if padding is None else unseen | padding
+        args = (rows, keys, padding, *of_queries, *of_keys)
         if torch.is_grad_enabled() and any(x.requires_grad for x in (*of_queries, *of_keys)):
             some_out, some_lse = checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
         else:
             some_out, some_lse = run(*args)
-        tokens, valid = queries[valid].to(q.device), valid.to(q.device)
-        out[:, tokens] = some_out[:, valid]
-        lse[:, tokens] = some_lse[:, valid]
+        tokens, in_use = queries[in_use].to(q.device), in_use.to(q.device)
+        out[:, tokens] = some_out[:, in_use]
+        lse[:, tokens] = some_lse[:, in_use]
+    if valid is not None:
+        out, lse = out.masked_fill(~valid[..., None], 0.0), lse.masked_fill(~valid, -math.inf)
     return out, lse
 
 
-def _head_slices(q: torch.Tensor, resolved: ResolvedConfig) -> Iterator[tuple[Triple, tuple]]:
-    """(window, index into [B, H]) of all heads of q [B, H, L, D], in parts whose copies fit in `BUDGET`."""
+def _head_slices(
+    q: torch.Tensor, resolved: ResolvedConfig, valid: torch.Tensor | None
+) -> Iterator[tuple[Triple, tuple, torch.Tensor | None]]:
+    """(window, index into [B, H], their tokens of `valid` [B, L] if not None) of all heads of q [B, H, L, D], in parts
+    whose copies fit in `BUDGET`.
+    """
     batch, heads, tokens, head_dim = q.shape
     at_once = max(1, BUDGET // max(1, tokens * head_dim))
     windows = resolved.windows * (heads if len(resolved.windows) == 1 else 1)
@@ -244,7 +349,8 @@ def _head_slices(q: torch.Tensor, resolved: ResolvedConfig) -> Iterator[tuple[Tr
         pairs = torch.tensor([(b, h) for b in range(batch) for h in range(heads) if windows[h] == window])
         for some in pairs.reshape(-1, 2).split(at_once):
             if len(some):
-                yield window, tuple(some.to(q.device).unbind(1))
+                index = tuple(some.to(q.device).unbind(1))
+                yield window, index, None if valid is None else valid[index[0]]
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -259,17 +365,21 @@ class _StraightThrough(torch.autograd.Function):
         return gradient, None
 
 
-def _set_up(q, k, v, grid, config: AttentionConfig, scale, tensor_layout):
-    q, k, v = check_inputs(q, k, v, grid, tensor_layout)
-    return q, k, v, config.resolve(grid, q.shape[1]), q.shape[3] ** -0.5 if scale is None else scale
+def _set_up(q, k, v, grid, config: AttentionConfig, scale, tensor_layout, prefix_len, suffix_len, *counts):
+    """(q, k, v heads first with zeros for invalid tokens, valid [B, L] or None, resolved, scale), checked."""
+    q, k, v = check_inputs(q, k, v, grid, tensor_layout, prefix_len, suffix_len, *counts)
+    resolved = config.resolve(grid, q.shape[1], prefix_len, suffix_len)
+    valid = valid_tokens(resolved.geometry, *counts)
+    q, k, v = (zero_invalid(x, valid) for x in (q, k, v))
+    return q, k, v, valid, resolved, q.shape[3] ** -0.5 if scale is None else scale
 
 
-def _set_up_fp8(q, k, v, grid, config: AttentionConfig, scale, tensor_layout):
+def _set_up_fp8(q, k, v, grid, config: AttentionConfig, *rest):
     if config.quant != "fp8":
         raise ValueError(
             f'config: quant={config.quant!r} has nothing to emulate; use "fp8", or exact_attention'
         )
-    return _set_up(q, k, v, grid, config, scale, tensor_layout)
+    return _set_up(q, k, v, grid, config, *rest)
 
 
 def _scores(q8, q_scale, k8, k_scale, scale: float, padding) -> torch.Tensor:
@@ -283,8 +393,8 @@ def _scores(q8, q_scale, k8, k_scale, scale: float, padding) -> torch.Tensor:
 
 
 def _lse_of_mean(q, k_mean, scale: float) -> torch.Tensor:
-    """What smoothing took off the lse of q [heads, L, D]: [heads, L]."""
-    return scale * (q * k_mean[:, None]).sum(-1)
+    """What smoothing took off the lse of q [heads, L, D], by k_mean [heads, 1, D]: [heads, L]."""
+    return scale * (q * k_mean).sum(-1)
 
 
 def exact_attention(
@@ -297,23 +407,39 @@ def exact_attention(
     scale: float | None = None,
     tensor_layout: str = "NHD",
     dtype: torch.dtype = torch.float64,
+    prefix_len: int = 0,
+    suffix_len: int = 0,
+    prefix_valid: torch.Tensor | None = None,
+    suffix_valid: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention under the config's window, on the values as given: nothing is rounded to FP8.
 
     Differentiable; the backward recomputes block by block. With `dtype` float32 its products follow torch's
     TF32 setting.
 
+    Extra tokens, text for instance, lie before the grid's (the prefix) and after them (the suffix). Their keys are seen
+    by every query, and their queries see every key, whatever the window. Where fewer than a section holds are valid,
+    the first ones are; what the others hold is never read, their out is 0, their lse -inf, their gradients are 0.
+
     Args:
-        q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), L = T * H * W in raster order.
+        q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), L = prefix_len + T * H * W + suffix_len in this order,
+            the grid in raster order.
         grid: tokens (T, H, W).
         config: tile, window and border are used; quant, quant_tile and smooth_k do not apply here.
         scale: of the scores before softmax; None: D ** -0.5.
         dtype: of the arithmetic and the results.
+        prefix_len, suffix_len: extra tokens in every sample.
+        prefix_valid, suffix_valid: int32 [B] on the device of q, how many of the section's tokens are valid in each
+            sample, from 0 to its length; None: all. Out of range they are an error on the CPU outside torch.compile;
+            elsewhere they are clamped.
 
     Returns out, like q but of `dtype`, and lse [B, H, L] of `dtype`, natural logarithm.
     Raises TypeError or ValueError that name the argument.
     """
-    q, k, v, resolved, scale = _set_up(q, k, v, grid, config, scale, tensor_layout)
+    q, k, v, valid, resolved, scale = _set_up(
+        *(q, k, v, grid, config, scale, tensor_layout),
+        *(prefix_len, suffix_len, prefix_valid, suffix_valid),
+    )
 
     def compute(q, k, v, padding):
         scores = (q * scale) @ k.mT
@@ -326,9 +452,11 @@ def exact_attention(
 
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
-    for window, heads in _head_slices(q, resolved):
-        operands = [x[heads].to(dtype) for x in (q, k, v)]
-        out[heads], lse[heads] = _blockwise(compute, operands[:1], operands[1:], resolved, window, dtype)
+    for window, heads, some_valid in _head_slices(q, resolved, valid):
+        of_queries, *of_keys = (x[heads].to(dtype) for x in (q, k, v))
+        out[heads], lse[heads] = _blockwise(
+            compute, (of_queries,), of_keys, resolved, window, dtype, some_valid
+        )
     return to_heads_first(out, tensor_layout), lse
 
 
@@ -342,6 +470,10 @@ def emulated_attention(
     scale: float | None = None,
     tensor_layout: str = "NHD",
     dtype: torch.dtype | None = None,
+    prefix_len: int = 0,
+    suffix_len: int = 0,
+    prefix_valid: torch.Tensor | None = None,
+    suffix_valid: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The FP8 contract: what the kernels compute, with the same roundings (arXiv 2506.04648, section 3).
 
@@ -358,18 +490,23 @@ def emulated_attention(
         dV = (p8 / 448 l).T dO        dK = scale * dS.T q^        dQ = scale * (dS k^ + dlse * k_mean)
 
     Args:
-        q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), L = T * H * W in raster order; any floating
-            dtype.
+        q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), L = prefix_len + T * H * W + suffix_len in this order,
+            the grid in raster order; any floating dtype.
         grid: tokens (T, H, W).
         config: all of it; `quant` must be "fp8".
         scale: of the scores before softmax; None: D ** -0.5.
         dtype: of the arithmetic and the results; what is rounded stays so. None: the kernels', fp32 with out in
             the dtype of q.
+        prefix_len, suffix_len, prefix_valid, suffix_valid: as in `exact_attention`. amax and K's mean are of valid
+            tokens. A run of extra tokens (`fpsattention.geometry.TileGeometry`) has a scale of its own.
 
     Returns out, like q, and lse fp32 [B, H, L], natural logarithm; with `dtype`, both of it.
     Raises TypeError or ValueError that name the argument.
     """
-    q, k, v, resolved, scale = _set_up_fp8(q, k, v, grid, config, scale, tensor_layout)
+    q, k, v, valid, resolved, scale = _set_up_fp8(
+        *(q, k, v, grid, config, scale, tensor_layout),
+        *(prefix_len, suffix_len, prefix_valid, suffix_valid),
+    )
     out_dtype, dtype = dtype or q.dtype, dtype or torch.float32
 
     def compute(q8, q_scale, k8, k_scale, v8, padding):
@@ -383,19 +520,21 @@ def emulated_attention(
 
     out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
-    for window, heads in _head_slices(q, resolved):
+    for window, heads, some_valid in _head_slices(q, resolved, valid):
         some = [x[heads] for x in (q, k, v)]
         with torch.no_grad():
-            x = quantize(*(t[None] for t in some), resolved, "HND")
-            q_scale, k_scale = (s[0][:, x.tile_of_token].to(dtype) for s in (x.q_scale, x.k_scale))
-            v_scale = x.v_scale[0][:, None].to(dtype)
+            x = _quantize(*(t[:, None] for t in some), resolved, some_valid)
+            q_scale, k_scale = (s[:, 0, x.tile_of_token].to(dtype) for s in (x.q_scale, x.k_scale))
+            v_scale = x.v_scale.to(dtype)
         rounded = zip(
             some, (x.q8, x.k8, x.v8), (q_scale[..., None], k_scale[..., None], v_scale), strict=True
         )
-        q8, k8, v8 = (_StraightThrough.apply(t.to(dtype) / s, t8[0].to(dtype)) for t, t8, s in rounded)
-        some_out, some_lse = _blockwise(compute, (q8, q_scale), (k8, k_scale, v8), resolved, window, dtype)
+        q8, k8, v8 = (_StraightThrough.apply(t.to(dtype) / s, t8[:, 0].to(dtype)) for t, t8, s in rounded)
+        some_out, some_lse = _blockwise(
+            compute, (q8, q_scale), (k8, k_scale, v8), resolved, window, dtype, some_valid
+        )
         if x.k_mean is not None:
-            some_lse = some_lse + _lse_of_mean(some[0].to(dtype), x.k_mean[0], scale)
+            some_lse = some_lse + _lse_of_mean(some[0].to(dtype), x.k_mean, scale)
         out[heads] = (some_out * v_scale).to(out_dtype)
         lse[heads] = some_lse
     return to_heads_first(out, tensor_layout), lse
@@ -427,6 +566,10 @@ def emulated_backward(
     config: AttentionConfig,
     scale: float | None = None,
     tensor_layout: str = "NHD",
+    prefix_len: int = 0,
+    suffix_len: int = 0,
+    prefix_valid: torch.Tensor | None = None,
+    suffix_valid: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradient of `emulated_attention` as the kernels compute it, with the same 16-bit roundings (arXiv
     2506.04648, section 3; recomputed block by block from the lse as in arXiv 2307.08691, section 3.2).
@@ -447,12 +590,15 @@ def emulated_backward(
         q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), as in the forward.
         out, lse: what the forward returned; like q, and fp32 [B, H, L].
         dout, dlse: their gradients; no dlse: zero.
-        grid, config, scale, tensor_layout: as in the forward.
+        grid, config, scale, tensor_layout, prefix_len, suffix_len, prefix_valid, suffix_valid: as in the forward.
 
     Returns dq, dk, dv, like q.
     Raises TypeError or ValueError that name the argument.
     """
-    q, k, v, resolved, scale = _set_up_fp8(q, k, v, grid, config, scale, tensor_layout)
+    q, k, v, valid, resolved, scale = _set_up_fp8(
+        *(q, k, v, grid, config, scale, tensor_layout),
+        *(prefix_len, suffix_len, prefix_valid, suffix_valid),
+    )
     out, dout = (to_heads_first(x, tensor_layout) for x in (out, dout))
     dlse = torch.zeros_like(lse) if dlse is None else dlse
     for name, x, shape in (
@@ -463,31 +609,37 @@ def emulated_backward(
     ):
         if x.shape != shape:
             raise ValueError(f"{name}: shape {list(x.shape)}, heads first, must be {list(shape)}")
+    if valid is not None:  # zeros from here on: an invalid query has no gradient to give
+        out, dout = zero_invalid(out, valid), zero_invalid(dout, valid)
+        lse, dlse = (x.masked_fill(~valid[:, None], 0.0) for x in (lse, dlse))
 
     gradients = [torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3)]
-    for window, heads in _head_slices(q, resolved):
-        x = quantize(*(t[heads][None] for t in (q, k, v)), resolved, "HND")
-        q_scale, k_scale = (s[0][:, x.tile_of_token] for s in (x.q_scale, x.k_scale))
-        q16, k16, v16 = (_to_bf16(t[0]) for t in (x.q, x.k, x.v))
+    for window, heads, some_valid in _head_slices(q, resolved, valid):
+        x = _quantize(*(t[heads][:, None] for t in (q, k, v)), resolved, some_valid)
+        q_scale, k_scale = (s[:, 0, x.tile_of_token] for s in (x.q_scale, x.k_scale))
+        q16, k16, v16 = (_to_bf16(t[:, 0]) for t in (x.q, x.k, x.v))
         some_out, some_lse, some_dout, some_dlse = (t[heads].float() for t in (out, lse, dout, dlse))
         if x.k_mean is not None:
-            some_lse = some_lse - _lse_of_mean(q[heads].float(), x.k_mean[0], scale)
+            some_lse = some_lse - _lse_of_mean(q[heads].float(), x.k_mean, scale)
         lse2 = some_lse * LOG2E
         m = lse2.ceil()
         c = (m - lse2).exp2() / E4M3_MAX
         dout16 = _to_bf16(c[..., None] * some_dout)
         delta = c * ((some_dout * some_out).sum(-1) - some_dlse)
 
-        of_queries = (x.q8[0].float(), q_scale, q16, m, dout16, delta)
-        of_keys = (x.k8[0].float(), k_scale, k16, v16)
+        of_queries = (x.q8[:, 0].float(), q_scale, q16, m, dout16, delta)
+        of_keys = (x.k8[:, 0].float(), k_scale, k16, v16)
         dq, dk, dv = (torch.zeros_like(t) for t in (q16, k16, v16))
         for queries, keys in _chunks(resolved, window, *q16.shape[::2]):
             queries, keys = queries.to(q.device), keys.to(q.device)
             rows, seen = queries >= 0, keys >= 0
             q8, s_q, q_, m_, do, d = (t[:, queries.clamp(min=0)] for t in of_queries)
             k8, s_k, k_, v_ = (t[:, keys.clamp(min=0)] for t in of_keys)
+            unseen = ~(rows[..., None] & seen[:, None])
+            if some_valid is not None:
+                unseen = unseen | ~some_valid[:, keys.clamp(min=0)][:, :, None]
             with _ieee_matmul():
-                z = _scores(q8, s_q, k8, s_k, scale, ~(rows[..., None] & seen[:, None]))
+                z = _scores(q8, s_q, k8, s_k, scale, unseen)
                 x448 = z.sub_(m_[..., None]).exp2_().mul_(E4M3_MAX)
                 ds = _to_bf16(x448 * (do @ v_.mT - d[..., None]))
                 dq[:, queries[rows]] = (ds @ k_)[:, rows]
@@ -495,7 +647,7 @@ def emulated_backward(
                 dv.index_add_(1, keys[seen], (_to_four_bits(x448).mT @ do)[:, seen])
 
         if x.k_mean is not None:
-            dq += some_dlse[..., None] * x.k_mean[0][:, None]
+            dq += some_dlse[..., None] * x.k_mean
         for gradient, some in zip(gradients, (scale * dq, scale * dk, dv), strict=True):
             gradient[heads] = some.to(q.dtype)
     return tuple(to_heads_first(x, tensor_layout) for x in gradients)
