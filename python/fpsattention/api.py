@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import reference
 from .config import AttentionConfig
-from .ops import DTYPES, HEAD_DIMS
+from .ops import DTYPES, HEAD_DIMS, extra_tokens_obstacle
 
 BACKENDS = ("auto", "sm90", "reference")
 HOPPER = 90
@@ -32,6 +32,7 @@ class QuantizedQKV:
         grid, config, scale, tensor_layout: those of the `quantize_qkv` call.
         dtype: of Q, K, V, and so of the output.
         backend: "sm90" or "reference".
+        prefix_len, suffix_len, prefix_valid, suffix_valid: those of the `quantize_qkv` call.
     """
 
     operands: tuple[Tensor, ...]
@@ -41,6 +42,10 @@ class QuantizedQKV:
     tensor_layout: str
     dtype: torch.dtype
     backend: str
+    prefix_len: int = 0
+    suffix_len: int = 0
+    prefix_valid: Tensor | None = None
+    suffix_valid: Tensor | None = None
 
 
 def quantize_qkv(
@@ -52,12 +57,16 @@ def quantize_qkv(
     config: AttentionConfig | None = None,
     scale: float | None = None,
     tensor_layout: str = "NHD",
+    prefix_len: int = 0,
+    suffix_len: int = 0,
+    prefix_valid: Tensor | None = None,
+    suffix_valid: Tensor | None = None,
     backend: str = "auto",
 ) -> QuantizedQKV:
     """Round Q, K, V to FP8 once (arXiv 2506.04648, section 3.1); `attention` accepts the result in their place.
 
     It pays when the same Q, K, V are attended under several windows. What rounding depends on is fixed here: tile,
-    quant_tile and smooth_k; window and border may differ from call to call.
+    quant_tile and smooth_k, and the extra tokens; window and border may differ from call to call.
 
     It gives no gradient: hand Q, K, V themselves to `attention` for that.
 
@@ -66,7 +75,8 @@ def quantize_qkv(
     config = _DEFAULT_CONFIG if config is None else config
     if config.quant != "fp8":
         raise ValueError(f'config: quant={config.quant!r} rounds nothing; use quant="fp8"')
-    name, scale = _set_up(q, k, v, grid, config, scale, tensor_layout, backend)
+    extra = (prefix_len, suffix_len, prefix_valid, suffix_valid)
+    name, scale = _set_up(q, k, v, grid, config, scale, tensor_layout, backend, *extra)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise RuntimeError(
             "q, k, v: a gradient is required, but there is none of quantised tensors; call it under torch.no_grad(), "
@@ -76,9 +86,9 @@ def quantize_qkv(
     if name == "sm90":
         tile, quant_tile, _, _ = _lists(config)
         operands = torch.ops.fpsattention.quantize(
-            *operands, list(grid), tile, quant_tile, config.smooth_k, scale, tensor_layout
+            *operands, list(grid), tile, quant_tile, config.smooth_k, scale, tensor_layout, *extra
         )
-    return QuantizedQKV(tuple(operands), tuple(grid), config, scale, tensor_layout, q.dtype, name)
+    return QuantizedQKV(tuple(operands), tuple(grid), config, scale, tensor_layout, q.dtype, name, *extra)
 
 
 def attention(
@@ -91,6 +101,10 @@ def attention(
     return_lse: bool = False,
     scale: float | None = None,
     tensor_layout: str | None = None,
+    prefix_len: int = 0,
+    suffix_len: int = 0,
+    prefix_valid: Tensor | None = None,
+    suffix_valid: Tensor | None = None,
     backend: str = "auto",
     deterministic: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -103,17 +117,25 @@ def attention(
     the Hopper kernel saves the FP8 operands, out and lse; the scores are computed anew
     (`fpsattention.reference.emulated_backward` has the arithmetic).
 
+    Text and other extra tokens may lie before the video's (the prefix) and after them (the suffix): every query sees
+    their keys, and their queries see every key, whatever the window. Where a sample has fewer than its section holds,
+    say how many: the others are never read, their out is 0, their lse -inf and their gradients 0.
+
     Args:
-        q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), L = T * H * W tokens in raster order, w fastest. The
-            Hopper kernel takes bf16 and fp16, D 64 and 128, any strides with D contiguous and rows on 16 bytes. NaN or
-            Inf in an input make the rows that attend it non-finite. Or one `QuantizedQKV` as q, which brings grid,
-            scale, layout and backend with it; its config holds unless another one is given, which may differ in
-            window and border.
+        q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), L = prefix_len + T * H * W + suffix_len tokens in this
+            order, the video's in raster order, w fastest. The Hopper kernel takes bf16 and fp16, D 64 and 128, any
+            strides with D contiguous and rows on 16 bytes. NaN or Inf in a token make the rows that attend it
+            non-finite. Or one `QuantizedQKV` as q, which brings grid, scale, layout, extra tokens and backend with it;
+            its config holds unless another one is given, which may differ in window and border.
         grid: tokens (T, H, W) after patchifying.
         config: tile, window and rounding; None: FP8, dense, the planned tile.
         return_lse: also return the log-sum-exp of the scores, fp32 [B, H, L], natural logarithm.
         scale: of the scores before softmax, positive; None: D ** -0.5.
         tensor_layout: "NHD" or "HND"; None: "NHD".
+        prefix_len, suffix_len: extra tokens of every sample, at least 0. The Hopper kernel takes none yet.
+        prefix_valid, suffix_valid: int32 [B] on q's device, how many of the section's tokens are valid in each sample,
+            the first ones, from 0 to its length; None: all. Out of range they are a ValueError on the CPU outside
+            torch.compile; on a GPU, where looking would stop the device, they are clamped.
         backend: "sm90" runs on a Hopper GPU or raises RuntimeError; "reference" runs plain torch anywhere; "auto" takes
             the former where it can, else the latter, and warns once why (FPSATTENTION_STRICT=1 makes that a
             RuntimeError). See `backend_for`.
@@ -126,6 +148,8 @@ def attention(
     """
     if isinstance(q, QuantizedQKV):
         given = {"k": k, "v": v, "grid": grid, "scale": scale, "tensor_layout": tensor_layout}
+        given |= {"prefix_len": prefix_len or None, "suffix_len": suffix_len or None}  # 0: not said
+        given |= {"prefix_valid": prefix_valid, "suffix_valid": suffix_valid}
         _check_repeated(q, given | {"backend": None if backend == "auto" else backend})
         out, lse = _attend(q, q.config if config is None else _same_rounding(config, q))
         return (out, lse) if return_lse else out
@@ -133,34 +157,44 @@ def attention(
         raise TypeError("grid: is missing; give the tokens (T, H, W)")
     config = _DEFAULT_CONFIG if config is None else config
     tensor_layout = "NHD" if tensor_layout is None else tensor_layout
-    name, scale = _set_up(q, k, v, grid, config, scale, tensor_layout, backend)
+    lengths, counts = (prefix_len, suffix_len), (prefix_valid, suffix_valid)
+    name, scale = _set_up(q, k, v, grid, config, scale, tensor_layout, backend, *lengths, *counts)
+    call = {
+        "grid": grid,
+        "config": config,
+        "scale": scale,
+        "tensor_layout": tensor_layout,
+        "prefix_len": prefix_len,
+        "suffix_len": suffix_len,
+        "prefix_valid": prefix_valid,
+        "suffix_valid": suffix_valid,
+    }
     if name == "sm90":
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
+        rounding = config.smooth_k, scale, tensor_layout, deterministic
         out, lse, *_ = torch.ops.fpsattention.attention(
-            q, k, v, list(grid), *_lists(config), config.smooth_k, scale, tensor_layout, deterministic
+            q, k, v, list(grid), *_lists(config), *rounding, *lengths, *counts
         )
     elif config.quant == "fp8":
-        out, lse = reference.emulated_attention(
-            q, k, v, grid=grid, config=config, scale=scale, tensor_layout=tensor_layout
-        )
+        out, lse = reference.emulated_attention(q, k, v, **call)
     elif name == "torch":
         heads = reference.to_heads_first(q, tensor_layout).shape[1]
-        out, lse = _unquantized(q, k, v, config.resolve(grid, heads), scale, tensor_layout, return_lse)
+        resolved = config.resolve(grid, heads, *lengths)
+        out, lse = _unquantized(q, k, v, resolved, scale, tensor_layout, return_lse, *counts)
     else:
         dtype = torch.promote_types(q.dtype, torch.float32)
-        out, lse = reference.exact_attention(
-            q, k, v, grid=grid, config=config, scale=scale, tensor_layout=tensor_layout, dtype=dtype
-        )
+        out, lse = reference.exact_attention(q, k, v, **call, dtype=dtype)
         out, lse = out.to(q.dtype), lse.float()
     return (out, lse) if return_lse else out
 
 
-def _set_up(q, k, v, grid, config, scale, tensor_layout, backend) -> tuple[str, float]:
+def _set_up(q, k, v, grid, config, scale, tensor_layout, backend, *extra) -> tuple[str, float]:
     """(what runs, scale) of a call whose arguments have been checked, with a notice where that is the slow path."""
-    head_dim = reference.check_inputs(q, k, v, grid, tensor_layout)[0].shape[3]
+    head_dim = reference.check_inputs(q, k, v, grid, tensor_layout, *extra)[0].shape[3]
     scale = _checked_scale(scale, head_dim)
-    name, reason = backend_for(q, config, backend)
+    prefix_len, suffix_len, *_ = extra
+    name, reason = backend_for(q, config, backend, prefix_len, suffix_len)
     if name == "reference" and backend == "auto":
         _notice(reason)
     return name, scale
@@ -169,13 +203,20 @@ def _set_up(q, k, v, grid, config, scale, tensor_layout, backend) -> tuple[str, 
 def _attend(quantized: QuantizedQKV, config: AttentionConfig) -> tuple[Tensor, Tensor]:
     """(out, lse) of rounded operands under the config's window."""
     x = quantized
+    extra = {name: getattr(x, name) for name in ("prefix_len", "suffix_len", "prefix_valid", "suffix_valid")}
     if x.backend == "reference":
         return reference.emulated_attention(
-            *x.operands, grid=x.grid, config=config, scale=x.scale, tensor_layout=x.tensor_layout
+            *x.operands,
+            grid=x.grid,
+            config=config,
+            scale=x.scale,
+            tensor_layout=x.tensor_layout,
+            **extra,
         )
     tile, _, window, truncate = _lists(config)
     return torch.ops.fpsattention.attend(
-        *x.operands, list(x.grid), tile, window, truncate, x.scale, x.tensor_layout, x.dtype
+        *(*x.operands, list(x.grid), tile, window, truncate, x.scale, x.tensor_layout, x.dtype),
+        **extra,
     )
 
 
@@ -191,7 +232,7 @@ def _check_repeated(quantized: QuantizedQKV, given: dict) -> None:
     for name, value in given.items():
         if value is None:
             continue
-        if name in ("k", "v"):
+        if name in ("k", "v", "prefix_valid", "suffix_valid"):
             raise TypeError(f"{name}: is part of the QuantizedQKV given as q; leave it out")
         own = getattr(quantized, name)
         if (tuple(value) if name == "grid" else value) != own:
@@ -212,8 +253,10 @@ def _same_rounding(config: AttentionConfig, quantized: QuantizedQKV) -> Attentio
     return config
 
 
-def backend_for(q: Tensor, config: AttentionConfig, backend: str = "auto") -> tuple[str, str]:
-    """What `attention` would run for such a q, and why.
+def backend_for(
+    q: Tensor, config: AttentionConfig, backend: str = "auto", prefix_len: int = 0, suffix_len: int = 0
+) -> tuple[str, str]:
+    """What `attention` would run for such a q and so many extra tokens, and why.
 
     Returns (name, reason). name: "sm90", this package's Hopper kernels; "torch", which takes quant="none" on a GPU
     (FlexAttention with a BlockMask made from our plan, SDPA when dense); "reference", plain torch on any device.
@@ -228,7 +271,7 @@ def backend_for(q: Tensor, config: AttentionConfig, backend: str = "auto") -> tu
             return "torch", 'quant="none" runs on torch\'s own kernels'
         obstacle = f'q: quant="none" runs on torch\'s CUDA kernels, q is on {q.device}'
     else:
-        obstacle = _sm90_obstacle(q)
+        obstacle = _sm90_obstacle(q) or extra_tokens_obstacle(prefix_len, suffix_len)
         if obstacle is None:
             return "sm90", "FP8 on a Hopper GPU"
     if backend == "sm90":
@@ -277,12 +320,13 @@ def _lists(config: AttentionConfig) -> tuple[list[int], list[int], list[int], bo
     return list(config.tile or ()), list(config.quant_tile or ()), list(windows), config.border == "truncate"
 
 
-def _unquantized(q, k, v, resolved, scale, tensor_layout, return_lse):
+def _unquantized(q, k, v, resolved, scale, tensor_layout, return_lse, *counts):
     """quant="none" on a GPU: torch's SDPA where it can say all that is asked, else FlexAttention."""
-    if resolved.windows == (resolved.geometry.tiles,) and not return_lse:
+    everything = resolved.windows == (resolved.geometry.tiles,) and counts == (None, None)
+    if everything and not return_lse:
         heads_first = [reference.to_heads_first(x, tensor_layout) for x in (q, k, v)]
         out = F.scaled_dot_product_attention(*heads_first, scale=scale)
         return reference.to_heads_first(out, tensor_layout), None
     from .flex import flex_attention  # needs torch >= 2.5
 
-    return flex_attention(q, k, v, resolved, scale, tensor_layout)
+    return flex_attention(q, k, v, resolved, scale, tensor_layout, *counts)

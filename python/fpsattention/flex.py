@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -9,7 +10,7 @@ import torch
 
 from . import _C
 from .config import ResolvedConfig
-from .reference import to_heads_first
+from .reference import to_heads_first, valid_tokens, zero_invalid
 
 
 def _module():
@@ -43,12 +44,10 @@ def _kernel(compiled: bool) -> Callable:
 def _listed_blocks(resolved: ResolvedConfig) -> torch.Tensor:
     """bool [windows, query blocks, key blocks]: 128-row blocks with at least one attended pair of tokens."""
     geometry = resolved.geometry
-    coordinates = torch.cartesian_prod(*(torch.arange(n) for n in geometry.tiles))
     holds_tokens = (geometry.slot_tokens >= 0).reshape(-1, _C.BLOCK)[:, 0]
     listed = []
     for window in resolved.windows:
-        lo, hi = geometry.key_boxes(window, resolved.border)[:, None].unbind(-1)
-        tiles = ((coordinates >= lo) & (coordinates < hi)).all(-1)
+        tiles = geometry.tile_mask(window, resolved.border)
         blocks = tiles.repeat_interleave(geometry.blocks_per_tile, 0)
         blocks = blocks.repeat_interleave(geometry.blocks_per_tile, 1)
         listed.append(blocks & holds_tokens & holds_tokens[:, None])
@@ -56,17 +55,20 @@ def _listed_blocks(resolved: ResolvedConfig) -> torch.Tensor:
 
 
 @lru_cache(maxsize=4)
-def block_mask(resolved: ResolvedConfig, device: torch.device, compiled: bool):
+def block_mask(resolved: ResolvedConfig, device: torch.device, compiled: bool, partial_extra: bool = False):
     """The BlockMask [1, windows, rows, rows] of tokens in slot order: which key blocks every query block
     attends.
 
-    Key blocks without padding are full; the others are partial and masked by row. Compiled FlexAttention
-    visits the listed blocks only; uncompiled it knows nothing but the mask function, which then must hold the
-    window as well.
+    Key blocks without padding are full; the others are partial and masked by row. With `partial_extra` all blocks of
+    extra tokens are partial, since a sample may have fewer valid ones (`_of_valid`). Compiled FlexAttention visits the
+    listed blocks only; uncompiled it knows nothing but the mask function, which then must hold the window as well.
     """
-    valid = (resolved.geometry.slot_tokens >= 0).flatten()
+    geometry = resolved.geometry
+    token = (geometry.slot_tokens >= 0).flatten()
     listed = _listed_blocks(resolved)
-    full_block = valid.reshape(-1, _C.BLOCK).all(1)
+    full_block = token.reshape(-1, _C.BLOCK).all(1)
+    if partial_extra:
+        full_block[geometry.n_video_tiles * geometry.blocks_per_tile :] = False
 
     def lists(blocks):
         count = blocks.sum(-1, dtype=torch.int32)[None]
@@ -74,23 +76,35 @@ def block_mask(resolved: ResolvedConfig, device: torch.device, compiled: bool):
             device
         )
 
-    valid_on_device = valid.to(device)
+    token_on_device = token.to(device)
 
-    def key_is_valid(b, h, q, kv):
-        return valid_on_device[kv]
+    def key_is_token(b, h, q, kv):
+        return token_on_device[kv]
 
     listed_on_device = listed.to(device)
 
     def attended(b, h, q, kv):
         window = h if len(resolved.windows) > 1 else 0
-        return valid_on_device[kv] & listed_on_device[window, q // _C.BLOCK, kv // _C.BLOCK]
+        return token_on_device[kv] & listed_on_device[window, q // _C.BLOCK, kv // _C.BLOCK]
 
     return _module().BlockMask.from_kv_blocks(
         *lists(listed & ~full_block),
         *lists(listed & full_block),
         BLOCK_SIZE=_C.BLOCK,
-        mask_mod=key_is_valid if compiled else attended,
+        mask_mod=key_is_token if compiled else attended,
     )
+
+
+def _of_valid(mask, valid_rows: torch.Tensor):
+    """The BlockMask of one call: only keys that are valid in their sample, `valid_rows` bool [B, rows]."""
+    attended = mask.mask_mod
+
+    def attended_and_valid(b, h, q, kv):
+        return attended(b, h, q, kv) & valid_rows[b, kv]
+
+    mask = copy.copy(mask)
+    mask.mask_mod = attended_and_valid
+    return mask
 
 
 @lru_cache(maxsize=4)
@@ -111,16 +125,19 @@ def flex_attention(
     resolved: ResolvedConfig,
     scale: float,
     tensor_layout: str,
+    prefix_valid: torch.Tensor | None = None,
+    suffix_valid: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention under a window, not rounded to FP8 (arXiv 2502.04507). Differentiable on CUDA.
 
     Args:
         q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), on CUDA; elsewhere all scores are held in
             memory.
-        resolved: grid, tile, windows and border are used.
+        resolved: grid, tile, windows, border, prefix_len and suffix_len are used.
         scale: of the scores before softmax.
+        prefix_valid, suffix_valid: int32 [B], as in `fpsattention.reference.exact_attention`.
 
-    Returns out, like q, and lse fp32 [B, H, L], natural logarithm, in raster order.
+    Returns out, like q, and lse fp32 [B, H, L], natural logarithm, in the order of memory.
     Raises RuntimeError when torch is older than 2.5.
     """
     q, k, v = (to_heads_first(x, tensor_layout) for x in (q, k, v))
@@ -128,7 +145,14 @@ def flex_attention(
         return to_heads_first(q.new_empty(q.shape), tensor_layout), q.new_empty(
             q.shape[:3], dtype=torch.float32
         )
+    valid = valid_tokens(resolved.geometry, prefix_valid, suffix_valid)
     token_of_row, row_of_token = _permutation(resolved, q.device)
-    mask = block_mask(resolved, q.device, q.is_cuda)
-    out, lse = _kernel(q.is_cuda)(*(x[:, :, token_of_row] for x in (q, k, v)), mask, scale)
-    return to_heads_first(out[:, :, row_of_token], tensor_layout), lse[:, :, row_of_token]
+    mask = block_mask(resolved, q.device, q.is_cuda, valid is not None)
+    if valid is not None:
+        mask = _of_valid(mask, valid[:, token_of_row])
+    q, k, v = (zero_invalid(x, valid)[:, :, token_of_row] for x in (q, k, v))
+    out, lse = _kernel(q.is_cuda)(q, k, v, mask, scale)
+    out, lse = zero_invalid(out[:, :, row_of_token], valid), lse[:, :, row_of_token]
+    if valid is not None:
+        lse = lse.masked_fill(~valid[:, None], -torch.inf)
+    return to_heads_first(out, tensor_layout), lse

@@ -122,7 +122,9 @@ class TileGeometry:
         self.blocks_per_tile = -(-math.prod(self.tile) // _C.BLOCK)
         self.slot = self.blocks_per_tile * _C.BLOCK
         self.n_video_tiles = math.prod(self.tiles)
-        self.n_tiles = self.n_video_tiles + sum(-(-n // self.slot) for n in (self.prefix_len, self.suffix_len))
+        self.n_tiles = self.n_video_tiles + sum(
+            -(-n // self.slot) for n in (self.prefix_len, self.suffix_len)
+        )
 
     @cached_property
     def slot_tokens(self) -> torch.Tensor:
@@ -215,7 +217,9 @@ class TileGeometry:
             axis_rule(i, n, w, truncate)
             for i, n, w in zip(self.coordinates(tile_index), self.tiles, window, strict=True)
         ]
-        return torch.cat([self.tiles_in(torch.tensor([box]))[0], torch.arange(self.n_video_tiles, self.n_tiles)])
+        return torch.cat(
+            [self.tiles_in(torch.tensor([box]))[0], torch.arange(self.n_video_tiles, self.n_tiles)]
+        )
 
     def tile_mask(self, window: Triple, border: str) -> torch.Tensor:
         """bool [n_tiles, n_tiles]: which tiles (rows) attend which (columns)."""

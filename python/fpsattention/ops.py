@@ -25,7 +25,14 @@ Images = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def quantize(
-    q: Tensor, k: Tensor, v: Tensor, resolved: ResolvedConfig, scale: float, tensor_layout: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    resolved: ResolvedConfig,
+    scale: float,
+    tensor_layout: str,
+    prefix_valid: Tensor | None = None,
+    suffix_valid: Tensor | None = None,
 ) -> Images:
     """Round Q, K, V to E4M3 block images (arXiv 2506.04648, section 3.1; the format is in include/.../params.h).
 
@@ -33,6 +40,7 @@ def quantize(
         q, k, v: bf16 or fp16 CUDA tensors [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), D 64 or 128. Any strides,
             as long as D is contiguous and every row starts on 16 bytes.
         scale: of the scores before softmax; needed here only for the LSE of smoothed K.
+        prefix_valid, suffix_valid: int32 [B], how many tokens of `resolved`'s sections are valid; None: all.
 
     Returns q_blocks uint8 [B, H, blocks, bytes], kv_blocks likewise, v_amax fp32 [B, H, D], norms fp32 [B, H, 2] (the
     largest norm of a row of Q, and of K); with smooth_k also lse_shift fp32 [B, H, L] and k_mean fp32 [B, H, D], which
@@ -40,28 +48,55 @@ def quantize(
     Raises ValueError for a head_dim, dtype, stride or alignment that the kernels do not take.
     """
     return torch.ops.fpsattention.quantize(
-        q, k, v, resolved.grid, resolved.tile, resolved.quant_tile, resolved.smooth_k, scale, tensor_layout
+        *(
+            q,
+            k,
+            v,
+            resolved.grid,
+            resolved.tile,
+            resolved.quant_tile,
+            resolved.smooth_k,
+            scale,
+            tensor_layout,
+        ),
+        *(resolved.prefix_len, resolved.suffix_len, prefix_valid, suffix_valid),
     )
 
 
 def attend(
-    images: Images, resolved: ResolvedConfig, scale: float, tensor_layout: str, dtype: torch.dtype
+    images: Images,
+    resolved: ResolvedConfig,
+    scale: float,
+    tensor_layout: str,
+    dtype: torch.dtype,
+    prefix_valid: Tensor | None = None,
+    suffix_valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over what `quantize` made, under the config's windows (arXiv 2506.04648, Eq. 2).
+    """Attention over what `quantize` made, with the same valid counts, under the config's windows (arXiv 2506.04648,
+    Eq. 2).
 
-    Returns out [B, L, H, D] or [B, H, L, D] of `dtype` in raster order, and lse fp32 [B, H, L], natural logarithm.
+    Returns out [B, L, H, D] or [B, H, L, D] of `dtype`, tokens in their given order, and lse fp32 [B, H, L], natural
+    logarithm.
     """
     windows = [x for window in resolved.windows for x in window]
     return torch.ops.fpsattention.attend(
-        *images, resolved.grid, resolved.tile, windows, resolved.truncate, scale, tensor_layout, dtype
+        *(*images, resolved.grid, resolved.tile, windows, resolved.truncate, scale, tensor_layout, dtype),
+        *(resolved.prefix_len, resolved.suffix_len, prefix_valid, suffix_valid),
     )
 
 
 def decode_blocks(
-    q_blocks: Tensor, kv_blocks: Tensor, v_amax: Tensor, grid: tuple, tile: tuple, head_dim: int
+    q_blocks: Tensor,
+    kv_blocks: Tensor,
+    v_amax: Tensor,
+    grid: tuple,
+    tile: tuple,
+    head_dim: int,
+    prefix_len: int = 0,
+    suffix_len: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the block images stand for, for inspection: dequantised q, k, v, fp32 [B, L, H, D] in raster order."""
-    geometry = tile_geometry(tuple(grid), tuple(tile))
+    """What the block images stand for, for inspection: dequantised q, k, v, fp32 [B, L, H, D], tokens as given."""
+    geometry = tile_geometry(tuple(grid), tuple(tile), prefix_len, suffix_len)
     rows = geometry.slot_tokens.flatten().to(q_blocks.device)
     batch, heads, _, _ = q_blocks.shape
     image = _C.BLOCK * head_dim
@@ -93,7 +128,30 @@ def decode_blocks(
     return q, k, raster(v.flatten(-2).mT * v_scale[:, :, None, None])
 
 
-def _resolve(grid, tile, heads, quant_tile=(), windows=(), truncate=False, smooth_k=False) -> ResolvedConfig:
+def extra_tokens_obstacle(prefix_len: int, suffix_len: int) -> str | None:
+    """Why the kernels cannot run a call with so many extra tokens; None when they can."""
+    for name, length in (("prefix_len", prefix_len), ("suffix_len", suffix_len)):
+        if length:
+            return f"{name}: the Hopper kernels take no extra tokens yet, got {length}"
+    return None
+
+
+def _refuse_extra_tokens(prefix_len: int, suffix_len: int) -> None:
+    if obstacle := extra_tokens_obstacle(prefix_len, suffix_len):
+        raise NotImplementedError(obstacle)
+
+
+def _resolve(
+    grid,
+    tile,
+    heads,
+    quant_tile=(),
+    windows=(),
+    truncate=False,
+    smooth_k=False,
+    prefix_len=0,
+    suffix_len=0,
+) -> ResolvedConfig:
     """The config behind an op's integer lists. An empty tile is planned, empty windows are dense."""
     triples = tuple(tuple(windows[i : i + 3]) for i in range(0, len(windows), 3))
     config = AttentionConfig(
@@ -103,7 +161,7 @@ def _resolve(grid, tile, heads, quant_tile=(), windows=(), truncate=False, smoot
         quant_tile=tuple(quant_tile) or None,
         smooth_k=smooth_k,
     )
-    return config.resolve(tuple(grid), heads)
+    return config.resolve(tuple(grid), heads, prefix_len, suffix_len)
 
 
 def _heads_first(x: Tensor, tensor_layout: str) -> Tensor:
@@ -142,7 +200,11 @@ def _quantize_shapes(q: Tensor, k: Tensor, v: Tensor, resolved: ResolvedConfig, 
     )
 
 
-def _quantize_cuda(q, k, v, grid, tile, quant_tile, smooth_k, scale, tensor_layout) -> Images:
+def _quantize_cuda(
+    q, k, v, grid, tile, quant_tile, smooth_k, scale, tensor_layout, prefix_len=0, suffix_len=0, prefix_valid=None,
+    suffix_valid=None
+) -> Images:  # fmt: skip
+    _refuse_extra_tokens(prefix_len, suffix_len)
     heads_first = [_heads_first(x, tensor_layout) for x in (q, k, v)]
     batch, heads, tokens, head_dim = heads_first[0].shape
     resolved = _resolve(grid, tile, heads, quant_tile=quant_tile, smooth_k=smooth_k)
@@ -188,9 +250,14 @@ def _quantize_cuda(q, k, v, grid, tile, quant_tile, smooth_k, scale, tensor_layo
     return images
 
 
-def _quantize_fake(q, k, v, grid, tile, quant_tile, smooth_k, scale, tensor_layout) -> Images:
+def _quantize_fake(
+    q, k, v, grid, tile, quant_tile, smooth_k, scale, tensor_layout, prefix_len=0, suffix_len=0, prefix_valid=None,
+    suffix_valid=None
+) -> Images:  # fmt: skip
     heads = _heads_first(q, tensor_layout).shape[1]
-    resolved = _resolve(grid, tile, heads, quant_tile=quant_tile, smooth_k=smooth_k)
+    resolved = _resolve(
+        grid, tile, heads, quant_tile, smooth_k=smooth_k, prefix_len=prefix_len, suffix_len=suffix_len
+    )
     return _quantize_shapes(q, k, v, resolved, tensor_layout)
 
 
@@ -217,7 +284,12 @@ def _attend_cuda(
     scale,
     tensor_layout,
     dtype,
+    prefix_len=0,
+    suffix_len=0,
+    prefix_valid=None,
+    suffix_valid=None,
 ) -> tuple[Tensor, Tensor]:
+    _refuse_extra_tokens(prefix_len, suffix_len)
     batch, heads, head_dim = v_amax.shape
     resolved = _resolve(grid, tile, heads, windows=windows, truncate=truncate)
     out, lse = _attend_shapes(v_amax, resolved, tensor_layout, dtype)
@@ -261,8 +333,21 @@ def _attend_fake(
     scale,
     tensor_layout,
     dtype,
+    prefix_len=0,
+    suffix_len=0,
+    prefix_valid=None,
+    suffix_valid=None,
 ) -> tuple[Tensor, Tensor]:
-    resolved = _resolve(grid, tile, v_amax.shape[1], windows=windows, truncate=truncate)
+    heads = v_amax.shape[1]
+    resolved = _resolve(
+        grid,
+        tile,
+        heads,
+        windows=windows,
+        truncate=truncate,
+        prefix_len=prefix_len,
+        suffix_len=suffix_len,
+    )
     return _attend_shapes(v_amax, resolved, tensor_layout, dtype)
 
 
@@ -270,10 +355,12 @@ def _attention(quantize, attend):
     """`fpsattention::attention` of these two parts."""
 
     def attention(
-        q, k, v, grid, tile, quant_tile, windows, truncate, smooth_k, scale, tensor_layout, deterministic
-    ):
-        images = quantize(q, k, v, grid, tile, quant_tile, smooth_k, scale, tensor_layout)
-        return *attend(*images, grid, tile, windows, truncate, scale, tensor_layout, q.dtype), *images
+        q, k, v, grid, tile, quant_tile, windows, truncate, smooth_k, scale, tensor_layout, deterministic,
+        prefix_len=0, suffix_len=0, prefix_valid=None, suffix_valid=None
+    ):  # fmt: skip
+        extra = prefix_len, suffix_len, prefix_valid, suffix_valid
+        images = quantize(q, k, v, grid, tile, quant_tile, smooth_k, scale, tensor_layout, *extra)
+        return *attend(*images, grid, tile, windows, truncate, scale, tensor_layout, q.dtype, *extra), *images
 
     return attention
 
@@ -288,8 +375,9 @@ def _loadable(x: Tensor, tensor_layout: str) -> Tensor:
 
 def _attention_backward_cuda(
     dout, dlse, out, lse, q_blocks, kv_blocks, v_amax, lse_shift, k_mean, grid, tile, windows, truncate, scale,
-    tensor_layout, deterministic
+    tensor_layout, deterministic, prefix_len=0, suffix_len=0, prefix_valid=None, suffix_valid=None
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    _refuse_extra_tokens(prefix_len, suffix_len)
     batch, heads, head_dim = v_amax.shape
     resolved = _resolve(grid, tile, heads, windows=windows, truncate=truncate)
     grads = dq, dk, dv = tuple(torch.empty_like(out) for _ in range(3))
@@ -337,21 +425,24 @@ def _attention_backward_cuda(
 
 def _attention_backward_fake(
     dout, dlse, out, lse, q_blocks, kv_blocks, v_amax, lse_shift, k_mean, grid, tile, windows, truncate, scale,
-    tensor_layout, deterministic
+    tensor_layout, deterministic, prefix_len=0, suffix_len=0, prefix_valid=None, suffix_valid=None
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return torch.empty_like(out), torch.empty_like(out), torch.empty_like(out)
 
 
 def _save(ctx, inputs, output) -> None:
-    grid, tile, _, windows, truncate, _, scale, tensor_layout, deterministic = inputs[3:]
-    ctx.call = (grid, tile, windows, truncate, scale, tensor_layout, deterministic)
+    grid, tile, _, windows, truncate, _, scale, tensor_layout, deterministic, *lengths = inputs[3:-2]
+    ctx.call = (grid, tile, windows, truncate, scale, tensor_layout, deterministic, *lengths)
     out, lse, q_blocks, kv_blocks, v_amax, _, lse_shift, k_mean = output
-    ctx.save_for_backward(out, lse, q_blocks, kv_blocks, v_amax, lse_shift, k_mean)
+    ctx.save_for_backward(out, lse, q_blocks, kv_blocks, v_amax, lse_shift, k_mean, *inputs[-2:])
 
 
 def _differentiate(ctx, dout, dlse, *_):
-    grads = torch.ops.fpsattention.attention_backward(dout, dlse, *ctx.saved_tensors, *ctx.call)
-    return *grads, *[None] * 9
+    *saved, prefix_valid, suffix_valid = ctx.saved_tensors
+    grads = torch.ops.fpsattention.attention_backward(
+        dout, dlse, *saved, *ctx.call, prefix_valid, suffix_valid
+    )
+    return *grads, *[None] * 13
 
 
 def _refuse_second_derivative(ctx, *_):
@@ -361,25 +452,26 @@ def _refuse_second_derivative(ctx, *_):
     )
 
 
+_EXTRA = "int prefix_len=0, int suffix_len=0, Tensor? prefix_valid=None, Tensor? suffix_valid=None"
 _library = torch.library.Library("fpsattention", "DEF")
 _library.define(
     "quantize(Tensor q, Tensor k, Tensor v, int[] grid, int[] tile, int[] quant_tile, bool smooth_k, float scale, "
-    "str tensor_layout) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"str tensor_layout, {_EXTRA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "attend(Tensor q_blocks, Tensor kv_blocks, Tensor v_amax, Tensor norms, Tensor lse_shift, Tensor k_mean, "
-    "int[] grid, int[] tile, int[] windows, bool truncate, float scale, str tensor_layout, ScalarType dtype) "
-    "-> (Tensor, Tensor)"
+    "int[] grid, int[] tile, int[] windows, bool truncate, float scale, str tensor_layout, ScalarType dtype, "
+    f"{_EXTRA}) -> (Tensor, Tensor)"
 )
 _library.define(
     "attention(Tensor q, Tensor k, Tensor v, int[] grid, int[] tile, int[] quant_tile, int[] windows, bool truncate, "
-    "bool smooth_k, float scale, str tensor_layout, bool deterministic) "
+    f"bool smooth_k, float scale, str tensor_layout, bool deterministic, {_EXTRA}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "attention_backward(Tensor dout, Tensor dlse, Tensor out, Tensor lse, Tensor q_blocks, Tensor kv_blocks, "
     "Tensor v_amax, Tensor lse_shift, Tensor k_mean, int[] grid, int[] tile, int[] windows, bool truncate, "
-    "float scale, str tensor_layout, bool deterministic) -> (Tensor, Tensor, Tensor)"
+    f"float scale, str tensor_layout, bool deterministic, {_EXTRA}) -> (Tensor, Tensor, Tensor)"
 )
 for _name, _cuda, _fake in (
     ("quantize", _quantize_cuda, _quantize_fake),

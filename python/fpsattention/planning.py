@@ -59,7 +59,12 @@ class Plan:
         return self.candidates[0]
 
     def explain(
-        self, config: AttentionConfig | None = None, heads: int | None = None, head_dim: int = 128
+        self,
+        config: AttentionConfig | None = None,
+        heads: int | None = None,
+        head_dim: int = 128,
+        prefix_len: int = 0,
+        suffix_len: int = 0,
     ) -> str:
         """An account for people: tile, waste, window, density, work, legal windows, and what would run here.
 
@@ -67,6 +72,7 @@ class Plan:
             config: what to explain; None explains dense FP8 attention with the best tile.
             heads: number of heads; None: as many as the config has windows.
             head_dim: channels per head.
+            prefix_len, suffix_len: extra tokens before and after the grid's; all count as valid.
 
         Raises as `AttentionConfig.resolve` does.
         """
@@ -76,9 +82,8 @@ class Plan:
         if heads is None:
             per_head = config.window is not None and isinstance(config.window[0], tuple)
             heads = len(config.window) if per_head else 1
-        return "\n".join(
-            [*_explain_tile(self, config.resolve(self.grid, heads), heads, head_dim), *_explain_choice(self)]
-        )
+        resolved = config.resolve(self.grid, heads, prefix_len, suffix_len)
+        return "\n".join([*_explain_tile(self, resolved, heads, head_dim), *_explain_choice(self)])
 
 
 def plan(grid: Sequence[int], *, top: int = 3) -> Plan:
@@ -150,10 +155,15 @@ def _explain_tile(plan: Plan, resolved: ResolvedConfig, heads: int, head_dim: in
     kind = f"border {border!r}{' (dense)' if dense else ''}"
     legal = "; ".join(_legal(n, axis) for n, axis in zip(g.tiles, "thw", strict=True))
     overhead = f"; the kernel computes {computed / attended:.2f} times that" if attended else ""
+    runs = g.n_tiles - g.n_video_tiles
+    sections = (
+        f"prefix {g.prefix_len:,} and suffix {g.suffix_len:,} tokens in {runs:,} runs of up to {g.slot}"
+    )
     return [
-        f"grid     {plan.grid}: {g.n_tokens:,} tokens",
+        f"grid     {plan.grid}: {math.prod(plan.grid):,} tokens",
+        *([f"extra    {sections}, attended by all"] if runs else []),
         f"tile     {g.tile}: {math.prod(g.tile)} tokens in a slot of {g.slot} rows; "
-        f"{g.tiles} = {g.n_tiles:,} tiles; padding waste {g.waste:.1%}",
+        f"{g.tiles} = {g.n_video_tiles:,} tiles; padding waste {g.waste:.1%}",
         f"window   {windows} tiles, {kind}; density {resolved.density:.3f}",
         f"legal    windows, {legal}",
         f"work     {flops / 1e12:.3g} TFLOP forward, batch 1, heads {heads}, head_dim {head_dim}{overhead}",
@@ -186,10 +196,14 @@ def _legal(n: int, axis: str) -> str:
 
 
 def _what_runs(resolved: ResolvedConfig, head_dim: int) -> str:
+    from .ops import extra_tokens_obstacle  # ops.py imports this module, through config.py
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     if resolved.quant == "none":
         torchs = "torch SDPA" if resolved.windows == (resolved.geometry.tiles,) else "torch FlexAttention"
         return f"{torchs} on {gpu}" if gpu else f"the reference (exact attention): no GPU for {torchs}"
+    if obstacle := extra_tokens_obstacle(resolved.prefix_len, resolved.suffix_len):
+        return f"the reference (emulated FP8): {obstacle}"
     if head_dim not in (64, 128):
         return f"the reference (emulated FP8): the Hopper kernel needs head_dim 64 or 128, not {head_dim}"
     if not gpu:
