@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import brute
+import extra_cases
 from fpsattention import flex
 from fpsattention.config import AttentionConfig
-from fpsattention.reference import exact_attention
+from fpsattention.reference import exact_attention, valid_tokens
+from inputs import to_nhd
 
 pytest.importorskip("torch.nn.attention.flex_attention", reason="torch >= 2.5")
 
@@ -23,6 +25,33 @@ CONFIGS = [
 ]
 
 
+def seen_by_rows(mask, sample, h):
+    """bool [rows, rows]: what a compiled kernel makes of a BlockMask."""
+    n = mask.shape[-1]
+    index = torch.arange(n)
+    by_row = mask.mask_mod(sample, h, index[:, None], index[None, :]).expand(n, n)
+    seen = torch.zeros(n, n, dtype=torch.bool)
+    for full, count, blocks in (
+        (False, mask.kv_num_blocks, mask.kv_indices),
+        (True, mask.full_kv_num_blocks, mask.full_kv_indices),
+    ):
+        for q in range(count.shape[2]):
+            listed = blocks[0, h, q, : count[0, h, q]].tolist()
+            assert listed == sorted(set(listed)), "ascending, once"
+            for kv in listed:
+                block = slice(128 * q, 128 * q + 128), slice(128 * kv, 128 * kv + 128)
+                seen[block] = True if full else by_row[block]
+    return seen
+
+
+def in_given_order(seen, rows):
+    """bool [L, L] from bool [rows, rows]."""
+    token = rows[rows >= 0]
+    out = torch.zeros(len(token), len(token), dtype=torch.bool)
+    out[token[:, None], token[None, :]] = seen[rows >= 0][:, rows >= 0]
+    return out
+
+
 @pytest.mark.parametrize("config", [*CONFIGS, AttentionConfig(tile=(4, 4, 8), window=(1, 3, 1))])
 def test_block_mask_holds_the_attended_pairs_and_no_others(config):
     """Read as a compiled kernel reads it: full blocks whole, partial ones through the mask function."""
@@ -30,24 +59,9 @@ def test_block_mask_holds_the_attended_pairs_and_no_others(config):
     resolved = config.resolve(grid, 2)
     mask = flex.block_mask(resolved, torch.device("cpu"), compiled=True)
     rows = resolved.geometry.slot_tokens.flatten()
-    index = torch.arange(len(rows))
-    by_row = mask.mask_mod(0, 0, index[:, None], index[None, :]).expand(len(rows), len(rows))
-    token = rows[rows >= 0]
     for h, window in enumerate(resolved.windows):
-        seen = torch.zeros(len(rows), len(rows), dtype=torch.bool)
-        for full, count, blocks in (
-            (False, mask.kv_num_blocks, mask.kv_indices),
-            (True, mask.full_kv_num_blocks, mask.full_kv_indices),
-        ):
-            for q in range(count.shape[2]):
-                listed = blocks[0, h, q, : count[0, h, q]].tolist()
-                assert listed == sorted(set(listed)), "ascending, once"
-                for kv in listed:
-                    block = slice(128 * q, 128 * q + 128), slice(128 * kv, 128 * kv + 128)
-                    seen[block] = True if full else by_row[block]
-        raster = torch.zeros(len(token), len(token), dtype=torch.bool)
-        raster[token[:, None], token[None, :]] = seen[rows >= 0][:, rows >= 0]
-        assert raster.equal(brute.token_mask(grid, resolved.tile, window, config.border))
+        seen = seen_by_rows(mask, 0, h)
+        assert in_given_order(seen, rows).equal(brute.token_mask(grid, resolved.tile, window, config.border))
         assert not seen[:, rows < 0].any(), "no padding is attended"
         listed = int(mask.kv_num_blocks[0, h].sum() + mask.full_kv_num_blocks[0, h].sum())
         blocks = (-(-resolved.geometry.valid // 128)).tolist()
@@ -75,6 +89,39 @@ def test_flex_is_exact_attention(config, layout):
     )
     assert out.shape == q.shape
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+
+
+EXTRA = pytest.mark.parametrize("case", extra_cases.EXTRA_CASES.values(), ids=extra_cases.EXTRA_CASES.keys())
+
+
+@EXTRA
+def test_block_mask_of_extra_tokens(case):
+    """For every sample the pairs that query by query attend each other."""
+    resolved = case.config("none").resolve(case.grid, case.heads, case.prefix_len, case.suffix_len)
+    rows = resolved.geometry.slot_tokens.flatten()
+    valid = valid_tokens(resolved.geometry, *case.counts().values())
+    mask = flex.block_mask(resolved, torch.device("cpu"), True, valid is not None)
+    if valid is not None:
+        mask = flex._of_valid(mask, valid[:, rows.clamp(min=0)])
+    for sample in range(case.batch):
+        for h in range(len(resolved.windows)):
+            seen = seen_by_rows(mask, sample, h)
+            pairs = in_given_order(seen, rows)
+            own = case.valid(sample)  # what an invalid query sees is cleared afterwards
+            assert pairs[own].equal(case.attended(sample, h)[own])
+            assert not pairs[:, ~own].any() and not seen[:, rows < 0].any()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@EXTRA
+def test_flex_of_extra_tokens_is_exact_attention(case):
+    qkv = case.make_qkv(dtype=torch.float32)
+    resolved = case.config("none").resolve(case.grid, case.heads, case.prefix_len, case.suffix_len)
+    out, lse = flex.flex_attention(*qkv, resolved, case.scale or 0.25, case.layout, *case.counts().values())
+    expected, expected_lse = extra_cases.exact(case, *qkv)
+    assert out.shape == qkv[0].shape and lse.dtype == torch.float32
+    torch.testing.assert_close(to_nhd(out, case.layout).double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
 
 
