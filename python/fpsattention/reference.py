@@ -320,8 +320,6 @@ def _blockwise(
         keys = keys.clamp(min=0).to(q.device)
         if valid is not None:
             unseen = ~valid[:, keys][:, :, None]
-            # Where no key is valid no query is: anything finite may stand there until it is overwritten.
-            unseen &= valid.any(1)[:, None, None, None]
             padding = unseen if padding is None else unseen | padding
         args = (rows, keys, padding, *of_queries, *of_keys)
         if torch.is_grad_enabled() and any(x.requires_grad for x in (*of_queries, *of_keys)):
