@@ -42,7 +42,8 @@ def as_triple(name: str, value: Sequence[int], least: int) -> Triple:
 
 def as_length(name: str, value: int) -> int:
     """`value` as a plain int, at least 0. Raises TypeError or ValueError that name the argument."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    # torch.compile knows that a symbolic integer is an int, but not what attributes it has.
+    if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):
         raise TypeError(f"{name}: {value!r} must be an integer, at least 0")
     if operator.index(value) < 0:
         raise ValueError(f"{name}: {value} must be an integer, at least 0; nearest legal value 0")

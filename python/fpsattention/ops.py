@@ -47,20 +47,9 @@ def quantize(
     are empty without.
     Raises ValueError for a head_dim, dtype, stride or alignment that the kernels do not take.
     """
-    return torch.ops.fpsattention.quantize(
-        *(
-            q,
-            k,
-            v,
-            resolved.grid,
-            resolved.tile,
-            resolved.quant_tile,
-            resolved.smooth_k,
-            scale,
-            tensor_layout,
-        ),
-        *(resolved.prefix_len, resolved.suffix_len, prefix_valid, suffix_valid),
-    )
+    rounding = resolved.grid, resolved.tile, resolved.quant_tile, resolved.smooth_k
+    extra = resolved.prefix_len, resolved.suffix_len, prefix_valid, suffix_valid
+    return torch.ops.fpsattention.quantize(q, k, v, *rounding, scale, tensor_layout, *extra)
 
 
 def attend(
@@ -79,10 +68,9 @@ def attend(
     logarithm.
     """
     windows = [x for window in resolved.windows for x in window]
-    return torch.ops.fpsattention.attend(
-        *(*images, resolved.grid, resolved.tile, windows, resolved.truncate, scale, tensor_layout, dtype),
-        *(resolved.prefix_len, resolved.suffix_len, prefix_valid, suffix_valid),
-    )
+    what = resolved.grid, resolved.tile, windows, resolved.truncate
+    extra = resolved.prefix_len, resolved.suffix_len, prefix_valid, suffix_valid
+    return torch.ops.fpsattention.attend(*images, *what, scale, tensor_layout, dtype, *extra)
 
 
 def decode_blocks(
@@ -129,7 +117,9 @@ def decode_blocks(
 
 
 def extra_tokens_obstacle(prefix_len: int, suffix_len: int) -> str | None:
-    """Why the kernels cannot run a call with so many extra tokens; None when they can."""
+    """Why the kernels cannot run a call with so many extra tokens; None when they can. The one place that says so: the
+    ops, the choice of a backend and the plan's account ask it.
+    """
     for name, length in (("prefix_len", prefix_len), ("suffix_len", suffix_len)):
         if length:
             return f"{name}: the Hopper kernels take no extra tokens yet, got {length}"
