@@ -1,0 +1,404 @@
+"""FPSAttention in diffusers: `enable` puts it in a pipeline's or a transformer's self-attention, step by step.
+
+handle = fpsattention.integrations.diffusers.enable(pipe, schedule, dense_layers=(0, -1), dense_steps=2)
+video = pipe(prompt).frames[0]
+print(handle.report())
+handle.remove()
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..config import AttentionConfig, ResolvedConfig
+from ..geometry import Triple, as_grid
+from ..schedule import StepSchedule
+
+try:
+    import diffusers
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("diffusers is not installed: pip install 'fpsattention[diffusers]'") from error
+from packaging.version import Version
+
+# The processors repeat what the host's do, so each minor version must have been compared with them (tests).
+OLDEST, FIRST_UNTESTED = "0.42", "0.43"
+if not Version(OLDEST) <= Version(diffusers.__version__) < Version(FIRST_UNTESTED):
+    raise ImportError(
+        f"diffusers {diffusers.__version__}: FPSAttention's attention layers have not been compared with its own; "
+        f"install a version from {OLDEST} to below {FIRST_UNTESTED}: pip install 'fpsattention[diffusers]'"
+    )
+
+from .diffusers_models import MODELS, Forward, Processor  # noqa: E402  (imports what the check above is for)
+
+
+def enable(
+    model: diffusers.DiffusionPipeline | nn.Module,
+    schedule: StepSchedule,
+    *,
+    dense_layers: Collection[int] = (),
+    dense_steps: int | Collection[int] = 0,
+    shift: float | None = None,
+    backend: str = "auto",
+) -> Handle:
+    """Let the self-attention layers of a pipeline, or of a transformer, run FPSAttention.
+
+    The transformers are those of Wan2.1 and 2.2, HunyuanVideo, CogVideoX, LTX-Video and Mochi. Cross-attention, text
+    encoders and the VAE stay as they are. The token grid is read from each forward's input.
+
+    Of a pipeline all transformers are changed (Wan2.2 has two). The step is the place of the forward's timestep in
+    `pipe.scheduler.timesteps`; calls are not counted, so guidance may run as many as it likes, and a sampler may enter
+    late. Of a transformer alone, for training or another sampler, the noise level comes from the timestep (over 1000)
+    and goes to `StepSchedule.for_sigma`; samples of one batch may be in different stages. Either way a forward waits
+    for the GPU once, to read the timestep.
+
+    Works with `transformer.compile()`, `torch.compile(transformer)` and `transformer.compile_repeated_blocks()`, before
+    or after: one graph per stage. Under gradient checkpointing, run the backward of a forward before the next forward.
+
+    Args:
+        model: a pipeline, or one of its transformers.
+        schedule: the config of each stage.
+        dense_layers: layers that keep the host's own attention, counted in the order they run in; -1 is the last. Of
+            HunyuanVideo the dual-stream blocks come first.
+        dense_steps: steps that keep it: so many from the first, or a collection of them. Only of a pipeline.
+        shift: as in `StepSchedule.for_sigma`; to be given with a transformer, and only then. 1.0 for CogVideoX, whose
+            timestep is no sigma but falls evenly, as progress does.
+        backend: as in `fpsattention.attention`.
+
+    Returns the `Handle` that reports and takes it off again.
+    Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value; RuntimeError
+    when FPSAttention is on already or a layer's processor is not the host's own. During a forward: RuntimeError when
+    the host does what the processors do not know (parallelism, processors replaced, tokens outside of the grid, a
+    timestep that is none of the scheduler's).
+    """
+    if not isinstance(schedule, StepSchedule):
+        raise TypeError(f"schedule: {schedule!r} must be a StepSchedule")
+    dense_steps = _as_dense_steps(dense_steps)
+    if isinstance(model, diffusers.DiffusionPipeline):
+        if shift is not None:
+            raise ValueError(
+                f"shift: {shift!r} is for a transformer; a pipeline's scheduler tells the step; leave it out"
+            )
+        names = ("transformer", "transformer_2")
+        transformers = {x: getattr(model, x) for x in names if getattr(model, x, None) is not None}
+        if not transformers:
+            raise ValueError(f"model: {type(model).__name__} has no transformer")
+        clock = _SchedulerClock(model, schedule, dense_steps)
+    else:
+        if shift is None:
+            raise ValueError(
+                "shift: must be given with a transformer, to know how far a noise level is from clean"
+            )
+        if dense_steps:
+            raise ValueError(
+                f"dense_steps: {dense_steps!r} is for a pipeline; a transformer alone does not know its step"
+            )
+        transformers = {"transformer": model}
+        schedule.for_sigma(1.0, shift=shift)  # raises if shift is not legal
+        clock = _NoiseClock(schedule, shift)
+    hosts = [
+        _Host(name, getattr(transformer, "_orig_mod", transformer), clock, dense_layers, backend)
+        for name, transformer in transformers.items()
+    ]
+    for host in hosts:  # all have been checked: none is changed unless all can be
+        host.install()
+    return Handle(hosts, clock)
+
+
+class Handle:
+    """FPSAttention in a model, from `enable` to `remove`."""
+
+    def __init__(self, hosts: list[_Host], clock: _SchedulerClock | _NoiseClock):
+        self._hosts = hosts
+        self._clock = clock
+
+    def remove(self) -> None:
+        """Give every layer its own processor back, save one that someone else has replaced since. Can be repeated."""
+        for host in self._hosts:
+            host.remove()
+
+    def report(self, *, grid: Sequence[int] | None = None, num_steps: int | None = None) -> Report:
+        """What runs in each step and layer. `print` it.
+
+        Args:
+            grid: tokens (T, H, W); None: those of the last forward.
+            num_steps: None: those of the pipeline's last run.
+
+        Raises ValueError when one is None and no forward has told it; else as `AttentionConfig.resolve`.
+        """
+        rows = []
+        for host in self._hosts:
+            tokens = host.forward.grid if grid is None else as_grid(grid)
+            if tokens is None:
+                continue  # of Wan2.2's transformers one may not have run
+            rows += _rows(host, tokens, self._clock.configs(num_steps))
+        if not rows:
+            raise ValueError("grid: must be given, as no forward has run yet")
+        return Report(tuple(rows))
+
+
+@dataclass(frozen=True)
+class Row:
+    """Steps and layers of a transformer in which the same runs.
+
+    Attributes:
+        transformer: its name in the pipeline.
+        steps, layers: ascending.
+        config: fitted to the grid; None: the host's own dense attention.
+    """
+
+    transformer: str
+    steps: tuple[int, ...]
+    layers: tuple[int, ...]
+    config: ResolvedConfig | None
+
+    @property
+    def density(self) -> float:
+        """Attended pairs of video tokens over all pairs."""
+        return 1.0 if self.config is None else self.config.density
+
+
+@dataclass(frozen=True)
+class Report:
+    """What runs where, as `Handle.report` tells it. Its text is a table."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def density(self) -> float:
+        """Mean over the steps and layers of each transformer."""
+        weights = [len(row.steps) * len(row.layers) for row in self.rows]
+        return sum(w * row.density for w, row in zip(weights, self.rows, strict=True)) / sum(weights)
+
+    def __str__(self) -> str:
+        header = ("transformer", "steps", "layers", "attention", "tile", "window", "density", "padding")
+        table = [header, *(_cells(row) for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(x.ljust(n) for x, n in zip(row, widths, strict=True)).rstrip() for row in table]
+        return "\n".join([*lines, f"mean density: {self.density:.3f}"])
+
+
+class _Host:
+    """One transformer: its processors and the hook that sets their `Forward`."""
+
+    def __init__(self, name, transformer, clock, dense_layers, backend):
+        self.name = name
+        self.transformer = transformer
+        self.clock = clock
+        if type(transformer) not in MODELS:
+            known = ", ".join(sorted(x.__name__ for x in MODELS))
+            raise ValueError(f"model: {name} is a {type(transformer).__name__}; it must be one of {known}")
+        self.model = MODELS[type(transformer)]
+        self.layers = self.model.layers(transformer)
+        self.dense_layers = _as_dense_layers(dense_layers, len(self.layers))
+        self.signature = inspect.signature(type(transformer).forward)
+        self.forward = Forward(backend)
+        self.mask = self.text_valid = None
+        self.hooks = ()
+        self.processors: dict[int, Processor] = {}
+        for i, layer in enumerate(self.layers):
+            if type(layer.processor) is not self.model.stock:
+                advice = (
+                    "; call remove() of the handle first" if isinstance(layer.processor, Processor) else ""
+                )
+                raise RuntimeError(
+                    f"model: layer {i} of {name} has a {type(layer.processor).__name__}, where FPSAttention can only "
+                    f"take the place of {self.model.stock.__name__}{advice}"
+                )
+            if i not in self.dense_layers:
+                self.processors[i] = self.model(layer.processor, self.forward)
+
+    def install(self):
+        for i, processor in self.processors.items():
+            self.layers[i].processor = processor
+        # Hooks of a compiled module run outside of its graph, if it is not to compile them as well. The first one reads
+        # a number from the GPU.
+        before, after = (
+            torch.compiler.disable(self.before_forward),
+            torch.compiler.disable(self.after_forward),
+        )
+        self.hooks = (
+            self.transformer.register_forward_pre_hook(before, with_kwargs=True),
+            self.transformer.register_forward_hook(after),
+        )
+
+    def remove(self):
+        for i, processor in self.processors.items():
+            if self.layers[i].processor is processor:
+                self.layers[i].processor = processor.replaced
+        for hook in self.hooks:
+            hook.remove()
+
+    def after_forward(self, module, args, output):
+        if not torch.is_grad_enabled():  # else the backward may run layers again, to recompute what it needs
+            self.forward.parts = ()
+
+    def before_forward(self, module, args, kwargs):
+        if module._parallel_config is not None:
+            raise RuntimeError(
+                f"{self.name}: parallelism is switched on (enable_parallelism), which hands a layer a part of the "
+                f"tokens or heads only; FPSAttention cannot attend those"
+            )
+        for i, processor in self.processors.items():
+            if self.layers[i].processor is not processor:
+                raise RuntimeError(
+                    f"{self.name}: the processor of layer {i} has become a {type(self.layers[i].processor).__name__}, "
+                    f"so FPSAttention would not run; call remove() of the handle, and enable() again"
+                )
+        inputs = self.signature.bind(module, *args, **kwargs).arguments
+        forward = self.forward
+        forward.grid = self.model.grid(module.config, inputs)
+        mask = inputs.get("encoder_attention_mask")
+        if mask is None or mask is not self.mask:  # pipelines pass the same one in every step
+            self.mask, self.text_valid = mask, self.model.text_valid(inputs)
+        forward.text_valid = self.text_valid
+        forward.parts, forward.order = self.clock.parts(inputs["timestep"], self.model)
+
+
+class _SchedulerClock:
+    """Tells a pipeline's step by its scheduler."""
+
+    def __init__(self, pipe, schedule: StepSchedule, dense_steps: tuple[int, ...]):
+        self.pipe = pipe
+        self.schedule = schedule
+        self.dense_steps = dense_steps
+        self.timesteps: Tensor | None = None  # the scheduler's, to see when it makes new ones
+        self.steps: Tensor | None = None  # the timestep of each step, on the CPU
+
+    def parts(self, timestep: Tensor, model: type[Processor]):
+        scheduler = self.pipe.scheduler
+        if scheduler.timesteps is not self.timesteps:
+            self.timesteps = scheduler.timesteps
+            steps = scheduler.timesteps.cpu()
+            # A sampler of second order visits a timestep twice in a step.
+            self.steps = steps if scheduler.order == 1 else torch.unique_consecutive(steps)
+        configs = self.configs(len(self.steps))
+        values = set(_noisiest(timestep).tolist())
+        # The pipeline may have rounded the timestep on the way, from float32 to bfloat16 for example.
+        rounded = self.steps.to(timestep.dtype).tolist()
+        steps = [i for i, value in enumerate(rounded) if {value} == values]
+        if not steps:
+            raise RuntimeError(
+                f"timestep: {', '.join(map(str, sorted(values)))} is none of pipe.scheduler.timesteps, {rounded}; to "
+                f"train, or to sample without the pipeline, enable the transformer alone, with shift="
+            )
+        if len({configs[i] for i in steps}) > 1:
+            # Rounding made neighbours equal, and a stage begins between them: the scheduler knows which one it is at.
+            index = scheduler.step_index
+            if index is None:  # before its first step
+                index = scheduler.begin_index or 0
+            if index not in steps:
+                raise RuntimeError(
+                    f"timestep: {values.pop()} may be any of the steps {steps}, but the scheduler is at {index}"
+                )
+            steps = [index]
+        config = configs[steps[0]]
+        return (None if config is None else ((config, None),)), None
+
+    def configs(self, num_steps: int | None) -> list[AttentionConfig | None]:
+        """What runs in each step; None: the host's own attention."""
+        if num_steps is None:
+            if self.steps is None:
+                raise ValueError("num_steps: must be given, as the pipeline has not run yet")
+            num_steps = len(self.steps)
+        dense = self.dense_steps
+        if dense and dense[-1] >= num_steps:
+            raise ValueError(
+                f"dense_steps: {dense[-1]} is not a step of the sampler's {num_steps}, from 0 to {num_steps - 1}"
+            )
+        return [
+            None if i in dense else self.schedule.at(step=i, num_steps=num_steps) for i in range(num_steps)
+        ]
+
+
+class _NoiseClock:
+    """Tells the stage of each sample by its noise level."""
+
+    def __init__(self, schedule: StepSchedule, shift: float):
+        self.schedule = schedule
+        self.shift = shift
+
+    def parts(self, timestep: Tensor, model: type[Processor]):
+        sigmas = model.sigma(_noisiest(timestep).float())
+        groups = self.schedule.group_by_stage(sigmas, shift=self.shift)
+        if len(groups) == 1:
+            return ((getattr(self.schedule, *groups), None),), None
+        parts = tuple((getattr(self.schedule, stage), rows) for stage, rows in groups.items())
+        return parts, torch.cat([rows for _, rows in parts]).argsort()
+
+    def configs(self, num_steps: int | None) -> list[AttentionConfig]:
+        if num_steps is None:
+            raise ValueError("num_steps: must be given, as a transformer alone has no sampler")
+        return [self.schedule.at(step=step, num_steps=num_steps) for step in range(num_steps)]
+
+
+def _noisiest(timestep: Tensor) -> Tensor:
+    """[B]: of a timestep per token ([B, L]) the largest. Given tokens, those of an input image, have less noise."""
+    return timestep.flatten(1).amax(1) if timestep.dim() > 1 else timestep.reshape(-1)
+
+
+def _as_dense_layers(value: Collection[int], n_layers: int) -> tuple[int, ...]:
+    layers = _as_ints("dense_layers", value)
+    for layer in layers:
+        if not -n_layers <= layer < n_layers:
+            nearest = -n_layers if layer < 0 else n_layers - 1
+            raise ValueError(
+                f"dense_layers: {layer} must be from {-n_layers} to {n_layers - 1}, as the transformer has {n_layers} "
+                f"layers; nearest legal value {nearest}"
+            )
+    return tuple(sorted({layer % n_layers for layer in layers}))
+
+
+def _as_dense_steps(value: int | Collection[int]) -> tuple[int, ...]:
+    """The steps that `dense_steps` means, ascending."""
+    steps = _as_ints("dense_steps", value if isinstance(value, Collection) else (value,))
+    if min(steps, default=0) < 0:
+        raise ValueError(
+            f"dense_steps: {value!r} must be at least 0; nearest legal value for {min(steps)} is 0"
+        )
+    return tuple(sorted(set(steps))) if isinstance(value, Collection) else tuple(range(steps[0]))
+
+
+def _as_ints(name: str, value: Collection[int]) -> list[int]:
+    if not isinstance(value, Collection) or isinstance(value, str):
+        raise TypeError(f"{name}: {value!r} must be a collection of integers")
+    if any(isinstance(x, bool) or not hasattr(x, "__index__") for x in value):
+        raise TypeError(f"{name}: {value!r} must be integers")
+    return [operator.index(x) for x in value]
+
+
+def _rows(host: _Host, grid: Triple, configs: Sequence[AttentionConfig | None]) -> list[Row]:
+    steps_of: dict[AttentionConfig | None, list[int]] = {}
+    for step, config in enumerate(configs):
+        steps_of.setdefault(config, []).append(step)
+    heads = host.layers[0].heads
+    rows = [
+        Row(host.name, tuple(steps), tuple(host.processors), config and config.resolve(grid, heads))
+        for config, steps in steps_of.items()
+        if host.processors
+    ]
+    if host.dense_layers:
+        rows.append(Row(host.name, tuple(range(len(configs))), host.dense_layers, None))
+    return rows
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    start = (row.transformer, _ranges(row.steps), _ranges(row.layers))
+    if row.config is None:
+        return (*start, "the host's own", "-", "dense", "1.000", "-")
+    geometry, windows = row.config.geometry, row.config.windows
+    window = "dense" if windows == (geometry.tiles,) else str(windows[0]) if len(windows) == 1 else "per head"
+    kind = "FPSAttention, FP8" if row.config.quant == "fp8" else "FPSAttention, not rounded"
+    return (*start, kind, str(row.config.tile), window, f"{row.density:.3f}", f"{geometry.waste:.1%}")
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as "0-3,7"."""
+    starts = [x for i, x in enumerate(numbers) if i == 0 or x != numbers[i - 1] + 1]
+    ends = [x for i, x in enumerate(numbers) if i == len(numbers) - 1 or x != numbers[i + 1] - 1]
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))

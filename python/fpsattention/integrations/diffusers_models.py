@@ -1,0 +1,340 @@
+"""Attention processors for the video transformers of diffusers: one class per model holds all that is special to it.
+
+A processor takes the place of the host's in self-attention layers. It projects, normalises and rotates Q, K and V as
+the host's does and hands them to `fpsattention.attention`; steps that are to stay dense go to the host's own processor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from diffusers import (
+    CogVideoXTransformer3DModel,
+    HunyuanVideoTransformer3DModel,
+    LTXVideoTransformer3DModel,
+    MochiTransformer3DModel,
+    WanTransformer3DModel,
+)
+from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0, MochiAttnProcessor2_0
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers import transformer_ltx
+from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from torch import Tensor, nn
+
+from ..api import attention
+from ..config import AttentionConfig
+from ..geometry import Triple
+
+TRAIN_TIMESTEPS = 1000  # num_train_timesteps of all these models' schedulers
+
+
+@dataclass
+class Forward:
+    """What the layers of one transformer must know of its forward under way; set before it starts.
+
+    Attributes:
+        backend: as in `fpsattention.attention`.
+        grid: tokens (T, H, W); None before the first forward.
+        text_valid: int32 [B], real text tokens of each sample, in a model that takes padded text; else None.
+        parts: the configs to run, each with the samples it is for (int64; None: all). None: the host's own attention.
+            Empty between forwards.
+        order: int64 [B], where each sample is in the parts put one after the other; None with a single part.
+    """
+
+    backend: str
+    grid: Triple | None = None
+    text_valid: Tensor | None = None
+    parts: tuple[tuple[AttentionConfig, Tensor | None], ...] | None = ()
+    order: Tensor | None = None
+
+
+class Processor:
+    """Base of the processors. A subclass says for its model:
+
+    stock: the host's processor class whose place it takes.
+    layers: the self-attention modules of a transformer, in the order they run in.
+    grid: tokens (T, H, W), from the transformer's configuration and the arguments of its forward.
+    text_valid: see `Forward`, from the same arguments.
+    sigma: the noise level, 1 at pure noise, of a timestep that the transformer's forward gets.
+    """
+
+    stock: type
+
+    def __init__(self, replaced, forward: Forward):
+        self.replaced = replaced
+        self.forward = forward
+
+    @property
+    def _attention_backend(self):
+        """The host's choice of attention kernel (`set_attention_backend`) holds for the dense steps."""
+        return self.replaced._attention_backend
+
+    @_attention_backend.setter
+    def _attention_backend(self, value):
+        self.replaced._attention_backend = value
+
+    @staticmethod
+    def text_valid(inputs: dict) -> Tensor | None:
+        return None
+
+    @staticmethod
+    def sigma(timestep: Tensor) -> Tensor:
+        return timestep / TRAIN_TIMESTEPS
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, prefix_len: int = 0, suffix_len: int = 0) -> Tensor:
+        """q, k, v: [B, L, H, D], text before or after the video's tokens. Returns [B, L, H * D]."""
+        forward = self.forward
+        if not forward.parts:
+            raise RuntimeError(
+                "a layer was called outside of its transformer's forward, where neither the token grid nor the step is "
+                "known; call the transformer itself (not .forward, which skips hooks)"
+            )
+        if q.shape[1] != prefix_len + math.prod(forward.grid) + suffix_len:
+            raise RuntimeError(
+                f"the transformer's input has the token grid {forward.grid}, but a layer got {q.shape[1]} tokens, of "
+                f"which {prefix_len + suffix_len} are text; FPSAttention cannot tell where the others are in the video"
+            )
+        kwargs = {"grid": forward.grid, "backend": forward.backend}
+        if prefix_len or suffix_len:
+            kwargs |= {"prefix_len": prefix_len, "suffix_len": suffix_len}
+        outs = []
+        for config, rows in forward.parts:
+            part = (q, k, v) if rows is None else [x.index_select(0, rows) for x in (q, k, v)]
+            if forward.text_valid is not None:
+                valid = forward.text_valid
+                kwargs["suffix_valid"] = valid if rows is None else valid.index_select(0, rows)
+            outs.append(attention(*part, config=config, **kwargs))
+        out = outs[0] if len(outs) == 1 else torch.cat(outs).index_select(0, forward.order)
+        return out.flatten(2)
+
+
+class Wan(Processor):
+    """Wan2.1 and 2.2, text or image to video; text is attended elsewhere."""
+
+    stock = WanAttnProcessor
+
+    @staticmethod
+    def layers(transformer: WanTransformer3DModel) -> list[nn.Module]:
+        return [block.attn1 for block in transformer.blocks]
+
+    @staticmethod
+    def grid(config, inputs: dict) -> Triple:
+        return _patches(inputs["hidden_states"].shape[2:], config.patch_size)
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None
+    ) -> Tensor:
+        if self.forward.parts is None:
+            return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        _refuse(encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
+        if attn.fused_projections:
+            q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        q, k, v = _split_heads(attn, attn.norm_q(q), attn.norm_k(k), v)
+        # The host stores each angle's cosine and sine twice, for both channels of a pair.
+        cos, sin = rotary_emb[0][..., 0::2], rotary_emb[1][..., 1::2]
+        out = self.attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v)
+        return _project_out(attn, out)
+
+
+class LTXVideo(Processor):
+    """LTX-Video, text or image to video; text is attended elsewhere. Its forward gets the tokens already packed."""
+
+    stock = transformer_ltx.LTXVideoAttnProcessor
+
+    @staticmethod
+    def layers(transformer: LTXVideoTransformer3DModel) -> list[nn.Module]:
+        return [block.attn1 for block in transformer.transformer_blocks]
+
+    @staticmethod
+    def grid(config, inputs: dict) -> Triple:
+        grid = tuple(inputs.get(name) for name in ("num_frames", "height", "width"))
+        if None in grid:
+            raise ValueError(
+                f"num_frames, height, width: {grid} must all be given to LTXVideoTransformer3DModel; without them its "
+                f"packed tokens have no grid (LTXConditionPipeline gives coordinates instead and is not supported)"
+            )
+        return grid
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
+    ) -> Tensor:
+        if self.forward.parts is None:
+            return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        _refuse(encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
+        q = transformer_ltx.apply_rotary_emb(attn.norm_q(attn.to_q(hidden_states)), image_rotary_emb)
+        k = transformer_ltx.apply_rotary_emb(attn.norm_k(attn.to_k(hidden_states)), image_rotary_emb)
+        return _project_out(attn, self.attend(*_split_heads(attn, q, k, attn.to_v(hidden_states))))
+
+
+class CogVideoX(Processor):
+    """CogVideoX 1.0 and 1.5, text or image to video: text first, none of it padding to the host."""
+
+    stock = CogVideoXAttnProcessor2_0
+
+    @staticmethod
+    def layers(transformer: CogVideoXTransformer3DModel) -> list[nn.Module]:
+        return [block.attn1 for block in transformer.transformer_blocks]
+
+    @staticmethod
+    def grid(config, inputs: dict) -> Triple:
+        frames, _, height, width = inputs["hidden_states"].shape[1:]
+        p = config.patch_size
+        return _patches((frames, height, width), (config.patch_size_t or 1, p, p))
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None
+    ) -> tuple[Tensor, Tensor]:
+        if self.forward.parts is None:
+            return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        _refuse(attention_mask=attention_mask)
+        n_text = encoder_hidden_states.shape[1]
+        x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        q, k, v = _normalise(attn, *_split_heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x)))
+        if image_rotary_emb is not None:  # the 2B model has learnt positions instead
+            rotate = partial(apply_rotary_emb, freqs_cis=image_rotary_emb, sequence_dim=1)
+            q, k = (torch.cat([x[:, :n_text], rotate(x[:, n_text:])], dim=1) for x in (q, k))
+        out = _project_out(attn, self.attend(q, k, v, prefix_len=n_text))
+        return out[:, n_text:], out[:, :n_text]
+
+
+class HunyuanVideo(Processor):
+    """HunyuanVideo, text or image to video: text last, padded. Dual-stream blocks come before single-stream ones."""
+
+    stock = HunyuanVideoAttnProcessor2_0
+
+    @staticmethod
+    def layers(transformer: HunyuanVideoTransformer3DModel) -> list[nn.Module]:
+        return [x.attn for x in (*transformer.transformer_blocks, *transformer.single_transformer_blocks)]
+
+    @staticmethod
+    def grid(config, inputs: dict) -> Triple:
+        p = config.patch_size
+        return _patches(inputs["hidden_states"].shape[2:], (config.patch_size_t, p, p))
+
+    @staticmethod
+    def text_valid(inputs: dict) -> Tensor:
+        # As the host reads its mask: so many tokens from the start, wherever the ones are.
+        return inputs["encoder_attention_mask"].sum(1, dtype=torch.int32)
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
+    ) -> tuple[Tensor, Tensor]:
+        if self.forward.parts is None:
+            return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        n_video, n_text = hidden_states.shape[1], encoder_hidden_states.shape[1]
+        rotate = partial(apply_rotary_emb, freqs_cis=image_rotary_emb, sequence_dim=1)
+        if attn.add_q_proj is None:  # a single-stream block
+            x = torch.cat([hidden_states, encoder_hidden_states], dim=1)
+            q, k, v = _normalise(attn, *_split_heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x)))
+            q, k = (torch.cat([rotate(x[:, :n_video]), x[:, n_video:]], dim=1) for x in (q, k))
+        else:
+            x = hidden_states
+            q, k, v = _normalise(attn, *_split_heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x)))
+            text = _text_qkv(attn, encoder_hidden_states)
+            q, k, v = (torch.cat(pair, dim=1) for pair in zip((rotate(q), rotate(k), v), text, strict=True))
+        out = self.attend(q, k, v, suffix_len=n_text)
+        video, text = out[:, :n_video], out[:, n_video:]
+        if attn.to_out is not None:
+            video = _project_out(attn, video)
+        if attn.to_add_out is not None:
+            text = attn.to_add_out(text)
+        return video, text
+
+
+class Mochi(Processor):
+    """Mochi 1: text last, padded. Its time runs from 0 (noise) to 1000 (clean)."""
+
+    stock = MochiAttnProcessor2_0
+
+    @staticmethod
+    def layers(transformer: MochiTransformer3DModel) -> list[nn.Module]:
+        return [block.attn1 for block in transformer.transformer_blocks]
+
+    @staticmethod
+    def grid(config, inputs: dict) -> Triple:
+        return _patches(inputs["hidden_states"].shape[2:], (1, config.patch_size, config.patch_size))
+
+    @staticmethod
+    def text_valid(inputs: dict) -> Tensor:
+        mask = inputs["encoder_attention_mask"].bool()
+        if (mask[:, 1:] & ~mask[:, :-1]).any():
+            raise ValueError(
+                "encoder_attention_mask: has a real token after padding; real tokens must come first, as tokenizers "
+                "put them with padding_side='right'"
+            )
+        return mask.sum(1, dtype=torch.int32)
+
+    @staticmethod
+    def sigma(timestep: Tensor) -> Tensor:
+        return 1 - timestep / TRAIN_TIMESTEPS
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb=None
+    ) -> tuple[Tensor, Tensor]:
+        if self.forward.parts is None:
+            return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        x, n_video = hidden_states, hidden_states.shape[1]
+        q, k, v = _normalise(attn, *_split_heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x)))
+        q, k = _rotate(q, *image_rotary_emb), _rotate(k, *image_rotary_emb)
+        text = _text_qkv(attn, encoder_hidden_states)
+        q, k, v = (torch.cat(pair, dim=1) for pair in zip((q, k, v), text, strict=True))
+        out = self.attend(q, k, v, suffix_len=encoder_hidden_states.shape[1])
+        video, text = _project_out(attn, out[:, :n_video]), out[:, n_video:]
+        if not attn.context_pre_only:
+            text = attn.to_add_out(text)
+        return video, text
+
+
+MODELS: dict[type, type[Processor]] = {
+    CogVideoXTransformer3DModel: CogVideoX,
+    HunyuanVideoTransformer3DModel: HunyuanVideo,
+    LTXVideoTransformer3DModel: LTXVideo,
+    MochiTransformer3DModel: Mochi,
+    WanTransformer3DModel: Wan,
+}
+
+
+def _patches(size: Sequence[int], patch: Sequence[int]) -> Triple:
+    """Tokens (T, H, W) of a latent (T, H, W) cut in patches; a rest is cut off, as the hosts' convolutions do."""
+    return tuple(n // p for n, p in zip(size, patch, strict=True))
+
+
+def _refuse(**kwargs) -> None:
+    for name, value in kwargs.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}: was given to a self-attention layer, where FPSAttention has no place for it"
+            )
+
+
+def _split_heads(attn, *xs: Tensor) -> list[Tensor]:
+    return [x.unflatten(2, (attn.heads, -1)) for x in xs]
+
+
+def _normalise(attn, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q if attn.norm_q is None else attn.norm_q(q), k if attn.norm_k is None else attn.norm_k(k), v
+
+
+def _text_qkv(attn, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Q, K, V of text tokens that have weights of their own, [B, L, H, D]."""
+    q, k, v = _split_heads(attn, attn.add_q_proj(x), attn.add_k_proj(x), attn.add_v_proj(x))
+    q = q if attn.norm_added_q is None else attn.norm_added_q(q)
+    return q, k if attn.norm_added_k is None else attn.norm_added_k(k), v
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn channel pairs (2i, 2i + 1) of x [B, L, H, D]; cos and sin broadcast to [B, L, H, D / 2]."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+
+
+def _project_out(attn, x: Tensor) -> Tensor:
+    linear, dropout = attn.to_out
+    return dropout(linear(x))
