@@ -275,7 +275,7 @@ class _SchedulerClock:
         if scheduler.timesteps is not self.timesteps:
             self.timesteps = scheduler.timesteps
             steps = scheduler.timesteps.cpu()
-            # A sampler of second order visits a timestep twice in a step.
+            # A sampler of second order visits a noise level twice, to end a step and to begin the next.
             self.steps = steps if scheduler.order == 1 else torch.unique_consecutive(steps)
         configs = self.configs(len(self.steps))
         values = set(_noisiest(timestep).tolist())

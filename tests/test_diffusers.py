@@ -1,0 +1,449 @@
+"""fpsattention.integrations.diffusers on the real classes of diffusers, with small random weights, on the CPU."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+import fpsattention as fps
+
+diffusers = pytest.importorskip("diffusers")
+
+import tiny_diffusers as tiny  # noqa: E402  (needs diffusers)
+from fpsattention.api import _lists  # noqa: E402
+from fpsattention.integrations import diffusers_models  # noqa: E402
+from fpsattention.integrations.diffusers import enable  # noqa: E402
+
+EXACT = fps.AttentionConfig(quant="none")
+NARROW = fps.AttentionConfig(tile=(1, 2, 2), window=(1, 1, 1), quant="none")
+WIDE = fps.AttentionConfig(tile=(1, 2, 2), window=(1, 3, 3), quant="none")
+FP8 = fps.AttentionConfig(tile=(2, 2, 2))
+SAME = fps.StepSchedule(EXACT, EXACT, EXACT)
+STAGES = fps.StepSchedule(NARROW, FP8, WIDE, alpha=(0.4, 0.8))  # of 5 steps: two, two, one
+
+pytestmark = pytest.mark.filterwarnings("ignore:fpsattention runs its reference")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The tensors are too small to share out; threads would wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=tiny.MODELS)
+def model(request) -> tiny.Tiny:
+    return tiny.MODELS[request.param]()
+
+
+@pytest.fixture
+def wan() -> tiny.Tiny:
+    """A pipeline without a VAE, which leaves the transformer's share of the time."""
+    x = tiny.wan(vae=None)
+    x.kwargs["output_type"] = "latent"
+    return x
+
+
+class Recorder:
+    """How often each (transformer, step, layer, config) ran; without a config it was the host's own attention."""
+
+    def __init__(self, model: tiny.Tiny, monkeypatch):
+        self.ran: Counter = Counter()
+        self.grids = set()
+        self.step = 0
+        attention = diffusers_models.attention
+
+        def record(*args, grid, config, **kwargs):
+            self.grids.add(grid)
+            self.layer_config = config
+            return attention(*args, grid=grid, config=config, **kwargs)
+
+        def before(*_):
+            self.layer_config = None
+
+        monkeypatch.setattr(diffusers_models, "attention", record)
+        for name in model.names:
+            transformer = getattr(model.pipe, name)
+            for i, layer in enumerate(diffusers_models.MODELS[type(transformer)].layers(transformer)):
+
+                def after(*_, where=(name, i)):
+                    name, i = where
+                    self.ran[name, self.step, i, self.layer_config] += 1
+
+                layer.register_forward_pre_hook(before)
+                layer.register_forward_hook(after)
+
+    def next_step(self, pipe, step, timestep, kwargs) -> dict:
+        self.step = step + 1
+        return {}
+
+
+def inputs(batch: int = 1) -> dict:
+    g = tiny.noise(5)
+    return {
+        "hidden_states": torch.randn(batch, 16, 3, 8, 12, generator=g),
+        "encoder_hidden_states": torch.randn(batch, 8, tiny.TEXT_DIM, generator=g),
+    }
+
+
+def test_dense_and_unrounded_equals_the_host(model, monkeypatch):
+    stock = model.run()
+    recorder = Recorder(model, monkeypatch)
+    handle = enable(model.pipe, SAME)
+    ours = model.run()
+    assert {config for *_, config in recorder.ran} == {EXACT} and recorder.grids == {model.grid}
+    torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5 * stock.abs().max().item())
+    handle.remove()
+    assert torch.equal(model.run(), stock)
+
+
+def test_each_step_and_layer_runs_what_the_report_says(model, monkeypatch):
+    stock = model.run()
+    recorder = Recorder(model, monkeypatch)
+    handle = enable(model.pipe, STAGES, dense_layers=[-1], dense_steps=[1])
+    ours = model.run(callback_on_step_end=recorder.next_step)
+
+    configs = [NARROW, None, FP8, FP8, WIDE]
+    expected = {
+        (
+            "transformer" if step < model.switch else "transformer_2",
+            step,
+            layer,
+            config if layer == 0 else None,
+        )
+        for step, config in enumerate(configs)
+        for layer in range(model.layers)
+    }
+    assert set(recorder.ran) == expected
+    assert set(recorder.ran.values()) == {model.passes}
+
+    reported = {
+        (row.transformer, step, layer): row.config
+        for row in handle.report().rows
+        for step in row.steps
+        for layer in row.layers
+    }
+    assert len(reported) == len(model.names) * tiny.STEPS * model.layers
+    for name, step, layer, config in recorder.ran:
+        assert reported[name, step, layer] == (config and config.resolve(model.grid, 2))
+    assert (
+        ours - stock
+    ).abs().max() > 1e-3 * stock.abs().max()  # the host's own attention everywhere would not do
+
+
+def test_report(wan):
+    handle = enable(wan.pipe, STAGES, dense_layers=(0,), dense_steps=1)
+    with pytest.raises(ValueError, match="grid: must be given"):
+        handle.report()
+    with pytest.raises(ValueError, match="num_steps: must be given"):
+        handle.report(grid=(3, 4, 6))
+    report = handle.report(grid=(3, 4, 6), num_steps=10)
+    assert str(report).splitlines() == [
+        "transformer  steps  layers  attention                  tile       window     density  padding",
+        "transformer  0      1       the host's own             -          dense      1.000    -",
+        "transformer  1-3    1       FPSAttention, not rounded  (1, 2, 2)  (1, 1, 1)  0.056    3100.0%",
+        "transformer  4-7    1       FPSAttention, FP8          (2, 2, 2)  dense      1.000    2033.3%",
+        "transformer  8-9    1       FPSAttention, not rounded  (1, 2, 2)  (1, 2, 3)  0.333    3100.0%",
+        "transformer  0-9    0       the host's own             -          dense      1.000    -",
+        "mean density: 0.792",
+    ]
+    assert report.density == pytest.approx((10 + 1 + 3 / 18 + 4 + 2 / 3) / 20)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0),
+        tiny.flow(12.0),
+    ],
+    ids=["unipc", "heun", "euler"],
+)
+def test_step_of_any_scheduler(wan, monkeypatch, scheduler):
+    """Heun's visits every noise level twice, to end one step and to begin the next, but for the first."""
+    wan.pipe.scheduler = scheduler
+    recorder = Recorder(wan, monkeypatch)
+    enable(wan.pipe, STAGES)
+    wan.run(steps=10)
+    counts = Counter()
+    for (*_, config), n in recorder.ran.items():
+        counts[config] += n
+    visits = {NARROW: 7, FP8: 8, WIDE: 4} if scheduler.order == 2 else {NARROW: 4, FP8: 4, WIDE: 2}
+    assert counts == {config: n * wan.passes * wan.layers for config, n in visits.items()}
+
+
+def test_step_of_a_sampler_that_enters_late(wan, monkeypatch):
+    """Video to video: 3 of 5 steps, from the third on."""
+    pipe = diffusers.WanVideoToVideoPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=tiny.wan_vae(),
+        scheduler=tiny.flow(),
+        transformer=wan.pipe.transformer,
+    )
+    video = tiny.Tiny(pipe, tiny.text(8) | {"height": 64, "width": 96, "strength": 0.6}, wan.grid)
+    recorder = Recorder(video, monkeypatch)
+    enable(pipe, STAGES)
+    video.run(video=[torch.rand(9, 3, 64, 96, generator=tiny.noise())])
+    assert {config for *_, config in recorder.ran} == {FP8, WIDE}
+
+
+def test_timestep_rounded_to_that_of_its_neighbour(wan, monkeypatch):
+    """In bfloat16 the first two of 50 steps with shift 12 are both 1000: the scheduler's own count decides."""
+    recorder = Recorder(wan, monkeypatch)
+    enable(wan.pipe, fps.StepSchedule(NARROW, WIDE, WIDE, alpha=(0.02, 1)))
+    scheduler = wan.pipe.scheduler = tiny.flow(12.0)
+    scheduler.set_timesteps(50)
+    timestep, neighbour = scheduler.timesteps[:2].bfloat16()
+    assert timestep == neighbour and scheduler.timesteps[0] != scheduler.timesteps[1]
+
+    def forward():
+        recorder.ran.clear()
+        with torch.no_grad():
+            wan.pipe.transformer(**inputs(), timestep=timestep[None])
+        return {config for *_, config in recorder.ran}
+
+    assert forward() == {NARROW}
+    latent = inputs()["hidden_states"]
+    scheduler.step(latent, scheduler.timesteps[0], latent)
+    assert forward() == {WIDE}
+
+
+def test_transformer_alone_goes_by_noise_level():
+    """Samples of a batch in different stages, out of order, each as if it were alone; gradients too."""
+    transformer = tiny.wan_transformer()
+    enable(transformer, STAGES, shift=3.0)
+    x = inputs(5)
+    timesteps = torch.tensor([20.0, 990.0, 700.0, 650.0, 980.0])
+    stages = [STAGES.stage_for_sigma(t.item() / 1000, shift=3.0) for t in timesteps]
+    assert stages == ["late", "early", "mid", "mid", "early"]
+
+    def loss_of(rows):
+        transformer.zero_grad()
+        out = transformer(**{k: v[rows] for k, v in x.items()}, timestep=timesteps[rows]).sample
+        out.square().sum().backward()
+        return out.detach(), transformer.blocks[0].attn1.to_q.weight.grad.clone()
+
+    mixed, mixed_grad = loss_of(slice(None))
+    alone, grads = zip(*(loss_of(slice(i, i + 1)) for i in range(5)), strict=True)
+    torch.testing.assert_close(mixed, torch.cat(alone), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mixed_grad, sum(grads), rtol=1e-3, atol=1e-4)
+    swapped = loss_of([1, 0, 2, 3, 4])[0][[1, 0, 2, 3, 4]]
+    torch.testing.assert_close(swapped, mixed, rtol=1e-4, atol=1e-5)
+
+
+def test_noise_level_of_mochi_runs_backwards():
+    model = diffusers_models.Mochi
+    assert model.sigma(torch.tensor([0.0, 250.0, 1000.0])).tolist() == [1.0, 0.75, 0.0]
+
+
+def test_gradient_checkpointing_gives_the_same_gradient():
+    transformer = tiny.wan_transformer()
+    enable(transformer, STAGES, shift=3.0)
+
+    def gradient():
+        transformer.zero_grad()
+        transformer(**inputs(), timestep=torch.tensor([990.0])).sample.square().sum().backward()
+        return transformer.blocks[0].attn1.to_q.weight.grad.clone()
+
+    plain = gradient()
+    transformer.train()
+    transformer.enable_gradient_checkpointing()
+    assert plain.abs().max() > 0
+    assert torch.equal(gradient(), plain)
+
+
+@torch.library.custom_op("fpsattention_test::attention", mutates_args=())
+def opaque(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: list[int], tile: list[int], window: list[int]
+) -> torch.Tensor:
+    config = fps.AttentionConfig(tuple(tile) or None, tuple(window) or None, quant="none")
+    return fps.attention(q, k, v, grid=grid, config=config)
+
+
+opaque.register_fake(lambda q, *_: torch.empty_like(q))
+
+
+@pytest.mark.parametrize(
+    "how", ["module.compile", "torch.compile", "compile_repeated_blocks", "enable first"]
+)
+def test_one_graph_per_stage_under_compile(wan, monkeypatch, how):
+    """One opaque op stands for the attention, as on the sm90 backend; the reference would break the graph."""
+
+    def attention(q, k, v, *, grid, config, backend):
+        tile, _, window, _ = _lists(config)
+        return torch.ops.fpsattention_test.attention(q, k, v, list(grid), tile, window)
+
+    monkeypatch.setattr(diffusers_models, "attention", attention)
+    schedule = fps.StepSchedule(NARROW, EXACT, WIDE, alpha=(0.4, 0.8))
+    eager = enable(wan.pipe, schedule, dense_steps=1)
+    expected = wan.run(steps=10)
+    if how != "enable first":
+        eager.remove()
+
+    torch.compiler.reset()
+    counter = CompileCounter()
+    options = {"backend": counter, "fullgraph": True}
+    if how == "torch.compile":
+        wan.pipe.transformer = torch.compile(wan.pipe.transformer, **options)
+    elif how == "compile_repeated_blocks":
+        wan.pipe.transformer.compile_repeated_blocks(**options)
+    else:
+        wan.pipe.transformer.compile(**options)
+    if how != "enable first":
+        enable(wan.pipe, schedule, dense_steps=1)
+    for _ in range(2):
+        torch.testing.assert_close(wan.run(steps=10), expected, rtol=1e-4, atol=1e-5)
+        assert counter.frame_count == 4  # early, mid, late, and the host's own in the dense step
+
+
+@pytest.mark.parametrize(
+    "kwargs, error",
+    [
+        ({"schedule": EXACT}, "schedule: .* must be a StepSchedule"),
+        ({"dense_layers": [2]}, r"dense_layers: 2 must be from -2 to 1.*nearest legal value 1"),
+        ({"dense_layers": [-3]}, r"dense_layers: -3 .*nearest legal value -2"),
+        ({"dense_layers": 1}, "dense_layers: 1 must be a collection"),
+        ({"dense_layers": [0.5]}, r"dense_layers: \[0.5\] must be integers"),
+        ({"dense_steps": -1}, "dense_steps: -1 must be at least 0"),
+        ({"dense_steps": True}, "dense_steps: .* must be integers"),
+        ({"shift": 3.0}, "shift: 3.0 is for a transformer"),
+    ],
+)
+def test_bad_arguments(wan, kwargs, error):
+    with pytest.raises((TypeError, ValueError), match=error):
+        enable(wan.pipe, **{"schedule": STAGES} | kwargs)
+    enable(wan.pipe, STAGES)  # nothing was changed
+
+
+@pytest.mark.parametrize(
+    "kwargs, error",
+    [
+        ({}, "shift: must be given"),
+        ({"shift": 0}, "shift: 0 must be a positive"),
+        ({"shift": 3.0, "dense_steps": 2}, "dense_steps: .* is for a pipeline"),
+    ],
+)
+def test_bad_arguments_of_a_transformer_alone(kwargs, error):
+    with pytest.raises(ValueError, match=error):
+        enable(tiny.wan_transformer(), STAGES, **kwargs)
+
+
+def test_unknown_model():
+    with pytest.raises(
+        ValueError, match="transformer is a Linear; it must be one of CogVideoXTransformer3DModel"
+    ):
+        enable(torch.nn.Linear(1, 1), STAGES, shift=1.0)
+
+
+def test_enabled_twice(wan):
+    handle = enable(wan.pipe, STAGES)
+    with pytest.raises(RuntimeError, match="layer 0 of transformer has a Wan, .*remove"):
+        enable(wan.pipe, STAGES)
+    handle.remove()
+    handle.remove()
+    enable(wan.pipe, STAGES)
+
+
+def test_neither_of_two_transformers_is_changed_when_one_cannot_be():
+    model = tiny.wan22()
+    model.pipe.transformer_2.blocks[1].attn1.processor = lambda *_: None
+    with pytest.raises(RuntimeError, match="layer 1 of transformer_2 has a function"):
+        enable(model.pipe, STAGES)
+    assert type(model.pipe.transformer.blocks[0].attn1.processor) is diffusers_models.Wan.stock
+
+
+def test_a_processor_replaced_by_the_host_is_no_silent_fallback():
+    model = tiny.cogvideox()
+    handle = enable(model.pipe, SAME)
+    model.pipe.transformer.fuse_qkv_projections()
+    with pytest.raises(RuntimeError, match="layer 0 has become a FusedCogVideoXAttnProcessor2_0"):
+        model.run()
+    handle.remove()
+    model.run()
+
+
+def test_parallelism_is_no_silent_fallback(wan):
+    enable(wan.pipe, STAGES)
+    wan.pipe.transformer._parallel_config = object()
+    with pytest.raises(RuntimeError, match="parallelism is switched on"):
+        wan.run()
+
+
+def test_dense_steps_beyond_the_sampler(wan):
+    enable(wan.pipe, STAGES, dense_steps=6)
+    with pytest.raises(ValueError, match="dense_steps: 5 is not a step of the sampler's 5"):
+        wan.run()
+
+
+def test_timestep_that_is_none_of_the_schedulers(wan):
+    enable(wan.pipe, STAGES)
+    wan.run()
+    with pytest.raises(RuntimeError, match="timestep: 500.0 is none of pipe.scheduler.timesteps"):
+        wan.pipe.transformer(**inputs(), timestep=torch.tensor([500.0]))
+
+
+def test_call_that_skips_the_hooks(wan):
+    """Also after a forward has left its step behind."""
+    enable(wan.pipe, STAGES)
+    wan.run()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="outside of its transformer's forward"):
+        wan.pipe.transformer.forward(**inputs(), timestep=torch.tensor([1000.0]))
+
+
+def test_tokens_that_are_no_grid(wan, monkeypatch):
+    """As if the host had begun to cut its patches in another way."""
+    enable(wan.pipe, STAGES)
+    monkeypatch.setattr(diffusers_models.Wan, "grid", staticmethod(lambda config, inputs: (3, 4, 5)))
+    with pytest.raises(RuntimeError, match=r"grid \(3, 4, 5\), but a layer got 72 tokens"):
+        wan.run()
+
+
+def test_ltx_without_its_grid():
+    model = tiny.ltx()
+    enable(model.pipe, STAGES)
+    model.pipe.scheduler.set_timesteps(5)
+    with pytest.raises(ValueError, match="num_frames, height, width"):
+        model.pipe.transformer(
+            torch.randn(1, 72, 8),
+            torch.randn(1, 8, 32),
+            model.pipe.scheduler.timesteps[:1],
+            torch.ones(1, 8),
+            video_coords=torch.zeros(1, 3, 72),
+        )
+
+
+def test_mochi_with_a_hole_in_its_text():
+    model = tiny.mochi()
+    enable(model.pipe, STAGES)
+    model.kwargs["prompt_attention_mask"][0, 1] = False
+    with pytest.raises(ValueError, match="encoder_attention_mask: has a real token after padding"):
+        model.run()
+
+
+def test_attention_backend_of_the_host_holds_for_dense_steps(wan):
+    enable(wan.pipe, STAGES, dense_steps=1)
+    wan.pipe.transformer.set_attention_backend("native")
+    processor = wan.pipe.transformer.blocks[0].attn1.processor
+    assert isinstance(processor, diffusers_models.Wan) and processor.replaced._attention_backend == "native"
+    wan.pipe.transformer.reset_attention_backend()
+    assert processor.replaced._attention_backend is None
+
+
+def test_untested_version_of_the_host(monkeypatch):
+    import importlib
+
+    from fpsattention.integrations import diffusers as module
+
+    monkeypatch.setattr(diffusers, "__version__", "0.99.0")
+    with pytest.raises(ImportError, match="diffusers 0.99.0: .*install a version from"):
+        importlib.reload(module)
+    monkeypatch.undo()
+    importlib.reload(module)
