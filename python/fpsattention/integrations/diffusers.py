@@ -27,7 +27,7 @@ except ModuleNotFoundError as error:
 from packaging.version import Version
 
 # The processors repeat what the host's do, so each minor version must have been compared with them (tests).
-OLDEST, FIRST_UNTESTED = "0.42", "0.43"
+OLDEST, FIRST_UNTESTED = "0.41", "0.43"
 if not Version(OLDEST) <= Version(diffusers.__version__) < Version(FIRST_UNTESTED):
     raise ImportError(
         f"diffusers {diffusers.__version__}: FPSAttention's attention layers have not been compared with its own; "
