@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-HOSTS = ("diffusers",)
+HOSTS = ("diffusers", "lightx2v")
 
 __all__ = list(HOSTS)
 

@@ -9,7 +9,6 @@ handle.remove()
 from __future__ import annotations
 
 import inspect
-import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -34,6 +33,7 @@ if not Version(OLDEST) <= Version(diffusers.__version__) < Version(FIRST_UNTESTE
         f"install a version from {OLDEST} to below {FIRST_UNTESTED}: pip install 'fpsattention[diffusers]'"
     )
 
+from .dense import as_dense_layers, as_dense_steps, step_configs  # noqa: E402
 from .diffusers_models import MODELS, Forward, Processor  # noqa: E402  (imports what the check above is for)
 
 
@@ -78,7 +78,7 @@ def enable(
     """
     if not isinstance(schedule, StepSchedule):
         raise TypeError(f"schedule: {schedule!r} must be a StepSchedule")
-    dense_steps = _as_dense_steps(dense_steps)
+    dense_steps = as_dense_steps(dense_steps)
     if isinstance(model, diffusers.DiffusionPipeline):
         if shift is not None:
             raise ValueError(
@@ -195,7 +195,7 @@ class _Host:
             raise ValueError(f"model: {name} is a {type(transformer).__name__}; it must be one of {known}")
         self.model = MODELS[type(transformer)]
         self.layers = self.model.layers(transformer)
-        self.dense_layers = _as_dense_layers(dense_layers, len(self.layers))
+        self.dense_layers = as_dense_layers(dense_layers, len(self.layers))
         self.signature = inspect.signature(type(transformer).forward)
         self.forward = Forward(backend)
         self.mask = self.text_valid = None
@@ -300,20 +300,13 @@ class _SchedulerClock:
         config = configs[steps[0]]
         return (None if config is None else ((config, None),)), None
 
-    def configs(self, num_steps: int | None) -> list[AttentionConfig | None]:
+    def configs(self, num_steps: int | None) -> Sequence[AttentionConfig | None]:
         """What runs in each step; None: the host's own attention."""
         if num_steps is None:
             if self.steps is None:
                 raise ValueError("num_steps: must be given, as the pipeline has not run yet")
             num_steps = len(self.steps)
-        dense = self.dense_steps
-        if dense and dense[-1] >= num_steps:
-            raise ValueError(
-                f"dense_steps: {dense[-1]} is not a step of the sampler's {num_steps}, from 0 to {num_steps - 1}"
-            )
-        return [
-            None if i in dense else self.schedule.at(step=i, num_steps=num_steps) for i in range(num_steps)
-        ]
+        return step_configs(self.schedule, self.dense_steps, num_steps)
 
 
 class _NoiseClock:
@@ -331,45 +324,15 @@ class _NoiseClock:
         parts = tuple((getattr(self.schedule, stage), rows) for stage, rows in groups.items())
         return parts, torch.cat([rows for _, rows in parts]).argsort()
 
-    def configs(self, num_steps: int | None) -> list[AttentionConfig]:
+    def configs(self, num_steps: int | None) -> Sequence[AttentionConfig]:
         if num_steps is None:
             raise ValueError("num_steps: must be given, as a transformer alone has no sampler")
-        return [self.schedule.at(step=step, num_steps=num_steps) for step in range(num_steps)]
+        return step_configs(self.schedule, (), num_steps)
 
 
 def _noisiest(timestep: Tensor) -> Tensor:
     """[B]: of a timestep per token ([B, L]) the largest. Given tokens, those of an input image, have less noise."""
     return timestep.flatten(1).amax(1) if timestep.dim() > 1 else timestep.reshape(-1)
-
-
-def _as_dense_layers(value: Collection[int], n_layers: int) -> tuple[int, ...]:
-    layers = _as_ints("dense_layers", value)
-    for layer in layers:
-        if not -n_layers <= layer < n_layers:
-            nearest = -n_layers if layer < 0 else n_layers - 1
-            raise ValueError(
-                f"dense_layers: {layer} must be from {-n_layers} to {n_layers - 1}, as the transformer has {n_layers} "
-                f"layers; nearest legal value {nearest}"
-            )
-    return tuple(sorted({layer % n_layers for layer in layers}))
-
-
-def _as_dense_steps(value: int | Collection[int]) -> tuple[int, ...]:
-    """The steps that `dense_steps` means, ascending."""
-    steps = _as_ints("dense_steps", value if isinstance(value, Collection) else (value,))
-    if min(steps, default=0) < 0:
-        raise ValueError(
-            f"dense_steps: {value!r} must be at least 0; nearest legal value for {min(steps)} is 0"
-        )
-    return tuple(sorted(set(steps))) if isinstance(value, Collection) else tuple(range(steps[0]))
-
-
-def _as_ints(name: str, value: Collection[int]) -> list[int]:
-    if not isinstance(value, Collection) or isinstance(value, str):
-        raise TypeError(f"{name}: {value!r} must be a collection of integers")
-    if any(isinstance(x, bool) or not hasattr(x, "__index__") for x in value):
-        raise TypeError(f"{name}: {value!r} must be integers")
-    return [operator.index(x) for x in value]
 
 
 def _rows(host: _Host, grid: Triple, configs: Sequence[AttentionConfig | None]) -> list[Row]:

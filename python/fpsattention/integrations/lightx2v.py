@@ -1,0 +1,118 @@
+"""FPSAttention in LightX2V: `register` adds an attention type, which a model's configuration then names.
+
+    fpsattention.integrations.lightx2v.register(schedule, num_layers=40, dense_layers=(0, -1), dense_steps=2)
+    # before the model is built; in its JSON: "self_attn_1_type": "fps_attn"
+
+Written for the interface of LightX2V at f8aee98 (2026-08-21): Wan's blocks give an attention type their number, the
+scheduler and the token grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+from torch import Tensor
+
+from ..api import attention
+from ..schedule import StepSchedule
+from .dense import as_dense_layers, as_dense_steps, step_configs
+
+try:
+    from lightx2v.common.ops.attn.template import AttnWeightTemplate
+    from lightx2v.utils.registry_factory import ATTN_WEIGHT_REGISTER
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "lightx2v is not installed; it is not on PyPI: see https://github.com/ModelTC/LightX2V"
+    ) from error
+
+
+# What LightX2V passes that is used, or that one unmasked sequence in raster order has no use for.
+KNOWN = {
+    "block_idx",
+    "scheduler",
+    "grid_sizes",
+    "softmax_scale",
+    "max_seqlen_q",
+    "max_seqlen_kv",
+    "model_cls",
+}
+
+
+def register(
+    schedule: StepSchedule,
+    *,
+    num_layers: int,
+    dense_layers: Collection[int] = (),
+    dense_steps: int | Collection[int] = 0,
+    dense_type: str = "flash_attn3",
+    name: str = "fps_attn",
+    backend: str = "auto",
+) -> type:
+    """Add FPSAttention to LightX2V's attention types. It is for self-attention (self_attn_1_type) of Wan's models.
+
+    Args:
+        schedule: the config of each stage, by the scheduler's step_index and infer_steps.
+        num_layers: blocks of the transformer, `num_layers` of its configuration.
+        dense_layers: blocks that run `dense_type` instead; -1 is the last.
+        dense_steps: steps that run it: so many from the first, or a collection of them.
+        dense_type: a registered attention type of LightX2V.
+        name: under which to register. Another name allows another schedule beside it.
+        backend: as in `fpsattention.attention`.
+
+    Returns the registered class; its `apply` is what LightX2V calls.
+    Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value. During a
+    forward: RuntimeError when LightX2V does not say block, step or grid, ValueError when it asks for what FPSAttention
+    has not (masks, cross-attention, packed sequences, tokens in another order, anything unknown). Never runs dense attention unasked.
+    """
+    if not isinstance(schedule, StepSchedule):
+        raise TypeError(f"schedule: {schedule!r} must be a StepSchedule")
+    dense_layers, dense_steps = as_dense_layers(dense_layers, num_layers), as_dense_steps(dense_steps)
+    for argument, value, wanted in (("dense_type", dense_type, True), ("name", name, False)):
+        if (value in ATTN_WEIGHT_REGISTER) is not wanted:
+            rule = "must be one of" if wanted else "must be none of"
+            raise ValueError(f"{argument}: {value!r} {rule} {sorted(ATTN_WEIGHT_REGISTER.keys())}")
+
+    @ATTN_WEIGHT_REGISTER(name)
+    class FPSAttnWeight(AttnWeightTemplate):
+        def __init__(self, weight_name: str = name):
+            super().__init__(weight_name)
+            self.dense = ATTN_WEIGHT_REGISTER[dense_type]()
+
+        def apply(self, q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
+            """q, k, v: [L, H, D], one sequence in raster order. Returns [L, H * D]."""
+            missing = [x for x in ("block_idx", "scheduler", "grid_sizes") if kwargs.get(x) is None]
+            if missing:
+                raise RuntimeError(
+                    f"{', '.join(missing)}: LightX2V did not say; {name} is for the self-attention of Wan's models "
+                    f"(self_attn_1_type) in LightX2V of 2026-08 or later"
+                )
+            block, scheduler = kwargs["block_idx"], kwargs["scheduler"]
+            if not 0 <= block < num_layers:
+                raise ValueError(f"num_layers: {num_layers} was given, but there is a block {block}")
+            config = step_configs(schedule, dense_steps, scheduler.infer_steps)[scheduler.step_index]
+            if config is None or block in dense_layers:
+                return self.dense.apply(q, k, v, **kwargs)
+            for key, value in kwargs.items():
+                if key in ("cu_seqlens_q", "cu_seqlens_kv"):
+                    if value is not None and value.numel() > 2:
+                        raise ValueError(
+                            f"{key}: {value.numel() - 1} sequences are packed in one; {name} takes one"
+                        )
+                elif key not in KNOWN and (
+                    isinstance(value, Tensor) or value
+                ):  # None, False and 0 ask for nothing
+                    raise ValueError(
+                        f"{key}: {value!r} was given, but {name} does not know what to do with it"
+                    )
+            grid = tuple(int(x) for x in kwargs["grid_sizes"])
+            if not q.shape == k.shape == v.shape or q.shape[0] != math.prod(grid):
+                raise ValueError(
+                    f"grid_sizes: {grid} has {math.prod(grid)} tokens, but q, k, v have shapes {tuple(q.shape)}, "
+                    f"{tuple(k.shape)}, {tuple(v.shape)}"
+                )
+            scale = kwargs.get("softmax_scale")
+            out = attention(q[None], k[None], v[None], grid=grid, config=config, scale=scale, backend=backend)
+            return out[0].flatten(1)
+
+    return FPSAttnWeight

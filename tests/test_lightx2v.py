@@ -1,0 +1,167 @@
+"""fpsattention.integrations.lightx2v against the part of LightX2V's interface that it uses, as of f8aee98 (2026-08-21).
+
+LightX2V is not on PyPI, so its registry, the base class of attention types and the arguments of Wan's blocks are
+written down here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fpsattention as fps
+
+NARROW = fps.AttentionConfig(tile=(1, 2, 2), window=(1, 1, 1), quant="none")
+WIDE = fps.AttentionConfig(tile=(1, 2, 2), window=(1, 3, 3), quant="none")
+STAGES = fps.StepSchedule(NARROW, fps.AttentionConfig(tile=(2, 2, 2)), WIDE, alpha=(0.4, 0.8))
+GRID = (3, 4, 6)
+
+pytestmark = pytest.mark.filterwarnings("ignore:fpsattention runs its reference")
+
+
+class Register(dict):
+    """Registers by name as a decorator; a name can be taken once."""
+
+    def __call__(self, name):
+        def add(cls):
+            assert name not in self, f"{name} already exists."
+            self[name] = cls
+            return cls
+
+        return add
+
+
+class AttnWeightTemplate:
+    def __init__(self, weight_name):
+        self.weight_name = weight_name
+        self.config = {}
+
+
+class TorchSDPAWeight(AttnWeightTemplate):
+    def __init__(self):
+        self.calls = []
+
+    def apply(self, q, k, v, **kwargs):
+        self.calls.append(kwargs)
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, scale=kwargs.get("softmax_scale"))
+        return out.transpose(0, 1).flatten(1)
+
+
+@pytest.fixture
+def registry(monkeypatch) -> Register:
+    registry = Register(torch_sdpa=TorchSDPAWeight)
+    for name in ("", ".utils", ".common", ".common.ops", ".common.ops.attn"):
+        monkeypatch.setitem(sys.modules, f"lightx2v{name}", ModuleType(f"lightx2v{name}"))
+    factory = ModuleType("lightx2v.utils.registry_factory")
+    factory.ATTN_WEIGHT_REGISTER = registry
+    template = ModuleType("lightx2v.common.ops.attn.template")
+    template.AttnWeightTemplate = AttnWeightTemplate
+    for module in (factory, template):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.delitem(sys.modules, "fpsattention.integrations.lightx2v", raising=False)
+    return registry
+
+
+@pytest.fixture
+def register(registry):
+    module = importlib.import_module("fpsattention.integrations.lightx2v")
+    return lambda *args, **kwargs: module.register(
+        *args, **{"num_layers": 4, "dense_type": "torch_sdpa"} | kwargs
+    )
+
+
+@pytest.fixture
+def qkv() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(72, 2, 64, generator=generator) for _ in range(3)]
+
+
+def call(layer, qkv, *, step=0, block=1, **kwargs):
+    """As a block of Wan calls its self_attn_1."""
+    cu_seqlens = torch.tensor([0, 72], dtype=torch.int32)
+    given = {
+        "cu_seqlens_q": cu_seqlens,
+        "cu_seqlens_kv": cu_seqlens,
+        "max_seqlen_q": 72,
+        "max_seqlen_kv": 72,
+        "block_idx": block,
+        "scheduler": SimpleNamespace(step_index=step, infer_steps=5),
+        "grid_sizes": GRID,
+    }
+    q, k, v = qkv
+    return layer.apply(q=q, k=k, v=v, **given | kwargs)
+
+
+def test_each_step_and_block_runs_what_the_schedule_says(register, registry, qkv):
+    register(STAGES, dense_layers=[-1], dense_steps=[1])
+    layer = registry["fps_attn"]()
+    batch = [x[None] for x in qkv]
+    dense = TorchSDPAWeight().apply(*qkv)
+    for step in range(5):
+        for block in range(4):
+            if step == 1 or block == 3:
+                expected = dense
+            else:
+                config = STAGES.at(step=step, num_steps=5)
+                expected = fps.attention(*batch, grid=GRID, config=config)[0].flatten(1)
+                assert step in (2, 3) or (expected - dense).abs().max() > 0.1
+            torch.testing.assert_close(call(layer, qkv, step=step, block=block), expected)
+    assert len(layer.dense.calls) == 4 + 4
+    assert {x["block_idx"] for x in layer.dense.calls} == {
+        0,
+        1,
+        2,
+        3,
+    } and "max_seqlen_q" in layer.dense.calls[0]
+
+
+def test_scale_goes_through(register, qkv):
+    layer = register(STAGES)()
+    expected = fps.attention(*(x[None] for x in qkv), grid=GRID, config=NARROW, scale=0.5)[0].flatten(1)
+    torch.testing.assert_close(call(layer, qkv, softmax_scale=0.5), expected)
+
+
+@pytest.mark.parametrize(
+    "kwargs, error",
+    [
+        ({"grid_sizes": None}, "grid_sizes: LightX2V did not say"),
+        ({"scheduler": None, "block_idx": None}, "block_idx, scheduler: LightX2V did not say"),
+        ({"block_idx": 4}, "num_layers: 4 was given, but there is a block 4"),
+        ({"grid_sizes": (3, 4, 5)}, r"grid_sizes: \(3, 4, 5\) has 60 tokens"),
+        ({"cu_seqlens_kv": torch.tensor([0, 36, 72])}, "cu_seqlens_kv: 2 sequences"),
+        ({"causal": True}, "causal: True was given"),
+        ({"sol_morton_preordered": True}, "sol_morton_preordered: True was given"),
+        ({"attn_mask": torch.ones(72, 72)}, "attn_mask: "),
+    ],
+)
+def test_what_it_cannot_do_raises(register, qkv, kwargs, error):
+    with pytest.raises((RuntimeError, ValueError), match=error):
+        call(register(STAGES)(), qkv, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "kwargs, error",
+    [
+        ({"schedule": NARROW}, "schedule: .* must be a StepSchedule"),
+        ({"dense_layers": [4]}, "dense_layers: 4 must be from -4 to 3"),
+        ({"dense_type": "flash_attn9"}, r"dense_type: 'flash_attn9' must be one of \['torch_sdpa'\]"),
+        ({"name": "torch_sdpa"}, r"name: 'torch_sdpa' must be none of \['torch_sdpa'\]"),
+    ],
+)
+def test_bad_arguments(register, registry, kwargs, error):
+    with pytest.raises((TypeError, ValueError), match=error):
+        register(**{"schedule": STAGES} | kwargs)
+    assert list(registry) == ["torch_sdpa"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lightx2v") is not None, reason="LightX2V is installed")
+def test_without_lightx2v(monkeypatch):
+    monkeypatch.delitem(sys.modules, "fpsattention.integrations.lightx2v", raising=False)
+    with pytest.raises(ModuleNotFoundError, match="lightx2v is not installed"):
+        importlib.import_module("fpsattention.integrations.lightx2v")
