@@ -262,26 +262,39 @@ def test_gradient_checkpointing_gives_the_same_gradient():
 
 @torch.library.custom_op("fpsattention_test::attention", mutates_args=())
 def opaque(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: list[int], tile: list[int], window: list[int]
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grid: list[int],
+    tile: list[int],
+    window: list[int],
+    prefix_len: int = 0,
+    suffix_len: int = 0,
+    suffix_valid: torch.Tensor | None = None,
 ) -> torch.Tensor:
     config = fps.AttentionConfig(tuple(tile) or None, tuple(window) or None, quant="none")
-    return fps.attention(q, k, v, grid=grid, config=config)
+    text = {"prefix_len": prefix_len, "suffix_len": suffix_len, "suffix_valid": suffix_valid}
+    return fps.attention(q, k, v, grid=grid, config=config, **text)
 
 
 opaque.register_fake(lambda q, *_: torch.empty_like(q))
 
 
+@pytest.fixture
+def opaque_attention(monkeypatch):
+    """One op stands for the attention, as on the sm90 backend; tracing the reference would break the graph."""
+
+    def attention(q, k, v, *, grid, config, backend, **text):
+        tile, _, window, _ = _lists(config)
+        return torch.ops.fpsattention_test.attention(q, k, v, list(grid), tile, window, **text)
+
+    monkeypatch.setattr(diffusers_models, "attention", attention)
+
+
 @pytest.mark.parametrize(
     "how", ["module.compile", "torch.compile", "compile_repeated_blocks", "enable first"]
 )
-def test_one_graph_per_stage_under_compile(wan, monkeypatch, how):
-    """One opaque op stands for the attention, as on the sm90 backend; the reference would break the graph."""
-
-    def attention(q, k, v, *, grid, config, backend):
-        tile, _, window, _ = _lists(config)
-        return torch.ops.fpsattention_test.attention(q, k, v, list(grid), tile, window)
-
-    monkeypatch.setattr(diffusers_models, "attention", attention)
+def test_one_graph_per_stage_under_compile(wan, opaque_attention, how):
     schedule = fps.StepSchedule(NARROW, EXACT, WIDE, alpha=(0.4, 0.8))
     eager = enable(wan.pipe, schedule, dense_steps=1)
     expected = wan.run(steps=10)
@@ -302,6 +315,18 @@ def test_one_graph_per_stage_under_compile(wan, monkeypatch, how):
     for _ in range(2):
         torch.testing.assert_close(wan.run(steps=10), expected, rtol=1e-4, atol=1e-5)
         assert counter.frame_count == 4  # early, mid, late, and the host's own in the dense step
+
+
+@pytest.mark.parametrize("name", ["ltx", "hunyuan", "cogvideox", "mochi"])
+def test_one_graph_per_stage_of_the_other_models(opaque_attention, name):
+    model = tiny.MODELS[name]()
+    enable(model.pipe, fps.StepSchedule(NARROW, EXACT, WIDE, alpha=(0.4, 0.8)))
+    expected = model.run()
+    torch.compiler.reset()
+    counter = CompileCounter()
+    model.pipe.transformer.compile(backend=counter, fullgraph=True)
+    torch.testing.assert_close(model.run(), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    assert counter.frame_count == 3
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,8 @@ def register(
     Returns the registered class; its `apply` is what LightX2V calls.
     Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value. During a
     forward: RuntimeError when LightX2V does not say block, step or grid, ValueError when it asks for what FPSAttention
-    has not (masks, cross-attention, packed sequences, tokens in another order, anything unknown). Never runs dense attention unasked.
+    has not (masks, cross-attention, packed sequences, tokens in another order, anything unknown). It never runs dense
+    attention unasked.
     """
     if not isinstance(schedule, StepSchedule):
         raise TypeError(f"schedule: {schedule!r} must be a StepSchedule")
