@@ -142,6 +142,8 @@ def test_report(wan):
         handle.report()
     with pytest.raises(ValueError, match="num_steps: must be given"):
         handle.report(grid=(3, 4, 6))
+    with pytest.raises(ValueError, match="num_steps: 0 must be an integer, at least 1"):
+        handle.report(grid=(3, 4, 6), num_steps=0)
     report = handle.report(grid=(3, 4, 6), num_steps=10)
     assert str(report).splitlines() == [
         "transformer  steps  layers  attention                  tile       window     density  padding",
@@ -451,6 +453,20 @@ def test_mochi_with_a_hole_in_its_text():
     model.kwargs["prompt_attention_mask"][0, 1] = False
     with pytest.raises(ValueError, match="encoder_attention_mask: has a real token after padding"):
         model.run()
+
+
+def test_prompt_of_another_length():
+    """Valid text tokens are those of this call, not of the one before: HunyuanVideo's are 7 of 11, then 3."""
+    model = tiny.hunyuan()
+    stocks = []
+    for valid in (7, 3):
+        model.kwargs |= tiny.masks(11, valid)
+        stocks.append(model.run())
+    enable(model.pipe, SAME)
+    for valid, stock in zip((7, 3), stocks, strict=True):
+        model.kwargs |= tiny.masks(11, valid)
+        torch.testing.assert_close(model.run(), stock, rtol=1e-4, atol=1e-5)
+    assert (stocks[0] - stocks[1]).abs().max() > 1e-3
 
 
 def test_attention_backend_of_the_host_holds_for_dense_steps(wan):

@@ -16,8 +16,9 @@ def step_configs(
 ) -> tuple[AttentionConfig | None, ...]:
     """The config of each step; None: the host's own attention. `dense_steps` is as from `as_dense_steps`.
 
-    Raises ValueError when one of them is no step of the sampler.
+    Raises ValueError when one of them is no step of the sampler; else as `StepSchedule.at`.
     """
+    schedule.at(step=0, num_steps=num_steps)  # raises if num_steps is not legal
     if dense_steps and dense_steps[-1] >= num_steps:
         raise ValueError(
             f"dense_steps: {dense_steps[-1]} is not a step of the sampler's {num_steps}, from 0 to {num_steps - 1}"
@@ -28,6 +29,7 @@ def step_configs(
 
 
 def as_dense_layers(value: Collection[int], n_layers: int) -> tuple[int, ...]:
+    """The layers that `dense_layers` means, ascending, from 0; negative numbers count from the end."""
     layers = _as_ints("dense_layers", value)
     for layer in layers:
         if not -n_layers <= layer < n_layers:

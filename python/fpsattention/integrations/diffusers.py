@@ -55,7 +55,7 @@ def enable(
     `pipe.scheduler.timesteps`; calls are not counted, so guidance may run as many as it likes, and a sampler may enter
     late. Of a transformer alone, for training or another sampler, the noise level comes from the timestep (over 1000)
     and goes to `StepSchedule.for_sigma`; samples of one batch may be in different stages. Either way a forward waits
-    for the GPU once, to read the timestep.
+    for the GPU once, to read the timestep (Mochi's twice, to check its mask).
 
     Works with `transformer.compile()`, `torch.compile(transformer)` and `transformer.compile_repeated_blocks()`, before
     or after: one graph per stage. Under gradient checkpointing, run the backward of a forward before the next forward.
@@ -198,7 +198,6 @@ class _Host:
         self.dense_layers = as_dense_layers(dense_layers, len(self.layers))
         self.signature = inspect.signature(type(transformer).forward)
         self.forward = Forward(backend)
-        self.mask = self.text_valid = None
         self.hooks = ()
         self.processors: dict[int, Processor] = {}
         for i, layer in enumerate(self.layers):
@@ -216,12 +215,10 @@ class _Host:
     def install(self):
         for i, processor in self.processors.items():
             self.layers[i].processor = processor
-        # Hooks of a compiled module run outside of its graph, if it is not to compile them as well. The first one reads
-        # a number from the GPU.
-        before, after = (
-            torch.compiler.disable(self.before_forward),
-            torch.compiler.disable(self.after_forward),
-        )
+        # Hooks of a compiled module run outside of its graph. Nor are they to be compiled themselves: they would be for
+        # every timestep anew.
+        before = torch.compiler.disable(self.before_forward)
+        after = torch.compiler.disable(self.after_forward)
         self.hooks = (
             self.transformer.register_forward_pre_hook(before, with_kwargs=True),
             self.transformer.register_forward_hook(after),
@@ -253,10 +250,7 @@ class _Host:
         inputs = self.signature.bind(module, *args, **kwargs).arguments
         forward = self.forward
         forward.grid = self.model.grid(module.config, inputs)
-        mask = inputs.get("encoder_attention_mask")
-        if mask is None or mask is not self.mask:  # pipelines pass the same one in every step
-            self.mask, self.text_valid = mask, self.model.text_valid(inputs)
-        forward.text_valid = self.text_valid
+        forward.text_valid = self.model.text_valid(inputs)
         forward.parts, forward.order = self.clock.parts(inputs["timestep"], self.model)
 
 

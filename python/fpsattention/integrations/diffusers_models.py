@@ -104,12 +104,14 @@ class Processor:
             kwargs |= {"prefix_len": prefix_len, "suffix_len": suffix_len}
         outs = []
         for config, rows in forward.parts:
-            part = (q, k, v) if rows is None else [x.index_select(0, rows) for x in (q, k, v)]
+            part = (q, k, v) if rows is None else [x[rows] for x in (q, k, v)]
             if forward.text_valid is not None:
-                valid = forward.text_valid
-                kwargs["suffix_valid"] = valid if rows is None else valid.index_select(0, rows)
+                valid = forward.text_valid if rows is None else forward.text_valid[rows]
+                kwargs["suffix_valid"] = valid.to(
+                    q.device
+                )  # the host may move inputs after the hook has seen them
             outs.append(attention(*part, config=config, **kwargs))
-        out = outs[0] if len(outs) == 1 else torch.cat(outs).index_select(0, forward.order)
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)[forward.order]
         return out.flatten(2)
 
 
