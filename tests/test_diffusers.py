@@ -12,6 +12,7 @@ import fpsattention as fps
 
 diffusers = pytest.importorskip("diffusers")
 
+import brute  # noqa: E402
 import tiny_diffusers as tiny  # noqa: E402  (needs diffusers)
 from fpsattention.api import _lists  # noqa: E402
 from fpsattention.integrations import diffusers_models  # noqa: E402
@@ -102,6 +103,34 @@ def test_dense_and_unrounded_equals_the_host(model, monkeypatch):
     assert torch.equal(model.run(), stock)
 
 
+def test_a_window_is_that_window_in_the_hosts_own_attention(model, monkeypatch):
+    """The oracle is the host with a mask over its video tokens; text sees all and is seen by all."""
+    config = fps.AttentionConfig(tile=(1, 2, 3), window=(3, 1, 1), quant="none")
+    handle = enable(model.pipe, fps.StepSchedule(config, config, config))
+    ours = model.run()
+    handle.remove()
+
+    video = brute.token_mask(model.grid, config.tile, config.window, config.border)
+    text_first = isinstance(model.pipe, diffusers.CogVideoXPipeline)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def masked(query, key, value, attn_mask=None, **kwargs):
+        n_text = query.shape[2] - len(video)
+        if query.shape == key.shape and query.shape[1] == 2 and n_text >= 0:  # the VAE has one head
+            window = torch.nn.functional.pad(
+                video, (n_text, 0) * 2 if text_first else (0, n_text) * 2, value=True
+            )
+            attn_mask = window if attn_mask is None else attn_mask & window
+        return sdpa(query, key, value, attn_mask=attn_mask, **kwargs)
+
+    dense = model.run()
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", masked)
+    expected = model.run()
+    size = expected.abs().max().item()
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5 * size)
+    assert (expected - dense).abs().max() > 2e-3 * size
+
+
 def test_each_step_and_layer_runs_what_the_report_says(model, monkeypatch):
     stock = model.run()
     recorder = Recorder(model, monkeypatch)
@@ -179,6 +208,19 @@ def test_step_of_any_scheduler(wan, monkeypatch, scheduler):
         counts[config] += n
     visits = {NARROW: 7, FP8: 8, WIDE: 4} if scheduler.order == 2 else {NARROW: 4, FP8: 4, WIDE: 2}
     assert counts == {config: n * wan.passes * wan.layers for config, n in visits.items()}
+
+
+def test_step_by_the_noisiest_token(monkeypatch):
+    """Tokens of a given image have timestep 0 at every step."""
+    model = tiny.wan_ti2v()
+    recorder = Recorder(model, monkeypatch)
+    enable(model.pipe, STAGES)
+    model.pipe.scheduler.set_timesteps(5)
+    timestep = model.pipe.scheduler.timesteps[2].repeat(1, 72)
+    timestep[:, :24] = 0
+    with torch.no_grad():
+        model.pipe.transformer(**inputs(), timestep=timestep)
+    assert {config for *_, config in recorder.ran} == {FP8}
 
 
 def test_step_of_a_sampler_that_enters_late(wan, monkeypatch):

@@ -106,10 +106,10 @@ class Processor:
         for config, rows in forward.parts:
             part = (q, k, v) if rows is None else [x[rows] for x in (q, k, v)]
             if forward.text_valid is not None:
-                valid = forward.text_valid if rows is None else forward.text_valid[rows]
-                kwargs["suffix_valid"] = valid.to(
+                valid = forward.text_valid.to(
                     q.device
-                )  # the host may move inputs after the hook has seen them
+                )  # the host may move its inputs after the hook has seen them
+                kwargs["suffix_valid"] = valid if rows is None else valid[rows]
             outs.append(attention(*part, config=config, **kwargs))
         out = outs[0] if len(outs) == 1 else torch.cat(outs)[forward.order]
         return out.flatten(2)
