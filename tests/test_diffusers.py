@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections import Counter
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+import brute
 import fpsattention as fps
+from fpsattention.api import _lists
 
-diffusers = pytest.importorskip("diffusers")
+try:
+    import diffusers
 
-import brute  # noqa: E402
-import tiny_diffusers as tiny  # noqa: E402  (needs diffusers)
-from fpsattention.api import _lists  # noqa: E402
-from fpsattention.integrations import diffusers_models  # noqa: E402
-from fpsattention.integrations.diffusers import enable  # noqa: E402
+    import tiny_diffusers as tiny
+    from fpsattention.integrations import diffusers_models
+    from fpsattention.integrations.diffusers import enable
+except ImportError as error:  # not installed, or a version that was not compared
+    if os.environ.get("CI"):
+        raise
+    pytest.skip(str(error), allow_module_level=True)
 
 EXACT = fps.AttentionConfig(quant="none")
 NARROW = fps.AttentionConfig(tile=(1, 2, 2), window=(1, 1, 1), quant="none")
@@ -25,7 +32,10 @@ FP8 = fps.AttentionConfig(tile=(2, 2, 2))
 SAME = fps.StepSchedule(EXACT, EXACT, EXACT)
 STAGES = fps.StepSchedule(NARROW, FP8, WIDE, alpha=(0.4, 0.8))  # of 5 steps: two, two, one
 
-pytestmark = pytest.mark.filterwarnings("ignore:fpsattention runs its reference")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:fpsattention runs its reference"),
+    pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),  # Mochi's, of float32
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -521,10 +531,7 @@ def test_attention_backend_of_the_host_holds_for_dense_steps(wan):
 
 
 def test_untested_version_of_the_host(monkeypatch):
-    import importlib
-
-    from fpsattention.integrations import diffusers as module
-
+    module = importlib.import_module("fpsattention.integrations.diffusers")
     monkeypatch.setattr(diffusers, "__version__", "0.99.0")
     with pytest.raises(ImportError, match="diffusers 0.99.0: .*install a version from"):
         importlib.reload(module)
