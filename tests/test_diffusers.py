@@ -298,6 +298,18 @@ def test_noise_level_of_mochi_runs_backwards():
     assert model.sigma(torch.tensor([0.0, 250.0, 1000.0])).tolist() == [1.0, 0.75, 0.0]
 
 
+def test_autocast():
+    """float32 weights, bfloat16 arithmetic: the usual training. The difference is bfloat16's."""
+    transformer = tiny.wan_transformer()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stock = transformer(**inputs(), timestep=torch.tensor([500.0])).sample
+        enable(transformer, SAME, shift=3.0)
+        ours = transformer(**inputs(), timestep=torch.tensor([500.0])).sample
+    torch.testing.assert_close(ours, stock, rtol=2e-2, atol=2e-2 * stock.std().item())
+    ours.float().square().sum().backward()
+    assert transformer.blocks[0].attn1.to_q.weight.grad.abs().max() > 0
+
+
 def test_gradient_checkpointing_gives_the_same_gradient():
     transformer = tiny.wan_transformer()
     enable(transformer, STAGES, shift=3.0)

@@ -99,6 +99,9 @@ class Processor:
                 f"the transformer's input has the token grid {forward.grid}, but a layer got {q.shape[1]} tokens, of "
                 f"which {prefix_len + suffix_len} are text; FPSAttention cannot tell where the others are in the video"
             )
+        device = q.device.type
+        if torch.is_autocast_enabled(device):  # as torch's own attention does there
+            q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
         kwargs = {"grid": forward.grid, "backend": forward.backend}
         if prefix_len or suffix_len:
             kwargs |= {"prefix_len": prefix_len, "suffix_len": suffix_len}
@@ -106,11 +109,11 @@ class Processor:
         for config, rows in forward.parts:
             part = (q, k, v) if rows is None else [x[rows] for x in (q, k, v)]
             if forward.text_valid is not None:
-                valid = forward.text_valid.to(
-                    q.device
-                )  # the host may move its inputs after the hook has seen them
+                # The host may move its inputs to another device after the hook has seen them.
+                valid = forward.text_valid.to(q.device)
                 kwargs["suffix_valid"] = valid if rows is None else valid[rows]
-            outs.append(attention(*part, config=config, **kwargs))
+            with torch.autocast(device, enabled=False):  # rounding is the config's business
+                outs.append(attention(*part, config=config, **kwargs))
         out = outs[0] if len(outs) == 1 else torch.cat(outs)[forward.order]
         return out.flatten(2)
 
