@@ -18,12 +18,10 @@ from common import (
     TRAINING,
     GpuMonitor,
     Record,
-    Timing,
     attention_flops,
-    first_line,
-    time_interleaved,
 )
 from contenders import TOLERANCE_8_BIT, Contender, as_hnd, cudnn, flex, ours
+from fpsattention.timing import Timing, first_line, time_interleaved
 from shapes import Shape
 
 # Operations of a pass in units of the forward's: five products instead of two.

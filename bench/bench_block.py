@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import CUDNN, OURS, STEP, GpuMonitor, Record, Timing, first_line, time_interleaved
+from common import CUDNN, OURS, STEP, GpuMonitor, Record
 from contenders import Contender, as_nhd, cudnn, ours
 from fpsattention import video
+from fpsattention.timing import Timing, first_line, time_interleaved
 from shapes import Shape
 
 

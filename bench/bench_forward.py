@@ -30,27 +30,24 @@ from common import (
     FLEX,
     OURS,
     TORCH_DENSE,
-    CudaClock,
-    DeviceLost,
+    BenchClock,
     GpuMonitor,
     Record,
     Results,
     Target,
-    Timing,
     attention_flops,
     conditions,
     device_query,
-    first_line,
     gpu_slug,
     graph_gap_us,
     quantize_bytes,
     table,
     target_lines,
-    time_interleaved,
 )
 from contenders import Contender, as_hnd, config_of, contenders_of, installed_peers, ours
 from fpsattention import _C
 from fpsattention.reference import emulated_attention
+from fpsattention.timing import DeviceLost, Timing, first_line, time_interleaved
 from shapes import (
     BACKWARD_DENSE,
     BACKWARD_WINDOW,
@@ -371,7 +368,7 @@ def run(shapes: list[Shape], options: argparse.Namespace, output: Path) -> Resul
         "peer_failures": [],
     }
     results = Results(meta)
-    clock = CudaClock()
+    clock = BenchClock()
 
     def save() -> None:
         meta["seconds"] = time.monotonic() - began

@@ -1,4 +1,4 @@
-"""Timing on the GPU, the records that a bench writes, and the words they are printed with."""
+"""What a bench watches on the GPU, the records that a bench writes, and the words they are printed with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import pty
-import random
 import re
 import statistics
 import subprocess
@@ -20,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from fpsattention.timing import CudaClock
+
 OURS, CUDNN, FLASH, FLEX = "fpsattention", "sdpa-cudnn", "sdpa-flash", "flexattention"  # Record.op
 TORCH_DENSE = (CUDNN, FLASH)
 BACKWARD, TRAINING, STEP = (
@@ -28,45 +29,22 @@ BACKWARD, TRAINING, STEP = (
     "block step",
 )  # the last words of Record.case, but for forwards
 
-FLUSH_BYTES = 256 << 20  # five times an H100's L2: what a call reads, it reads from memory
 COPY_BYTES = 1 << 30
-HEAD_START_CYCLES = (
-    8_000_000  # about 5 ms in which the host queues a burst, so that its own time is not measured
-)
-MAX_CALLS = 50
 GRAPH_REPLAYS = 10
 
 
-class DeviceLost(RuntimeError):
-    """The CUDA context is unusable; nothing more can be measured in this process."""
-
-
-class CudaClock:
-    """Times calls on the GPU with events, each after a flush of the L2."""
-
-    device = "cuda"
+class BenchClock(CudaClock):
+    """A `CudaClock` that also knows what the memory can do, and what a call takes of it."""
 
     def __init__(self):
-        self._flush, self._source, self._target = (
-            torch.zeros(n, dtype=torch.uint8, device=self.device)
-            for n in (FLUSH_BYTES, COPY_BYTES, COPY_BYTES)
+        super().__init__()
+        self._source, self._target = (
+            torch.zeros(COPY_BYTES, dtype=torch.uint8, device=self.device) for _ in range(2)
         )
 
     def copy(self) -> None:
         """Read and write COPY_BYTES: what the memory can do."""
         self._target.copy_(self._source)
-
-    def burst(self, fn: Callable[[], object], calls: int) -> list[float]:
-        """Milliseconds of each of `calls` calls, queued back to back."""
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
-        torch.cuda._sleep(HEAD_START_CYCLES)
-        for start, end in events:
-            self._flush.zero_()
-            start.record()
-            fn()
-            end.record()
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) for start, end in events]
 
     def peak_gib(self, fn: Callable[[], object]) -> float:
         """The most memory that torch's tensors take during one call, in GiB."""
@@ -75,57 +53,6 @@ class CudaClock:
         fn()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() / 2**30
-
-    def check(self, after: str) -> None:
-        """Raises DeviceLost when a fault, found after running `after`, has left the device unusable."""
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError as error:
-            raise DeviceLost(f"after {after}: {first_line(error)}") from error
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Median of the rounds' medians in milliseconds, and (slowest - fastest round) / median."""
-
-    ms: float
-    spread: float
-
-
-def time_interleaved(
-    entries: dict[str, Callable[[], object]], clock, rounds: int, burst_ms: float, seed: int = 0
-) -> dict[str, Timing | str]:
-    """Time several functions so that heat, clocks and neighbours treat all alike.
-
-    Every round runs every function for about `burst_ms`, at least once, in a fresh random order.
-
-    Returns a Timing per name, or the text of the error that the function raised. Raises DeviceLost.
-    """
-    results: dict[str, Timing | str] = {}
-    calls, medians = {}, {name: [] for name in entries}
-
-    def burst(name: str, n: int) -> list[float]:
-        try:
-            return clock.burst(entries[name], n)
-        except Exception as error:  # one contender's failure is its result
-            results[name] = first_line(error)
-        clock.check(name)
-        return []
-
-    for name in entries:
-        burst(name, 1)  # compiles, allocates, warms
-        if name not in results and (estimate := burst(name, 1)):
-            calls[name] = min(MAX_CALLS, max(1, round(burst_ms / max(estimate[0], 1e-3))))
-    order = random.Random(seed)
-    for _ in range(rounds):
-        for name in order.sample(list(calls), len(calls)):
-            if name not in results and (times := burst(name, calls[name])):
-                medians[name].append(statistics.median(times))
-    for name, values in medians.items():
-        if name not in results:
-            middle = statistics.median(values)
-            results[name] = Timing(middle, (max(values) - min(values)) / middle)
-    return results
 
 
 def largest_gap(events: list[tuple[float, float]], replays: int) -> float:
@@ -319,11 +246,6 @@ def _rounded(x):
     if isinstance(x, dict):
         return {k: _rounded(v) for k, v in x.items()}
     return [_rounded(v) for v in x] if isinstance(x, (list, tuple)) else x
-
-
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
 
 
 def attention_flops(pairs: int, heads: int, head_dim: int, batch: int) -> int:

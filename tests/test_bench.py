@@ -17,6 +17,7 @@ import common
 import contenders
 import fpsattention as fps
 import shapes
+from fpsattention import timing
 from records import make_record
 
 TINY = shapes.Shape("tiny", (3, 5, 4), 2, (2, 2, 3), (None, (1, 3, 1)), head_dim=16, batch=2)
@@ -87,11 +88,11 @@ def run_tiny(monkeypatch, cast, ms=None, shape=TINY):
     ms = ms or {}
 
     def fake_time(entries, clock, rounds, burst_ms, seed):
-        def timing(name):
+        def timed(name):
             entries[name]()
-            return common.Timing(ms.get(name, 1.0), 0.0)
+            return timing.Timing(ms.get(name, 1.0), 0.0)
 
-        return {name: timing(name) for name in entries}
+        return {name: timed(name) for name in entries}
 
     monkeypatch.setattr(bench, "time_interleaved", fake_time)
     clock = FakeClock(lambda name, i: 1.0)
@@ -167,7 +168,7 @@ def test_rounds_are_interleaved_and_medians_are_taken():
     ms = {"slow": 50.0, "fast": 1.0}
     clock = FakeClock(lambda name, i: ms[name] * (3 if i > 20 else 1))
     entries = {name: lambda name=name: name for name in ms}
-    results = common.time_interleaved(entries, clock, rounds=10, burst_ms=20.0)
+    results = timing.time_interleaved(entries, clock, rounds=10, burst_ms=20.0)
     warm, timed = clock.log[:4], clock.log[4:]
     assert [name for name, _ in warm] == ["slow", "slow", "fast", "fast"]
     assert {calls for name, calls in timed if name == "fast"} == {20}  # 20 ms of a call of 1 ms
@@ -184,7 +185,7 @@ def test_a_contender_that_fails_is_reported_and_the_rest_is_timed():
         raise RuntimeError("no kernel image\nmore text")
 
     clock = FakeClock(lambda name, i: 2.0)
-    results = common.time_interleaved({"broken": broken, "good": lambda: "good"}, clock, 2, 1.0)
+    results = timing.time_interleaved({"broken": broken, "good": lambda: "good"}, clock, 2, 1.0)
     assert results["broken"] == "RuntimeError: no kernel image"
     assert results["good"].ms == 2.0
 
@@ -192,13 +193,13 @@ def test_a_contender_that_fails_is_reported_and_the_rest_is_timed():
 def test_a_lost_device_ends_the_timing():
     class Lost(FakeClock):
         def check(self, after):
-            raise common.DeviceLost(after)
+            raise timing.DeviceLost(after)
 
     def broken():
         raise RuntimeError("illegal memory access")
 
-    with pytest.raises(common.DeviceLost, match="broken"):
-        common.time_interleaved({"broken": broken}, Lost(None), 2, 1.0)
+    with pytest.raises(timing.DeviceLost, match="broken"):
+        timing.time_interleaved({"broken": broken}, Lost(None), 2, 1.0)
 
 
 def test_monitor_takes_only_samples_and_only_of_the_interval():
@@ -436,7 +437,7 @@ def test_a_peer_that_cannot_be_set_up_is_reported(monkeypatch):
 
 
 def run_all(monkeypatch, path, cast_of, clock):
-    monkeypatch.setattr(bench, "CudaClock", lambda: clock)
+    monkeypatch.setattr(bench, "BenchClock", lambda: clock)
     monkeypatch.setattr(bench, "GpuMonitor", lambda device: NoMonitor())
     monkeypatch.setattr(bench, "device_query", lambda: "GPU-none")
     monkeypatch.setattr(bench, "conditions", lambda: {"gpu": "made up"})
@@ -493,7 +494,7 @@ def test_run_measures_graph_gaps_after_all_timing(monkeypatch, tmp_path):
 def test_run_keeps_what_it_has_when_the_device_is_lost(monkeypatch, tmp_path):
     class Lost(FakeClock):
         def check(self, after):
-            raise common.DeviceLost(f"after {after}")
+            raise timing.DeviceLost(f"after {after}")
 
     def cast_of(shape):
         return [contender(common.CUDNN, sdpa if shape is TINY else crash)]
