@@ -319,7 +319,9 @@ def test_missing_packages_are_named(capsys, monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "fpsattention.demo")
     monkeypatch.delattr("fpsattention.demo")
     monkeypatch.setattr(builtins, "__import__", no_rich)
-    assert "the demo needs rich" in fails(capsys, *TINY, "--output", tmp_path)
+    assert "rich is not installed: pip install 'fpsattention[demo]'" in fails(
+        capsys, *TINY, "--output", tmp_path
+    )
 
 
 def test_out_of_memory_is_status_1_and_other_failures_are_not_hidden(capsys, monkeypatch):

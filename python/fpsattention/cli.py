@@ -1,21 +1,38 @@
-"""The `fpsattention` command: one subcommand per `_add_*` function below.
+"""The `fpsattention` command: the options of each subcommand, in one `_add_*` function each.
 
-Exit status: 0 done, 1 the machine could not do it (out of GPU memory), 2 the request was wrong.
+What a subcommand does is in a module of its own, imported when it runs. Exit status: 0 done, 1 the machine could not do
+it (no Hopper GPU, out of GPU memory, a failed self-test), 2 the request was wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-# Modules of the `demo` extra that fpsattention.demo imports; a missing one is the user's to install.
-DEMO_EXTRA = {"matplotlib", "numpy", "rich"}
+# Modules that come with the `cli` and `demo` extras; a missing one is the user's to install.
+EXTRA_MODULES = {"av", "matplotlib", "numpy", "rich", "safetensors", "torchmetrics"}
 
 
 class UserError(Exception):
     """What the user asked for cannot be done; the message says why. Shown without a traceback."""
+
+
+class MachineError(Exception):
+    """This machine cannot do what was asked; the message says why. Shown without a traceback."""
+
+
+@contextmanager
+def asked() -> Iterator[None]:
+    """Around what depends on the user's arguments only: what is wrong with those becomes a UserError."""
+    try:
+        yield
+    except (TypeError, ValueError, OSError) as error:
+        raise UserError(str(error)) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,25 +42,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="fpsattention", description="FP8 sliding-tile attention for video.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (
+        _add_doctor,
+        _add_plan,
+        _add_schedule,
+        _add_bench,
+        _add_profile,
+        _add_calibrate,
+        _add_compare,
+    ):
+        add(commands)
     _add_demo(commands)
     args = vars(parser.parse_args(argv))
     command, run = args.pop("command"), args.pop("run")
     try:
-        run(**args)
+        return run(**args) or 0
     except UserError as error:
         return _fail(command, str(error), 2)
+    except MachineError as error:
+        return _fail(command, str(error), 1)
     except RuntimeError as error:
-        if (
-            type(error).__name__ != "OutOfMemoryError"
-        ):  # torch's, looked up by name so that --help needs no torch
+        # torch's, looked up by name so that a wrong option needs no torch
+        if type(error).__name__ != "OutOfMemoryError":
             raise
-        return _fail(command, f"{error}\nTry fewer --heads, fewer --frames or a smaller --size.", 1)
-    return 0
+        hint = "fewer --frames or a smaller --size" if command == "demo" else "or a smaller grid"
+        return _fail(command, f"{error}\nTry fewer --heads, {hint}.", 1)
 
 
 def _fail(command: str, message: str, status: int) -> int:
     print(f"fpsattention {command}: error: {message}", file=sys.stderr)
     return status
+
+
+def _run(module: str, function: str, extra: str = "cli", **options) -> int | None:
+    """Call `function` of a module of this package."""
+    try:
+        call = getattr(importlib.import_module(f".{module}", __package__), function)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in EXTRA_MODULES:
+            raise
+        raise UserError(f"{error.name} is not installed: pip install 'fpsattention[{extra}]'") from error
+    return call(**options)
 
 
 def _positive(text: str) -> int:
@@ -52,14 +91,262 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number from 0 to 1")
-    return value
+def _between(low: float, high: float):
+    """An argument type: a number from `low` to `high`."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a number from {low:g} to {high:g}")
+        return value
+
+    return number
+
+
+_fraction = _between(0, 1)
+
+
+def _add_triple(parser, name: str, what: str, **options) -> None:
+    parser.add_argument(name, type=_positive, nargs=3, metavar=("t", "h", "w"), help=what, **options)
+
+
+def _add_json(parser) -> None:
+    parser.add_argument(
+        "--json",
+        dest="as_json",
+        action="store_true",
+        help="print the results as JSON; what people read goes to stderr",
+    )
+
+
+def _add_shape(parser) -> None:
+    """The options that say what is attended: MODEL or --grid, heads, tile."""
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a model's name, for example wan2.1-14b-720p; a wrong one prints the list",
+    )
+    parser.add_argument(
+        "--grid",
+        type=_positive,
+        nargs=3,
+        metavar=("T", "H", "W"),
+        help="tokens after patches, in place of MODEL",
+    )
+    parser.add_argument("--heads", type=_positive, metavar="N", help="default: the model's; 1 for a grid")
+    parser.add_argument(
+        "--head-dim",
+        type=_positive,
+        metavar="D",
+        help="channels a head; default: the model's; 128 for a grid",
+    )
+    _add_triple(parser, "--tile", "tile in tokens (default: fpsattention.plan)")
+
+
+def _add_window(parser) -> None:
+    _add_triple(
+        parser,
+        "--window",
+        "key tiles that a query tile attends on each axis, odd or the whole axis (default: dense)",
+    )
+    _add_border(parser)
+
+
+def _add_border(parser, default: str | None = "clamp") -> None:
+    parser.add_argument(
+        "--border",
+        choices=("clamp", "truncate"),
+        default=default,
+        help="what a window does at the grid's edge: shift inward or be cut (default: clamp)",
+    )
+
+
+def _add_doctor(commands) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="what is installed, what runs here, a self-test",
+        description="List what is installed and which backend runs on this machine, and hold a small forward and "
+        "backward against exact attention. Status 1 if something is broken; a machine without a Hopper GPU is not.",
+    )
+    _add_json(parser)
+    parser.set_defaults(run=partial(_run, "doctor", "run"))
+
+
+def _add_plan(commands) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="tiles for a grid or model: padding, legal windows, density, expected time",
+        description="Rank the tiles of a token grid by padding, and account for one tile and window: density, work, "
+        "the time an H100 should take (an estimate from measured rates), what would run on this machine.",
+    )
+    _add_shape(parser)
+    _add_window(parser)
+    _add_json(parser)
+    parser.set_defaults(run=partial(_run, "show", "plan"))
+
+
+def _add_schedule(commands) -> None:
+    parser = commands.add_parser(
+        "schedule",
+        help="what every denoising step attends, and a picture of the windows",
+        description="A row for each denoising step and a picture of what one query tile attends in each stage. The "
+        "windows are those of three stages (a stage not named is dense) or of a file with one for every step, layer "
+        "and head, as `fpsattention calibrate` writes it.",
+    )
+    _add_shape(parser)
+    for stage in ("early", "mid", "late"):
+        _add_triple(parser, f"--{stage}", f"window of the {stage} steps, in tiles (default: dense)")
+        _add_triple(
+            parser,
+            f"--{stage}-scales",
+            f"tokens that share a scale in the {stage} steps (default: the tile)",
+        )
+    parser.add_argument(
+        "--alpha",
+        type=_fraction,
+        nargs=2,
+        metavar=("A", "B"),
+        help="progress, 0 to 1, at which mid and late begin (default: 0.2 0.8)",
+    )
+    parser.add_argument("--steps", type=_positive, metavar="N", help="steps of the sampler (default: 50)")
+    _add_border(parser, default=None)  # so that it is known to be given, which --windows forbids
+    parser.add_argument(
+        "--windows", type=Path, metavar="FILE", help="a table of windows in place of all the above"
+    )
+    parser.add_argument("--output", type=Path, metavar="PNG", help="also draw the picture to this file")
+    _add_json(parser)
+    parser.set_defaults(run=partial(_run, "show", "schedule"))
+
+
+def _add_bench(commands) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="time your shape on this GPU against torch's attention",
+        description="Time FPSAttention, quantisation included, and torch's dense scaled_dot_product_attention on the "
+        "same random BF16 tensors, batch 1, in turns within one run. Needs a Hopper GPU.",
+    )
+    _add_shape(parser)
+    _add_window(parser)
+    parser.add_argument(
+        "--rounds", type=_positive, default=5, metavar="N", help="rounds of some 0.1 s each (default: 5)"
+    )
+    _add_json(parser)
+    parser.set_defaults(run=partial(_run, "bench", "run"))
+
+
+def _add_profile(commands) -> None:
+    parser = commands.add_parser(
+        "profile",
+        help="run your shape under Nsight Compute or Nsight Systems",
+        description="Print the profiler's command line for your shape, and run it where there are a Hopper GPU and "
+        "the tool. docs/profiling.md says how to read the report.",
+    )
+    _add_shape(parser)
+    _add_window(parser)
+    parser.add_argument(
+        "--tool",
+        choices=("ncu", "nsys", "none"),
+        default="ncu",
+        help="ncu: the cycles of one kernel; nsys: what runs when; none: only make the calls, for a profiler that you "
+        "start yourself (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("fpsattention-profile"),
+        metavar="FILE",
+        help="the report, to which the tool adds its suffix (default: %(default)s)",
+    )
+    _add_json(parser)
+    parser.set_defaults(run=partial(_run, "bench", "profile"))
+
+
+def _add_calibrate(commands) -> None:
+    parser = commands.add_parser(
+        "calibrate",
+        help="search a window for every step, layer and head on your own Q, K and V",
+        description="For each head, find the sparsest window whose output, FP8 rounding included, is within the "
+        "budget of dense exact attention. FOLDER holds one file step<N>_layer<M>.safetensors for each captured step "
+        "and layer, with tensors q, k and v; several prompts are the batch, and the worst of them counts. The result "
+        "is a table for fpsattention.WindowTable.load. What is done is kept beside it: the same command goes on "
+        "where it was stopped.",
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument(
+        "--grid", type=_positive, nargs=3, required=True, metavar=("T", "H", "W"), help="tokens of the video"
+    )
+    parser.add_argument(
+        "--budget",
+        type=_between(0, 10),
+        required=True,
+        metavar="E",
+        help="relative RMS error that a head's output may have, for example 0.15; FP8 rounding alone has some 0.05 on "
+        "Gaussian inputs",
+    )
+    parser.add_argument(
+        "--num-steps",
+        type=_positive,
+        required=True,
+        metavar="N",
+        help="steps of the sampler; a step that was not captured takes the windows of the nearest that was",
+    )
+    parser.add_argument(
+        "--layout",
+        choices=("NHD", "HND"),
+        default="NHD",
+        help="of the tensors: [B, L, H, D] or [B, H, L, D] (default: %(default)s)",
+    )
+    _add_triple(parser, "--tile", "tile in tokens (default: fpsattention.plan)")
+    _add_border(parser)
+    _add_triple(
+        parser,
+        "--candidate",
+        "a window to try, in tiles; may be repeated (default: all legal ones)",
+        action="append",
+        dest="candidates",
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is one"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("windows.json"),
+        metavar="FILE",
+        help="the table (default: %(default)s)",
+    )
+    parser.add_argument("--restart", action="store_true", help="forget what an earlier run has done")
+    _add_json(parser)
+    parser.set_defaults(run=partial(_run, "calibrate", "run"))
+
+
+def _add_compare(commands) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="two videos: PSNR, SSIM, a picture side by side",
+        description="Compare two videos of equal size and length, frame by frame, and draw frames of both beside "
+        "their difference.",
+    )
+    for name, what in (("reference", "the video to compare with"), ("video", "the video to judge")):
+        parser.add_argument(
+            name,
+            type=Path,
+            metavar=name.upper(),
+            help=f"{what}: anything FFmpeg reads, or a .pt file with a uint8 tensor [T, H, W, 3]",
+        )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("comparison.png"),
+        metavar="PNG",
+        help="the picture (default: %(default)s)",
+    )
+    _add_json(parser)
+    parser.set_defaults(run=partial(_run, "compare", "run"))
 
 
 def _add_demo(commands) -> None:
@@ -130,20 +417,5 @@ def _add_demo(commands) -> None:
         metavar="DIR",
         help="for demo.png (default: %(default)s)",
     )
-    parser.add_argument(
-        "--json",
-        dest="as_json",
-        action="store_true",
-        help="print the results as JSON; the table goes to stderr",
-    )
-    parser.set_defaults(run=_demo)
-
-
-def _demo(**options) -> None:
-    try:
-        from . import demo
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in DEMO_EXTRA:
-            raise
-        raise UserError(f"the demo needs {error.name}: pip install 'fpsattention[demo]'") from error
-    demo.run(**options)
+    _add_json(parser)
+    parser.set_defaults(run=partial(_run, "demo", "run", extra="demo"))

@@ -1,0 +1,38 @@
+"""What the subcommands print with. With --json, stdout holds one JSON document and people read stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def people(as_json: bool) -> Console:
+    """Where tables and sentences go."""
+    return Console(stderr=as_json, highlight=False, soft_wrap=True)
+
+
+def print_json(result: dict) -> None:
+    """The one document on stdout. Raises ValueError for NaN and infinity, which JSON does not have."""
+    json.dump(result, sys.stdout, indent=2, allow_nan=False)
+    print()
+
+
+def progress(remaining: bool = False) -> Progress:
+    """A progress bar on stderr; with `remaining`, also the time that is left."""
+    columns = [TextColumn("{task.description:<24}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%")]
+    columns.append(TimeElapsedColumn())
+    if remaining:
+        columns += [TextColumn("left"), TimeRemainingColumn()]
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def by(triple: tuple[int, int, int]) -> str:
+    """A triple as people write it: 7 x 9 x 2."""
+    return " x ".join(map(str, triple))
+
+
+def milliseconds(ms: float) -> str:
+    return f"{ms:,.2f} ms" if ms < 1000 else f"{ms / 1000:,.2f} s"
