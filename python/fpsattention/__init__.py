@@ -8,12 +8,14 @@ from .api import QuantizedQKV, attention, backend_for, quantize_qkv
 from .config import AttentionConfig
 from .planning import Plan, plan
 from .schedule import StepSchedule
+from .windows import WindowTable
 
 __all__ = [
     "AttentionConfig",
     "Plan",
     "QuantizedQKV",
     "StepSchedule",
+    "WindowTable",
     "attention",
     "backend_for",
     "integrations",

@@ -1,7 +1,7 @@
 """The `fpsattention` command: the options of each subcommand, in one `_add_*` function each.
 
 What a subcommand does is in a module of its own, imported when it runs. Exit status: 0 done, 1 the machine could not do
-it (no Hopper GPU, out of GPU memory, a failed self-test), 2 the request was wrong.
+it (no Hopper GPU, out of GPU memory, a failed self-test), 2 the request was wrong, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(command, str(error), 2)
     except MachineError as error:
         return _fail(command, str(error), 1)
+    except KeyboardInterrupt:
+        return _fail(command, "interrupted", 130)
     except RuntimeError as error:
         # torch's, looked up by name so that a wrong option needs no torch
         if type(error).__name__ != "OutOfMemoryError":

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,13 +17,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from . import video
 from .api import attention, backend_for
 from .cli import UserError
 from .config import AttentionConfig, ResolvedConfig
+from .console import by, milliseconds, people, print_json, progress
 from .geometry import TileGeometry
 
 # What runs when the user names nothing: Wan at 720p on a GPU; without one, what takes well under a minute.
@@ -67,14 +65,13 @@ def run(*, video_path, frames, size, device, tile, window, heads, noise, seed, o
     path = video_path or video.default_clip()
     picture = _make_folder(output) / "demo.png"
 
-    columns = TextColumn("{task.description:<24}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%")
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress, torch.no_grad():
-        task = progress.add_task("", total=8)
+    with progress() as bar, torch.no_grad():
+        task = bar.add_task("", total=8)
 
         def step(what: str, call: Callable, *args):
-            progress.update(task, description=what)
+            bar.update(task, description=what)
             result = call(*args)
-            progress.advance(task)
+            bar.advance(task)
             return result
 
         clip = step("reading the clip", video.load_clip, path, frames, height, width)
@@ -87,7 +84,7 @@ def run(*, video_path, frames, size, device, tile, window, heads, noise, seed, o
         rows, error_map, mass = _compare(q, k, v, resolved, step)
         title = _title(f"{path.name}, {frames} frames of {width} x {height}", resolved, rows, heads)
         step("drawing", _draw, picture, clip, resolved, error_map.cpu(), title)
-        progress.update(task, description="done")
+        bar.update(task, description="done")
 
     result = {
         "clip": str(path),
@@ -109,10 +106,9 @@ def run(*, video_path, frames, size, device, tile, window, heads, noise, seed, o
         "rows": [asdict(row) for row in rows],
         "picture": str(picture),
     }
-    _print(Console(stderr=as_json), result, rows)
+    _print(people(as_json), result, rows)
     if as_json:
-        json.dump(result, sys.stdout, indent=2)
-        print()
+        print_json(result)
 
 
 def _device(name: str) -> torch.device:
@@ -216,7 +212,7 @@ def _differences(out: torch.Tensor, exact: torch.Tensor) -> tuple[float, float, 
 
 
 def _print(console: Console, result: dict, rows: list[Row]) -> None:
-    grid, tile, window = (_by(result[name]) for name in ("grid", "tile", "window"))
+    grid, tile, window = (by(result[name]) for name in ("grid", "tile", "window"))
     console.print(
         f"{result['clip']}: {result['frames']} frames of {result['width']} x {result['height']}\n"
         f"{result['tokens']:,} tokens ({grid}), {result['heads']} heads of {result['head_dim']} channels, "
@@ -236,7 +232,7 @@ def _print(console: Console, result: dict, rows: list[Row]) -> None:
             f"{row.relative_rms_error:.4f}",
             f"{row.cosine:.5f}",
             f"{row.density:.3f}",
-            f"{row.ms:,.2f} ms" if row.ms < 1000 else f"{row.ms / 1000:,.2f} s",
+            milliseconds(row.ms),
             f"{row.speedup:.2f}x",
         )
     console.print(table)
@@ -320,9 +316,7 @@ def _draw(path: Path, clip: torch.Tensor, resolved: ResolvedConfig, error: torch
 
     left.imshow(frames[t], extent=extent)
     _outline(left, query[t], edgecolor=QUERY_COLOUR, linewidth=2)
-    left.set_title(
-        f"latent frame {t} of {n_frames}, a query tile of {_by(resolved.tile)} tokens", fontsize=10
-    )
+    left.set_title(f"latent frame {t} of {n_frames}, a query tile of {by(resolved.tile)} tokens", fontsize=10)
 
     right.imshow(frames[t].mean(2), cmap="gray", extent=extent)
     heat = right.imshow(
@@ -345,11 +339,7 @@ def _draw(path: Path, clip: torch.Tensor, resolved: ResolvedConfig, error: torch
         _outline(axes, keys[i], edgecolor=KEY_COLOUR, linewidth=2)
         _outline(axes, query[i], edgecolor=QUERY_COLOUR, linewidth=2)
         axes.set_title(f"latent frame {i}" + ("" if keys[i].any() else ": not seen"), fontsize=9)
-    bottom.suptitle(f"what this query tile attends: {_by(resolved.windows[0])} key tiles", fontsize=10)
+    bottom.suptitle(f"what this query tile attends: {by(resolved.windows[0])} key tiles", fontsize=10)
     for axes in (left, right, *strip):
         axes.set_axis_off()
     figure.savefig(path, dpi=160)
-
-
-def _by(triple: tuple[int, int, int]) -> str:
-    return " x ".join(map(str, triple))
