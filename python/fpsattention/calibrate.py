@@ -173,7 +173,7 @@ def run(
                 for part in _parts(capture, layout):
                     q, k, v = (x.to(device) for x in part)
                     backend = backend or backend_for(q, AttentionConfig())
-                    with asked():
+                    try:
                         more = search(
                             q,
                             k,
@@ -183,6 +183,8 @@ def run(
                             budget=budget,
                             tensor_layout=layout,
                         )
+                    except (TypeError, ValueError) as error:
+                        raise UserError(f"{capture.path}: {error}") from error
                     windows += more[0]
                     errors += more[1]
                     bar.advance(task, len(more[0]))
