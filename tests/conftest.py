@@ -99,6 +99,15 @@ def _gpu_guard(request):
         faulthandler.cancel_dump_traceback_later()
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """The tensors are tiny, and on a busy machine threads wait for each other far longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def seed(request) -> int:
     """A seed of the test's own, the same in every run."""

@@ -10,19 +10,12 @@ import fpsattention as fps
 from fpsattention import AttentionConfig, WindowTable, calibrate, cli
 
 GRID, TILE = (4, 4, 6), (2, 2, 2)  # 2 x 2 x 3 tiles
-TOKENS, HEAD_DIM = 96, 32
+TOKENS, HEAD_DIM = 96, 64
 RESOLVED = AttentionConfig(tile=TILE).resolve(GRID, 1)
 WHOLE = (2, 2, 3)
 BUDGET = 0.15
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The tensors are tiny, and on a busy machine threads wait for each other far longer than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def local_head(seed: int, reach: tuple[int, int, int]):
@@ -246,7 +239,7 @@ def test_folders_that_do_not_fit_are_refused(folder, capsys):
     capture(folder, 0, 1)
     assert "step 0 lacks layer 0" in fails(folder, capsys)
     capture(folder, 0, 0, tuple(REACHES)[:2])
-    assert "has heads, tokens, channels (4, 96, 32)" in fails(folder, capsys)
+    assert "has heads, tokens, channels (4, 96, 64)" in fails(folder, capsys)
     capture(folder, 0, 0)
     path = capture(folder, 5, 0)
     assert "step 5 is out of range, --num-steps is 5" in fails(folder, capsys)
@@ -288,3 +281,10 @@ def test_a_missing_gpu_is_status_1(folder, capsys, monkeypatch):
     capture(folder, 0, 0)
     assert cli.main([*command(folder), "--device", "cuda"]) == 1
     assert "finds no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_the_kernel_finds_the_same_windows(folder, capsys):
+    capture(folder, 0, 0)
+    table, _ = run(folder, capsys, "--device", "cuda")
+    assert table.windows[0][0] == tuple(REACHES.values())

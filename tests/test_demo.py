@@ -15,14 +15,7 @@ from fpsattention import AttentionConfig, cli, demo, video
 TINY = ["--device", "cpu", "--frames", "9", "--size", "64", "112", "--heads", "2", "--tile", "1", "2", "3"]
 MODES = ["dense exact", "FP8 dense", "sparse only", "FPSAttention"]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The tensors are tiny, and on a busy machine threads wait for each other far longer than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

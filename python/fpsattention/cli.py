@@ -81,9 +81,10 @@ def _run(module: str, function: str, extra: str = "cli", **options) -> int | Non
     try:
         call = getattr(importlib.import_module(f".{module}", __package__), function)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in EXTRA_MODULES:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRA_MODULES:
             raise
-        raise UserError(f"{error.name} is not installed: pip install 'fpsattention[{extra}]'") from error
+        raise UserError(f"{package} is not installed: pip install 'fpsattention[{extra}]'") from error
     return call(**options)
 
 

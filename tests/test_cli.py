@@ -1,0 +1,513 @@
+"""The command line but for the demo and calibrate: documents on stdout, exit statuses, what is refused."""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.image import imread
+
+import fpsattention as fps
+import fpsattention_command
+from fpsattention import (
+    AttentionConfig,
+    WindowTable,
+    bench,
+    cli,
+    doctor,
+    estimate,
+    models,
+    show,
+    timing,
+    video,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+WAN = "wan2.1-14b-720p"
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def run(capsys, *argv, status=0):
+    """(JSON on stdout, text on stderr) of `fpsattention ARGV --json`."""
+    assert cli.main([*map(str, argv), "--json"]) == status
+    printed = capsys.readouterr()
+    return json.loads(printed.out), printed.err
+
+
+def fails(capsys, *argv, status=2):
+    assert cli.main([*map(str, argv)]) == status
+    printed = capsys.readouterr()
+    assert f"fpsattention {argv[0]}: error: " in printed.err and "Traceback" not in printed.err
+    return printed.err
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+# The command itself
+
+
+@pytest.mark.parametrize(
+    "command", ["doctor", "plan", "schedule", "bench", "profile", "calibrate", "compare", "demo"]
+)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as error:
+        cli.main([command, "--help"])
+    assert error.value.code == 0 and "--json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["plan", "--grid", "1", "2"],
+        ["plan", "--grid", "0", "2", "3"],
+        ["plan", WAN, "--border", "cut"],
+        ["schedule", WAN, "--alpha", "0.2", "1.5"],
+        ["profile", WAN, "--tool", "perf"],
+        ["compare", "one.mp4"],
+        ["calibrate", "folder"],
+    ],
+)
+def test_wrong_options_exit_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as error:
+        cli.main(argv)
+    assert error.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+def test_the_module_runs_as_a_program():
+    argv = [sys.executable, "-m", "fpsattention", "plan", "--grid", "4", "6", "8", "--json"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and json.loads(done.stdout)["tokens"] == 192
+
+
+def test_a_missing_package_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
+    monkeypatch.delitem(sys.modules, "fpsattention.compare", raising=False)
+    message = fails(capsys, "compare", "a.pt", "b.pt")
+    assert "torchmetrics is not installed: pip install 'fpsattention[cli]'" in message
+
+
+def test_a_broken_install_says_what_is_wrong(tmp_path):
+    """The console script, over a copy of the package with the compiled module of another Python."""
+    source = Path(fps.__file__).parent
+    shutil.copytree(source, tmp_path / "fpsattention", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    shutil.copy(source.with_name("fpsattention_command.py"), tmp_path)
+    code = "import sys; sys.argv = ['fpsattention', 'doctor', '--json']\n"
+    code += "import fpsattention_command; sys.exit(fpsattention_command.main())"
+
+    (tmp_path / "fpsattention" / "_C.cpython-27-x86_64-linux-gnu.so").write_text("")
+    argv = [sys.executable, "-c", code]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env={}, timeout=120)
+    result = json.loads(done.stdout)
+    assert done.returncode == 1 and result["ok"] is False and "Traceback" not in done.stderr
+    for text in (result["error"], done.stderr):
+        assert "cannot import name '_C'" in text and "there is _C.cpython-27-x86_64-linux-gnu.so" in text
+
+
+def test_a_broken_install_names_the_missing_package():
+    error = ModuleNotFoundError("No module named 'torch'", name="torch")
+    assert fpsattention_command._advice(error).endswith("pip install torch")
+
+
+# Models
+
+
+def test_models_are_what_their_sizes_say():
+    for model in models.MODELS.values():
+        assert model.tokens > 5000 and model.head_dim in (64, 128) and model.layers >= 28 and model.source
+        assert (model.text_tokens > 0) == (model.text_place in ("first", "last"))
+    # Frames and pixels over what a token covers, for the models whose VAE and patches are Wan's.
+    for name in ("wan2.1-1.3b-480p", "wan2.1-14b-720p", "wan2.2-a14b-480p", "hunyuanvideo-540p"):
+        frames, width, height = (int(x) for x in models.MODELS[name].setting.split() if x.isdigit())
+        assert models.MODELS[name].grid == ((frames - 1) // 4 + 1, height // 16, width // 16)
+    assert models.MODELS[WAN].tokens == 75_600
+
+
+def test_a_model_can_be_given_other_heads():
+    assert models.choose(WAN, None, heads=20).heads == 20 and models.choose(WAN, None).heads == 40
+    assert models.choose(None, (1, 2, 3), head_dim=64) == models.VideoModel("", "", (1, 2, 3), 1, 64, 1, "")
+
+
+# plan
+
+
+def test_plan_of_a_model(capsys):
+    result, text = run(capsys, "plan", WAN, "--window", 3, 3, 9)
+    config = AttentionConfig(tile=(7, 9, 2), window=(3, 3, 9)).resolve((21, 45, 80), 40)
+    assert result["tile"] == [7, 9, 2] and result["tiles"] == [3, 5, 40] and result["tokens"] == 75_600
+    assert result["density"] == config.density == pytest.approx(0.135)
+    assert result["waste"] == pytest.approx(600 * 128 / 75_600 - 1)
+    assert result["flops"] == pytest.approx(4 * 128 * 40 * 0.135 * 75_600**2)
+    assert result["candidates"][0]["tile"] == [7, 9, 2] and result["runs"]
+    assert result["expected"]["ms"] < result["expected_dense"]["ms"] / 5
+    assert "An estimate from rates" in text and "density 0.135" in text and "40 layers" in text
+
+
+def test_plan_of_a_grid_prints_for_people(capsys):
+    assert cli.main(["plan", "--grid", "33", "45", "80", "--tile", "3", "8", "16", "--heads", "24"]) == 0
+    printed = capsys.readouterr()
+    assert (
+        "118,800 tokens" in printed.out
+        and "3 x 8 x 16" not in printed.err
+        and "tiles, best first" in printed.out
+    )
+
+
+def test_plan_says_where_text_is_and_where_nothing_was_measured(capsys):
+    assert "256 text tokens come last" in run(capsys, "plan", "hunyuanvideo-720p")[1]
+    result, text = run(capsys, "plan", "--grid", 4, 6, 8)
+    assert result["expected"] is None and "no estimate" in text
+
+
+def test_plan_refuses(capsys):
+    assert "model 'wan2.1-14b': is unknown; nearest: wan2.1-14b-" in fails(capsys, "plan", "wan2.1-14b")
+    assert "both are given" in fails(capsys, "plan", WAN, "--grid", 1, 2, 3)
+    assert "neither is given. Models: wan2.1-1.3b-480p" in fails(capsys, "plan")
+    assert "nearest legal values 1 and 3" in fails(capsys, "plan", WAN, "--window", 2, 3, 9)
+    assert "nearest legal tile" in fails(capsys, "plan", WAN, "--tile", 9, 9, 9)
+
+
+# The expected time
+
+
+def test_the_estimate_is_near_what_was_measured():
+    """Every forward of at least 16,000 tokens in the results that the rates were taken from."""
+    records = json.loads((ROOT / "bench" / "results" / "h100.json").read_text())["records"]
+    ours = [
+        r
+        for r in records
+        if r["op"] == "fpsattention" and not r["case"].endswith(("backward", "training", "step"))
+    ]
+    checked = 0
+    for r in ours:
+        config = AttentionConfig(tile=tuple(r["tile"]), window=r["window"] and tuple(r["window"]))
+        resolved = config.resolve(r["grid"], r["heads"])
+        if resolved.geometry.n_tokens >= 16_000:
+            expected = estimate.forward(resolved, r["heads"], r["head_dim"])
+            assert expected.ms == pytest.approx(r["ms"], rel=0.12), r["case"]
+            checked += 1
+    assert checked > 20
+
+
+def test_no_estimate_where_nothing_was_measured():
+    def of(grid, head_dim=128, **config):
+        return estimate.forward(AttentionConfig(**config).resolve(grid, 4), 4, head_dim)
+
+    assert of((16, 32, 32)) is not None
+    assert of((16, 32, 32), head_dim=96) is None
+    assert of((16, 32, 32), quant="none") is None
+    assert of((4, 32, 32)) is None
+    assert of((16, 32, 32)).ms < of((16, 32, 64)).ms / 3
+
+
+# schedule
+
+
+def test_schedule_has_a_row_for_each_step(capsys, tmp_path):
+    picture = tmp_path / "picture.png"
+    result, text = run(
+        capsys,
+        *("schedule", WAN, "--steps", 10, "--early", 1, 3, 9, "--late", 3, 3, 9, "--early-scales", 21, 18, 8),
+        *("--output", picture),
+    )
+    stages = [row["stage"] for row in result["steps"]]
+    assert stages == ["early"] * 2 + ["mid"] * 6 + ["late"] * 2
+    early, *_, late = result["steps"]
+    assert (early["window"], late["window"]) == ([1, 3, 9], [3, 3, 9])
+    assert (early["scales"], late["scales"]) == ([21, 18, 8], [7, 9, 2])
+    assert late["density"] == pytest.approx(0.135) and result["steps"][5]["density"] == 1
+    assert result["mean_density"] == pytest.approx((2 * 0.045 + 6 + 2 * 0.135) / 10)
+    assert early["expected_ms"] < late["expected_ms"] < result["steps"][5]["expected_ms"]
+    assert "####Q####" in text and "early, window 1 x 3 x 9" in text
+    pixels = torch.from_numpy(imread(picture))[..., :3]
+    for colour in show.COLOURS:
+        rgb = torch.tensor([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+        assert (pixels - rgb).abs().amax(-1).lt(0.02).sum() > 50
+
+
+def test_the_picture_is_the_rule():
+    """The window of the middle tile of 3 x 4 x 5, clamped and cut, by hand."""
+    for border in ("clamp", "truncate"):
+        seen = show._seen(
+            AttentionConfig(tile=(1, 1, 1), window=(1, 3, 9), border=border).resolve((3, 4, 5), 1)
+        )
+        assert seen.shape == (3, 4, 5) and (seen[[0, 2]] == show.UNSEEN).all()
+        assert (seen[1, 0] == show.UNSEEN).all() and (seen[1, 1:] != show.UNSEEN).all()
+        assert (seen == show.QUERY).nonzero().tolist() == [[1, 2, 2]]
+
+
+def test_schedule_of_a_table(capsys, tmp_path):
+    windows = [[[(5, 6, 10)] * 2] * 3, [[(3, 3, 5), (5, 6, 1)]] * 3]
+    WindowTable((30, 48, 80), AttentionConfig(tile=(6, 8, 8)), windows).save(tmp_path / "table.json")
+    result, text = run(capsys, "schedule", "--windows", tmp_path / "table.json")
+    assert [row["density"] for row in result["steps"]] == [1, pytest.approx(75 / 600)]
+    assert [row["distinct_windows"] for row in result["steps"]] == [1, 2]
+    assert (result["num_steps"], result["layers"], result["heads"]) == (2, 3, 2)
+    assert "50% of all have window 5 x 6 x 10" in text
+
+
+def test_schedule_refuses(capsys, tmp_path):
+    assert "no window" in fails(capsys, "schedule", WAN)
+    assert "nearest legal values 1 and 3" in fails(capsys, "schedule", WAN, "--mid", 2, 3, 9)
+    assert "0 <= a <= b <= 1" in fails(capsys, "schedule", WAN, "--mid", 1, 3, 9, "--alpha", 0.8, 0.2)
+    assert "quant_tile" in fails(capsys, "schedule", WAN, "--late", 3, 3, 9, "--late-scales", 5, 5, 5)
+    assert "No such file" in fails(capsys, "schedule", "--windows", tmp_path / "none.json")
+    assert "leave MODEL out" in fails(capsys, "schedule", WAN, "--windows", tmp_path / "none.json")
+    for option in (["--steps", 50], ["--border", "clamp"], ["--late-scales", 7, 9, 2], ["--alpha", 0.2, 0.8]):
+        message = fails(capsys, "schedule", "--windows", tmp_path / "none.json", *option)
+        assert f"leave {option[0]} out" in message
+    nowhere = tmp_path / "nowhere" / "picture.png"
+    assert "No such file" in fails(capsys, "schedule", WAN, "--late", 3, 3, 9, "--output", nowhere)
+
+
+# doctor
+
+
+def test_doctor_finds_this_machine_in_order(capsys):
+    result, text = run(capsys, "doctor")
+    assert result["ok"] and result["installed"]["torch"].startswith(torch.__version__)
+    assert result["installed"]["compiled module"].startswith(f"loaded from {fps._C.__file__}")
+    assert len(result["self_test"]) >= 4 and all(check["ok"] for check in result["self_test"])
+    assert "All is well" in text
+    if not torch.cuda.is_available():
+        assert result["backend"] == "reference" and result["gpus"] == []
+
+
+@pytest.mark.gpu
+def test_doctor_on_a_hopper_gpu(capsys):
+    result, _ = run(capsys, "doctor")
+    assert result["backend"] == "sm90" and len(result["self_test"]) == 5 and result["ok"]
+
+
+@pytest.mark.parametrize(
+    ("attention", "failed"),
+    [
+        (lambda q, k, v, **_: 0 * q * k * v, 4),
+        (
+            lambda q, k, v, **_: fps.reference.exact_attention(
+                q, k, v, grid=doctor.GRID, config=doctor.CONFIG
+            )[0],
+            4,
+        ),
+        (
+            lambda q, k, v, **_: fps.reference.emulated_attention(
+                q, k, v, grid=doctor.GRID, config=AttentionConfig(tile=(2, 6, 6))
+            )[0],
+            4,
+        ),
+    ],
+    ids=["zeros", "nothing rounded", "no window"],
+)
+def test_doctor_finds_a_wrong_answer(capsys, monkeypatch, no_gpu, attention, failed):
+    monkeypatch.setattr(doctor, "attention", attention)
+    result, text = run(capsys, "doctor", status=1)
+    assert not result["ok"] and "Something is broken" in text
+    assert sum(not check["ok"] for check in result["self_test"]) == failed
+
+
+def test_doctor_reports_what_raises(capsys, monkeypatch, no_gpu):
+    def broken(*_, **__):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(doctor, "attention", broken)
+    result, _ = run(capsys, "doctor", status=1)
+    assert result["self_test"][0]["detail"] == "RuntimeError: no kernel image is available"
+
+
+# bench and profile
+
+
+def test_bench_needs_a_hopper_gpu(capsys, monkeypatch, no_gpu):
+    assert "torch finds no GPU" in fails(capsys, "bench", WAN, status=1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+    assert "compute capability 9.0), NVIDIA A100 has 8.0" in fails(capsys, "bench", WAN, status=1)
+    assert "--head-dim 96: the Hopper kernel takes 64 and 128" in fails(
+        capsys, "bench", WAN, "--head-dim", 96
+    )
+    assert "nearest legal values" in fails(capsys, "bench", WAN, "--window", 2, 1, 1)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A machine that says it has a Hopper GPU; nothing may be computed on it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+
+
+def test_bench_reports_what_the_clock_says(capsys, monkeypatch, hopper):
+    times = {bench.OURS: 2.0, bench.QUANTISATION: 0.5, "torch SDPA, cuDNN": 20.0}
+
+    def clock(entries, clock, rounds, burst_ms):
+        assert rounds == 3
+        return {n: timing.Timing(times[n], 0.01) if n in times else "RuntimeError: no" for n in entries}
+
+    monkeypatch.setattr(
+        bench, "_contenders", lambda *_: dict.fromkeys([*times, "torch SDPA, FlashAttention"])
+    )
+    monkeypatch.setattr(bench, "CudaClock", lambda: None)
+    monkeypatch.setattr(bench, "time_interleaved", clock)
+    result, text = run(capsys, "bench", WAN, "--window", 3, 3, 9, "--rounds", 3)
+    ours, quantisation, cudnn, flash = result["rows"]
+    dense = 4 * 128 * 40 * 75_600**2
+    assert ours["tflops"] == pytest.approx(0.135 * dense / 2e-3 / 1e12)
+    assert cudnn["tflops"] == pytest.approx(dense / 20e-3 / 1e12) and cudnn["speedup"] == 10
+    assert quantisation["ms"] == 0.5 and quantisation["tflops"] is None
+    assert flash == {"name": "torch SDPA, FlashAttention", "error": "RuntimeError: no"}
+    assert "10.00x" in text and "20.00 ms" in text
+    times.pop(bench.OURS)
+    monkeypatch.setattr(bench, "_contenders", lambda *_: dict.fromkeys([bench.OURS, *times]))
+    assert "RuntimeError: no" in fails(capsys, "bench", WAN, "--rounds", 3, status=1)
+
+
+def test_the_contenders_of_the_bench_compute_attention(monkeypatch):
+    """Their calls as they are, with the tensors on the CPU and the backend that runs there."""
+    shape, resolved = bench._resolve(None, (4, 4, 4), 2, 64, (2, 2, 2), (1, 1, 2), "clamp")
+    randn = torch.randn
+    monkeypatch.setattr(bench.torch, "randn", lambda size, device, dtype: randn(size, dtype=torch.float32))
+    ours = bench._ours
+
+    def on_cpu(*args):
+        qkv, keywords = ours(*args)
+        assert keywords["backend"] == "sm90"
+        return qkv, keywords | {"backend": "reference"}
+
+    monkeypatch.setattr(bench, "_ours", on_cpu)
+    calls = bench._contenders(shape, resolved)
+    q, k, v = calls[bench.OURS].args
+    assert q.shape == (1, 64, 2, 64)
+    config = calls[bench.OURS].keywords["config"]
+    assert config == AttentionConfig(tile=(2, 2, 2), window=(1, 1, 2))
+    exact, _ = fps.reference.exact_attention(q, k, v, grid=(4, 4, 4), config=config)
+    assert 0.01 < (calls[bench.OURS]() - exact).norm() / exact.norm() < 0.1
+    assert calls[bench.QUANTISATION]().config == config
+
+
+def test_profile_prints_the_command_and_needs_a_gpu(capsys, no_gpu, tmp_path):
+    argv = ["profile", WAN, "--window", 3, 3, 9, "--output", tmp_path / "report"]
+    result, text = run(capsys, *argv, status=1)
+    command = result["command"]
+    assert shlex.split(text.splitlines()[0]) == command and not result["ran"]
+    assert command[0] == "ncu" and "regex:attn_fwd" in command and str(tmp_path / "report") in command
+    # The command within is one that this program takes, and means the same shape.
+    calls = command[command.index(sys.executable) + 1 :]
+    assert calls[:2] == ["-m", "fpsattention"]
+    inner = calls[2:]
+    assert inner[inner.index("--grid") + 1 :][:3] == ["21", "45", "80"]
+    assert inner[inner.index("--window") + 1 :][:3] == ["3", "3", "9"]
+    assert "torch finds no GPU" in fails(capsys, *inner, status=1)
+    assert run(capsys, *argv, "--tool", "nsys", status=1)[0]["command"][:2] == ["nsys", "profile"]
+
+
+def test_profile_runs_the_tool(capsys, hopper, monkeypatch, tmp_path):
+    ran = []
+
+    def tool(command, stdout):
+        ran.append((command, stdout))
+        return types.SimpleNamespace(returncode=len(ran) - 1)
+
+    monkeypatch.setattr(bench.subprocess, "run", tool)
+    monkeypatch.setattr(bench.shutil, "which", lambda name: None)
+    assert "nsys is not on PATH" in fails(capsys, "profile", WAN, "--tool", "nsys", status=1)
+    assert not ran
+    monkeypatch.setattr(bench.shutil, "which", lambda name: f"/usr/bin/{name}")
+    result, _ = run(capsys, "profile", WAN)
+    assert result["ran"] and ran == [(result["command"], sys.stderr)]
+    assert "ncu ended with status 1" in fails(capsys, "profile", WAN, status=1)
+
+
+@pytest.mark.gpu
+def test_bench_and_profile_on_a_hopper_gpu(capsys):
+    shape = ["--grid", 8, 32, 32, "--heads", 4, "--window", 1, 3, 3]
+    result, _ = run(capsys, "bench", *shape, "--rounds", 2)
+    ours, quantisation, cudnn, _ = result["rows"]
+    assert 0 < quantisation["ms"] < ours["ms"] and cudnn["speedup"] > 0
+    result, _ = run(capsys, "profile", *shape, "--tool", "none")
+    assert result["ran"]
+
+
+# compare
+
+
+@pytest.fixture(scope="module")
+def clip(one_thread):
+    return video.load_clip(video.default_clip(), 5, 64, 112)
+
+
+def save(clip, path):
+    torch.save(clip, path)
+    return path
+
+
+def test_compare_measures_what_was_changed(capsys, tmp_path, clip):
+    other = clip.clone()
+    other[3] = torch.where(other[3] < 128, other[3] + 16, other[3] - 16)
+    other[1] = torch.where(other[1] < 128, other[1] + 4, other[1] - 4)
+    a, b = save(clip, tmp_path / "a.pt"), save(other, tmp_path / "b.pt")
+    result, text = run(capsys, "compare", a, b, "--output", tmp_path / "picture.png")
+    psnr = [frame["psnr"] for frame in result["per_frame"]]
+    assert psnr[0] is psnr[2] is psnr[4] is None  # identical
+    error = torch.tensor([(16 / 255) ** 2, (4 / 255) ** 2], dtype=torch.float64)
+    assert torch.tensor([psnr[3], psnr[1]]) == pytest.approx((-10 * error.log10()).tolist(), abs=1e-3)
+    assert result["psnr"] == pytest.approx((-10 * (error.sum() / 5).log10()).item(), abs=1e-3)
+    assert result["worst_frame"]["frame"] == 3 and not result["identical"]
+    ssim = [frame["ssim"] for frame in result["per_frame"]]
+    assert ssim[0] == pytest.approx(1) and ssim[3] < ssim[1] < 0.9999
+    assert result["ssim"] == pytest.approx(sum(ssim) / 5)
+    assert "worst, frame 3" in text
+    height, width = imread(tmp_path / "picture.png").shape[:2]
+    assert width == 1440 and height > 600
+
+
+def test_compare_decodes_videos(capsys, tmp_path):
+    result, text = run(
+        capsys, "compare", *[tiny_video(tmp_path / name) for name in ("a.mp4", "b.mp4")],
+        "--output", tmp_path / "picture.png",
+    )  # fmt: skip
+    assert result["identical"] and result["psnr"] is None and result["frames"] == 3
+    assert "identical" in text
+
+
+def tiny_video(path):
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for i in range(3):
+            picture = torch.full((32, 32, 3), 40 * i, dtype=torch.uint8)
+            picture[8:16] = 200
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def test_compare_refuses(capsys, tmp_path, clip):
+    a = save(clip, tmp_path / "a.pt")
+
+    def message(other):
+        return fails(
+            capsys, "compare", a, save(other, tmp_path / "b.pt"), "--output", tmp_path / "picture.png"
+        )
+
+    assert "b.pt: has 4 frames" in message(clip[:4])
+    assert "a.pt: has 5 frames" in message(torch.cat([clip, clip]))
+    assert "frames of 56 x 64, those of" in message(clip[:, :, :56])
+    assert "no such file" in fails(capsys, "compare", a, tmp_path / "none.mp4")
+    small = save(clip[:, :8], tmp_path / "small.pt")
+    assert "SSIM needs 11 each way" in fails(capsys, "compare", small, small)
+    empty = save(clip[:0], tmp_path / "empty.pt")
+    assert "holds no frames" in fails(capsys, "compare", empty, empty)
+    nowhere = tmp_path / "nowhere" / "picture.png"
+    assert "No such file" in fails(capsys, "compare", a, a, "--output", nowhere)
+    assert not (tmp_path / "picture.png").exists()
