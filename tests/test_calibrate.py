@@ -12,6 +12,7 @@ from fpsattention import AttentionConfig, WindowTable, calibrate, cli
 GRID, TILE = (4, 4, 6), (2, 2, 2)  # 2 x 2 x 3 tiles
 TOKENS, HEAD_DIM = 96, 64
 RESOLVED = AttentionConfig(tile=TILE).resolve(GRID, 1)
+HOW = {"grid": GRID, "config": AttentionConfig(tile=TILE)}
 WHOLE = (2, 2, 3)
 BUDGET = 0.15
 
@@ -86,7 +87,7 @@ def fails(folder, capsys, *more):
 def test_each_head_gets_the_sparsest_window_that_holds_what_it_attends():
     q, k, v = heads_of(REACHES)
     candidates = calibrate.legal_windows(RESOLVED.geometry, "clamp")
-    windows, errors = calibrate.search(q, k, v, resolved=RESOLVED, candidates=candidates, budget=BUDGET)
+    windows, errors = calibrate.search(q, k, v, **HOW, candidates=candidates, budget=BUDGET)
     assert windows == list(REACHES.values())
     assert max(errors) <= BUDGET
 
@@ -106,7 +107,7 @@ def test_each_head_gets_the_sparsest_window_that_holds_what_it_attends():
 def test_layouts_and_parts_give_the_same():
     q, k, v = heads_of(REACHES)
     keywords = {
-        "resolved": RESOLVED,
+        **HOW,
         "candidates": calibrate.legal_windows(RESOLVED.geometry, "clamp"),
         "budget": BUDGET,
     }
@@ -121,20 +122,20 @@ def test_the_worst_sample_of_a_batch_counts():
     local, whole = heads_of([(0, 0, 0)]), heads_of([(1, 1, 1)])
     q, k, v = (torch.cat(pair) for pair in zip(local, whole, strict=True))
     candidates = calibrate.legal_windows(RESOLVED.geometry, "clamp")
-    windows, _ = calibrate.search(q, k, v, resolved=RESOLVED, candidates=candidates, budget=BUDGET)
+    windows, _ = calibrate.search(q, k, v, **HOW, candidates=candidates, budget=BUDGET)
     assert windows == [WHOLE]
 
 
 def test_a_head_beyond_the_budget_gets_the_last_candidate_and_its_error():
     q, k, v = heads_of([(1, 1, 1)])
-    windows, errors = calibrate.search(q, k, v, resolved=RESOLVED, candidates=[(1, 1, 1), WHOLE], budget=1e-4)
+    windows, errors = calibrate.search(q, k, v, **HOW, candidates=[(1, 1, 1), WHOLE], budget=1e-4)
     assert windows == [WHOLE] and 1e-4 < errors[0] < 0.1
 
 
 def test_a_head_of_zeros_has_no_error():
     q, k, v = heads_of([(1, 1, 1)])
     windows, errors = calibrate.search(
-        q, k, torch.zeros_like(v), resolved=RESOLVED, candidates=[(1, 1, 1), WHOLE], budget=0.0
+        q, k, torch.zeros_like(v), **HOW, candidates=[(1, 1, 1), WHOLE], budget=0.0
     )
     assert (windows, errors) == ([(1, 1, 1)], [0.0])
 

@@ -66,7 +66,6 @@ def run(*, model, grid, heads, head_dim, tile, window, border, rounds, as_json) 
         table.add_column(name, justify="right")
     for row in rows:
         if "error" in row:
-            table.add_row(row["name"], row["error"])
             continue
         tflops, speedup = row["tflops"], row["speedup"]
         table.add_row(
@@ -77,6 +76,9 @@ def run(*, model, grid, heads, head_dim, tile, window, border, rounds, as_json) 
             "" if speedup is None else f"{speedup:.2f}x",
         )
     console.print(table)
+    for row in rows:
+        if "error" in row:
+            console.print(f"{row['name']} did not run: {row['error']}")
     console.print(
         "BF16 in and out, batch 1; medians of rounds taken in turns, spread is (slowest - fastest round) / median. "
         f"FPSAttention's time includes quantisation; torch attends everything, FPSAttention {resolved.density:.1%}."

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .api import attention, backend_for
 from .cli import MachineError, UserError, asked
-from .config import AttentionConfig, ResolvedConfig
+from .config import AttentionConfig
 from .console import by, people, print_json, progress
 from .geometry import TileGeometry, Triple
 from .reference import to_heads_first
@@ -28,7 +28,7 @@ STATE_FORMAT = "fpsattention-calibration-1"
 FILE = re.compile(r"step(\d+)_layer(\d+)\.safetensors", re.ASCII)
 
 # Elements of Q of the heads searched at a time: Wan at 720p has 9.7 million a head, so 13 heads. A search holds some
-# ten tensors of this size, half of them fp32: 4 GB.
+# ten tensors of that size, four of them fp32: 4 GB.
 ELEMENTS_AT_ONCE = 2**27
 
 
@@ -58,7 +58,8 @@ def search(
     k: Tensor,
     v: Tensor,
     *,
-    resolved: ResolvedConfig,
+    grid: Triple,
+    config: AttentionConfig,
     candidates: Sequence[Triple],
     budget: float,
     tensor_layout: str = "NHD",
@@ -66,24 +67,18 @@ def search(
     """For each head, the first of `candidates` whose output is near enough to dense exact attention.
 
     The error of a head is the RMS of the difference over the RMS of the exact output, over tokens and channels; of
-    several samples in the batch the worst one counts. It has all that will happen in use: the window and, unless
-    quant is "none", the rounding to FP8. Memory beside the inputs is some seven tensors of q's size.
+    several samples in the batch the worst one counts. It has all in it that will happen in use: the window, and the
+    config's rounding. Exact is quant="none": on a GPU torch's SDPA in q's dtype, elsewhere fp32.
 
     Args:
-        q, k, v, tensor_layout: as in `attention`.
-        resolved: grid, tile, border and rounding; its windows do not matter.
+        q, k, v, grid, tensor_layout: as in `attention`.
+        config: everything but the window.
         candidates: windows in tiles, sparsest first; a head that none of them suits gets the last.
         budget: the largest error allowed.
 
-    Returns one window and its error per head. Raises ValueError when the exact output is not finite.
+    Returns one window and its error per head. Raises ValueError when the exact output is not finite, and as
+    `attention` does.
     """
-    config = AttentionConfig(
-        tile=resolved.tile,
-        border=resolved.border,
-        quant=resolved.quant,
-        quant_tile=resolved.quant_tile if resolved.quant == "fp8" else None,
-        smooth_k=resolved.smooth_k,
-    )
     q, k, v = (to_heads_first(x, tensor_layout) for x in (q, k, v))
 
     def attend(config: AttentionConfig, heads: list[int]) -> Tensor:
@@ -94,18 +89,17 @@ def search(
         backend = (
             "reference" if name == "reference" else "auto"
         )  # the command says so once: no warning besides
-        return attention(*part, grid=resolved.grid, config=config, tensor_layout="HND", backend=backend)
+        return attention(*part, grid=grid, config=config, tensor_layout="HND", backend=backend)
 
     left = list(range(q.shape[1]))
-    exact = attend(AttentionConfig(tile=resolved.tile, quant="none"), left)
+    exact = attend(AttentionConfig(tile=config.tile, quant="none"), left)
     if not exact.isfinite().all():
         raise ValueError(
             "the exact attention is not finite: q, k, v hold NaN or Inf, or their products overflow"
         )
     found: dict[int, tuple[Triple, float]] = {}
     for i, window in enumerate(candidates):
-        out = attend(replace(config, window=window), left)
-        errors = _relative_errors(out, exact[:, left]).tolist()
+        errors = _relative_errors(attend(replace(config, window=window), left), exact[:, left]).tolist()
         for head, error in zip(left, errors, strict=True):
             if error <= budget or i == len(candidates) - 1:
                 found[head] = window, error
@@ -135,13 +129,12 @@ def run(
         captures = _captures(folder, grid, layout, num_steps)
         heads = captures[0].shape[1]
         resolved = AttentionConfig(tile=tile, border=border).resolve(grid, heads)
+        config = AttentionConfig(tile=resolved.tile, border=border)
         geometry = resolved.geometry
         if candidates is None:
             candidates = legal_windows(geometry, border)
         else:
-            fitted = [
-                AttentionConfig(tile=resolved.tile, window=w).resolve(grid, 1).windows[0] for w in candidates
-            ]
+            fitted = [replace(config, window=w).resolve(grid, 1).windows[0] for w in candidates]
             candidates = _by_density({*fitted, geometry.tiles}, geometry, border)
     device = _device(device)
     settings = {
@@ -172,13 +165,14 @@ def run(
                 windows, errors = [], []
                 for part in _parts(capture, layout):
                     q, k, v = (x.to(device) for x in part)
-                    backend = backend or backend_for(q, AttentionConfig())
+                    backend = backend or backend_for(q, config)
                     try:
                         more = search(
                             q,
                             k,
                             v,
-                            resolved=resolved,
+                            grid=grid,
+                            config=config,
                             candidates=candidates,
                             budget=budget,
                             tensor_layout=layout,
@@ -197,7 +191,7 @@ def run(
             results[capture.step, capture.layer] = entry
         bar.update(task, description="done")
 
-    table = _table(results, resolved, num_steps)
+    table = _table(results, resolved.grid, config, num_steps)
     with asked():
         table.save(output)
     _report(console, table, results, budget, backend, output, state_path, as_json)
@@ -308,13 +302,13 @@ def _load_state(path: Path, settings: dict) -> dict:
     return files
 
 
-def _table(results: dict, resolved: ResolvedConfig, num_steps: int) -> WindowTable:
+def _table(results: dict, grid: Triple, config: AttentionConfig, num_steps: int) -> WindowTable:
     """The table of all steps: one that was not captured has the windows of the nearest that was, the earlier of two."""
     captured = sorted({step for step, _ in results})
     layers = range(len(results) // len(captured))
     nearest = [min(captured, key=lambda c: (abs(c - step), c)) for step in range(num_steps)]
     windows = [[results[step, layer]["windows"] for layer in layers] for step in nearest]
-    return WindowTable(resolved.grid, AttentionConfig(tile=resolved.tile, border=resolved.border), windows)
+    return WindowTable(grid, config, windows)
 
 
 def _report(console, table, results, budget, backend, output, state_path, as_json) -> None:

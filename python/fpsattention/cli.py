@@ -112,6 +112,14 @@ def _between(low: float, high: float):
 _fraction = _between(0, 1)
 
 
+def _new_file(text: str) -> Path:
+    """An argument type: a file in a folder that exists, found out before the work rather than after it."""
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no folder {path.parent}")
+    return path
+
+
 def _add_triple(parser, name: str, what: str, **options) -> None:
     parser.add_argument(name, type=_positive, nargs=3, metavar=("t", "h", "w"), help=what, **options)
 
@@ -215,12 +223,12 @@ def _add_schedule(commands) -> None:
         metavar=("A", "B"),
         help="progress, 0 to 1, at which mid and late begin (default: 0.2 0.8)",
     )
-    parser.add_argument("--steps", type=_positive, metavar="N", help="steps of the sampler (default: 50)")
+    parser.add_argument("--num-steps", type=_positive, metavar="N", help="steps of the sampler (default: 50)")
     _add_border(parser, default=None)  # so that it is known to be given, which --windows forbids
     parser.add_argument(
         "--windows", type=Path, metavar="FILE", help="a table of windows in place of all the above"
     )
-    parser.add_argument("--output", type=Path, metavar="PNG", help="also draw the picture to this file")
+    parser.add_argument("--output", type=_new_file, metavar="PNG", help="also draw the picture to this file")
     _add_json(parser)
     parser.set_defaults(run=partial(_run, "show", "schedule"))
 
@@ -259,7 +267,7 @@ def _add_profile(commands) -> None:
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=_new_file,
         default=Path("fpsattention-profile"),
         metavar="FILE",
         help="the report, to which the tool adds its suffix (default: %(default)s)",
@@ -317,7 +325,7 @@ def _add_calibrate(commands) -> None:
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=_new_file,
         default=Path("windows.json"),
         metavar="FILE",
         help="the table (default: %(default)s)",
@@ -343,7 +351,7 @@ def _add_compare(commands) -> None:
         )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=_new_file,
         default=Path("comparison.png"),
         metavar="PNG",
         help="the picture (default: %(default)s)",

@@ -122,12 +122,12 @@ def schedule(*, windows, output, as_json, **stages) -> None:
 
 
 def _stages(
-    console: Console, *, model, grid, heads, head_dim, tile, border, alpha, steps, **of_stage
+    console: Console, *, model, grid, heads, head_dim, tile, border, alpha, num_steps, **of_stage
 ) -> tuple[dict, list[tuple[str, ResolvedConfig]]]:
     """The JSON result and the pictures of a `StepSchedule`, once its table is printed."""
     with asked():
         shape = models.choose(model, grid, heads, head_dim)
-        alpha, steps, border = alpha or DEFAULT_ALPHA, steps or DEFAULT_STEPS, border or "clamp"
+        alpha, steps, border = alpha or DEFAULT_ALPHA, num_steps or DEFAULT_STEPS, border or "clamp"
         if not any(of_stage.values()):
             raise ValueError("no window: give one of --early, --mid and --late, or a file with --windows")
         tile = AttentionConfig(tile=tile).resolve(shape.grid, shape.heads).tile
