@@ -288,9 +288,10 @@ def test_a_wrong_request_is_status_2_and_names_what_is_legal(tmp_path, capsys, t
     assert "all of one colour" in message("--noise", 0)
 
 
-def test_a_missing_gpu_is_status_2(capsys, monkeypatch, tmp_path):
+def test_a_missing_gpu_is_status_1(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no CUDA device" in fails(capsys, "--device", "cuda", "--output", tmp_path)
+    assert cli.main(["demo", "--device", "cuda", "--output", str(tmp_path)]) == 1
+    assert "no CUDA device" in capsys.readouterr().err
 
 
 def test_missing_packages_are_named(capsys, monkeypatch, tmp_path):

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .api import attention, backend_for
-from .cli import MachineError, UserError, asked
+from .cli import UserError, asked, chosen_device
 from .config import AttentionConfig
 from .console import by, people, print_json, progress
 from .geometry import TileGeometry, Triple
@@ -136,7 +136,7 @@ def run(
         else:
             fitted = [replace(config, window=w).resolve(grid, 1).windows[0] for w in candidates]
             candidates = _by_density({*fitted, geometry.tiles}, geometry, border)
-    device = _device(device)
+    device = chosen_device(device)
     settings = {
         "grid": list(resolved.grid),
         "tile": list(resolved.tile),
@@ -267,12 +267,6 @@ def _parts(capture: Capture, layout: str):
         for first in range(0, heads, at_once):
             some = slice(first, min(first + at_once, heads))
             yield tuple(x[:, :, some] if layout == "NHD" else x[:, some] for x in slices)
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise MachineError("--device cuda: torch finds no CUDA device; try --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _by_density(windows, geometry: TileGeometry, border: str) -> list[Triple]:

@@ -35,6 +35,15 @@ def asked() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
+def chosen_device(name: str):
+    """The torch.device of --device: "auto", "cpu" or "cuda". Raises MachineError for a GPU that is not there."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise MachineError("--device cuda: torch finds no CUDA device; try --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: sys.argv[1:]) and return the exit status.
 
@@ -133,13 +142,19 @@ def _add_json(parser) -> None:
     )
 
 
+def _add_device(parser) -> None:
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is one"
+    )
+
+
 def _add_shape(parser) -> None:
     """The options that say what is attended: MODEL or --grid, heads, tile."""
     parser.add_argument(
         "model",
         nargs="?",
         metavar="MODEL",
-        help="a model's name, for example wan2.1-14b-720p; a wrong one prints the list",
+        help="a model's name, for example wan2.1-14b-720p; given nothing, the command lists them",
     )
     parser.add_argument(
         "--grid",
@@ -320,9 +335,7 @@ def _add_calibrate(commands) -> None:
         action="append",
         dest="candidates",
     )
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is one"
-    )
+    _add_device(parser)
     parser.add_argument(
         "--output",
         type=_new_file,
@@ -388,9 +401,7 @@ def _add_demo(commands) -> None:
         metavar=("H", "W"),
         help="pixels, multiples of 16; the clip is scaled (default: 720 1280 on a GPU, 432 768 without)",
     )
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is one"
-    )
+    _add_device(parser)
     parser.add_argument(
         "--tile",
         type=_positive,

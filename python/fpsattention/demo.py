@@ -21,7 +21,7 @@ from rich.table import Table
 
 from . import video
 from .api import attention, backend_for
-from .cli import UserError
+from .cli import UserError, chosen_device
 from .config import AttentionConfig, ResolvedConfig
 from .console import by, milliseconds, people, print_json, progress
 from .geometry import TileGeometry
@@ -56,9 +56,10 @@ class Row:
 def run(*, video_path, frames, size, device, tile, window, heads, noise, seed, output, as_json) -> None:
     """The `demo` command. Options as `fpsattention demo --help` has them; None is the default it names.
 
-    Prints a table (or JSON) and writes `output`/demo.png. Raises UserError for a request that cannot be met.
+    Prints a table (or JSON) and writes `output`/demo.png. Raises UserError for a request that cannot be met, MachineError
+    for a GPU that is not there.
     """
-    device = _device(device)
+    device = chosen_device(device)
     defaults = DEFAULTS[device.type]
     frames, heads = frames or defaults["frames"], heads or defaults["heads"]
     height, width = size or defaults["size"]
@@ -109,12 +110,6 @@ def run(*, video_path, frames, size, device, tile, window, heads, noise, seed, o
     _print(people(as_json), result, rows)
     if as_json:
         print_json(result)
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no CUDA device; try --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _name(device: torch.device) -> str:
