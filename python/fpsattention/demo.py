@@ -56,8 +56,8 @@ class Row:
 def run(*, video_path, frames, size, device, tile, window, heads, noise, seed, output, as_json) -> None:
     """The `demo` command. Options as `fpsattention demo --help` has them; None is the default it names.
 
-    Prints a table (or JSON) and writes `output`/demo.png. Raises UserError for a request that cannot be met, MachineError
-    for a GPU that is not there.
+    Prints a table (or JSON) and writes `output`/demo.png. Raises UserError for a request that cannot be met,
+    MachineError for a GPU that is not there.
     """
     device = chosen_device(device)
     defaults = DEFAULTS[device.type]
