@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 import brute
 import fpsattention as fps
-from fpsattention.api import _lists
+from fpsattention.api import as_lists
 
 try:
     import diffusers
@@ -351,7 +351,7 @@ def opaque_attention(monkeypatch):
     """One op stands for the attention, as on the sm90 backend; tracing the reference would break the graph."""
 
     def attention(q, k, v, *, grid, config, backend, **text):
-        tile, _, window, _ = _lists(config)
+        tile, _, window, _ = as_lists(config)
         return torch.ops.fpsattention_test.attention(q, k, v, list(grid), tile, window, **text)
 
     monkeypatch.setattr(diffusers_models, "attention", attention)

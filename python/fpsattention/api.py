@@ -84,7 +84,7 @@ def quantize_qkv(
         )
     operands = (q.detach(), k.detach(), v.detach())
     if name == "sm90":
-        tile, quant_tile, _, _ = _lists(config)
+        tile, quant_tile, _, _ = as_lists(config)
         operands = torch.ops.fpsattention.quantize(
             *operands, list(grid), tile, quant_tile, config.smooth_k, scale, tensor_layout, *extra
         )
@@ -174,7 +174,7 @@ def attention(
             deterministic = torch.are_deterministic_algorithms_enabled()
         rounding = config.smooth_k, scale, tensor_layout, deterministic
         out, lse, *_ = torch.ops.fpsattention.attention(
-            q, k, v, list(grid), *_lists(config), *rounding, *lengths, *counts
+            q, k, v, list(grid), *as_lists(config), *rounding, *lengths, *counts
         )
     elif config.quant == "fp8":
         out, lse = reference.emulated_attention(q, k, v, **call)
@@ -213,7 +213,7 @@ def _attend(quantized: QuantizedQKV, config: AttentionConfig) -> tuple[Tensor, T
             tensor_layout=x.tensor_layout,
             **extra,
         )
-    tile, _, window, truncate = _lists(config)
+    tile, _, window, truncate = as_lists(config)
     return torch.ops.fpsattention.attend(
         *(*x.operands, list(x.grid), tile, window, truncate, x.scale, x.tensor_layout, x.dtype),
         **extra,
@@ -313,7 +313,7 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=5)
 
 
-def _lists(config: AttentionConfig) -> tuple[list[int], list[int], list[int], bool]:
+def as_lists(config: AttentionConfig) -> tuple[list[int], list[int], list[int], bool]:
     """tile, quant_tile, windows and truncate of a config as the ops take them; what is None is empty."""
     window = config.window or ()
     windows = window if not window or isinstance(window[0], int) else [x for triple in window for x in triple]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +13,7 @@ from .geometry import (
     TileGeometry,
     Triple,
     as_grid,
-    as_length,
+    as_int,
     as_tile,
     as_triple,
     as_truncate,
@@ -84,12 +83,8 @@ class AttentionConfig:
         Raises TypeError or ValueError when the window does not fit the grid or the heads, or a length is no integer
         of at least 0.
         """
-        if isinstance(heads, bool) or not hasattr(heads, "__index__"):
-            raise TypeError(f"heads: {heads!r} must be an integer, at least 1")
-        if operator.index(heads) < 1:
-            raise ValueError(f"heads: {heads} must be an integer, at least 1")
-        lengths = as_length("prefix_len", prefix_len), as_length("suffix_len", suffix_len)
-        return _resolve(self, as_grid(grid), operator.index(heads), *lengths)
+        lengths = as_int("prefix_len", prefix_len, 0), as_int("suffix_len", suffix_len, 0)
+        return _resolve(self, as_grid(grid), as_int("heads", heads, 1), *lengths)
 
 
 @dataclass(frozen=True)
@@ -164,7 +159,7 @@ def _check_quant_tile(quant_tile: Triple, tile: Triple) -> None:
         )
 
 
-def _fit_window(window: Triple, tiles: Triple) -> Triple:
+def fit_window(window: Triple, tiles: Triple) -> Triple:
     """`window`, entries that cover their axis cut to it. Raises ValueError for an even one that does not."""
     for axis, w, n in zip(AXES, window, tiles, strict=True):
         if w < n and w % 2 == 0:
@@ -190,7 +185,7 @@ def _resolve(
         raise ValueError(
             f"window: {len(windows)} windows of single heads for {heads} heads; give one triple, or {heads}"
         )
-    windows = tuple(_fit_window(w, tiles) for w in windows)
+    windows = tuple(fit_window(w, tiles) for w in windows)
     if len(set(windows)) == 1:
         windows = windows[:1]
     rounding = config.quant, quant_tile, config.smooth_k

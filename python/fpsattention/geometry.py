@@ -40,14 +40,23 @@ def as_triple(name: str, value: Sequence[int], least: int) -> Triple:
     return triple
 
 
-def as_length(name: str, value: int) -> int:
-    """`value` as a plain int, at least 0. Raises TypeError or ValueError that name the argument."""
+def as_int(name: str, value: int, least: int, most: int | None = None) -> int:
+    """`value` as a plain int from `least` to `most`. Raises TypeError or ValueError that name the argument."""
+
+    def rule() -> str:
+        bounds = f"at least {least}" if most is None else f"at least {least} and at most {most}"
+        return f"{name}: {value!r} must be an integer, {bounds}"
+
     # torch.compile knows that a symbolic integer is an int, but not what attributes it has.
     if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):
-        raise TypeError(f"{name}: {value!r} must be an integer, at least 0")
-    if operator.index(value) < 0:
-        raise ValueError(f"{name}: {value} must be an integer, at least 0; nearest legal value 0")
-    return operator.index(value)
+        raise TypeError(rule())
+    try:
+        number = operator.index(value)
+    except TypeError:  # a tensor of floats has the attribute too
+        raise TypeError(rule()) from None
+    if number < least or (most is not None and number > most):
+        raise ValueError(f"{rule()}; nearest legal value {least if number < least else most}")
+    return number
 
 
 def as_grid(value: Sequence[int]) -> Triple:
@@ -110,8 +119,8 @@ class TileGeometry:
     def __init__(self, grid: Sequence[int], tile: Sequence[int], prefix_len: int = 0, suffix_len: int = 0):
         self.grid = as_grid(grid)
         self.tile = as_tile(tile)
-        self.prefix_len = as_length("prefix_len", prefix_len)
-        self.suffix_len = as_length("suffix_len", suffix_len)
+        self.prefix_len = as_int("prefix_len", prefix_len, 0)
+        self.suffix_len = as_int("suffix_len", suffix_len, 0)
         self.tiles: Triple = tuple(-(-g // t) for g, t in zip(self.grid, self.tile, strict=True))
         self.n_extra_tokens = self.prefix_len + self.suffix_len
         self.n_tokens = math.prod(self.grid) + self.n_extra_tokens

@@ -83,7 +83,7 @@ class Plan:
             per_head = config.window is not None and isinstance(config.window[0], tuple)
             heads = len(config.window) if per_head else 1
         resolved = config.resolve(self.grid, heads, prefix_len, suffix_len)
-        return "\n".join([*_explain_tile(self, resolved, heads, head_dim), *_explain_choice(self)])
+        return "\n".join([*explain_tile(self, resolved, heads, head_dim), *_explain_choice(self)])
 
 
 def plan(grid: Sequence[int], *, top: int = 3) -> Plan:
@@ -139,7 +139,8 @@ def _rank(choice: TileChoice) -> tuple:
     return round(cost, 9), choice.slot, choice.tile
 
 
-def _explain_tile(plan: Plan, resolved: ResolvedConfig, heads: int, head_dim: int) -> list[str]:
+def explain_tile(plan: Plan, resolved: ResolvedConfig, heads: int, head_dim: int) -> list[str]:
+    """The lines of `Plan.explain` on one config; the first nine characters of each say what it is about."""
     g, border = resolved.geometry, resolved.border
     attended = sum(g.attended_pairs(w, border) for w in resolved.windows)
     computed = sum(g.computed_pairs(w, border) for w in resolved.windows)
@@ -169,7 +170,7 @@ def _explain_tile(plan: Plan, resolved: ResolvedConfig, heads: int, head_dim: in
         f"work     {flops / 1e12:.3g} TFLOP forward, batch 1, heads {heads}, head_dim {head_dim}{overhead}",
         f"items    {_item_fill(resolved.item_fill)}",
         f"rounding {quant}",
-        f"runs     {_what_runs(resolved, head_dim)}",
+        f"runs     {what_runs(resolved, head_dim)}",
     ]
 
 
@@ -195,8 +196,9 @@ def _legal(n: int, axis: str) -> str:
     return f"{axis}: {', '.join([*odd, f'{n} or more (all)'])}"
 
 
-def _what_runs(resolved: ResolvedConfig, head_dim: int) -> str:
-    from .ops import extra_tokens_obstacle  # ops.py imports this module, through config.py
+def what_runs(resolved: ResolvedConfig, head_dim: int) -> str:
+    """What would run for a config on this machine, and why nothing better."""
+    from .ops import HEAD_DIMS, extra_tokens_obstacle  # ops.py imports this module, through config.py
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     if resolved.quant == "none":
@@ -204,7 +206,7 @@ def _what_runs(resolved: ResolvedConfig, head_dim: int) -> str:
         return f"{torchs} on {gpu}" if gpu else f"the reference (exact attention): no GPU for {torchs}"
     if obstacle := extra_tokens_obstacle(resolved.prefix_len, resolved.suffix_len):
         return f"the reference (emulated FP8): {obstacle}"
-    if head_dim not in (64, 128):
+    if head_dim not in HEAD_DIMS:
         return f"the reference (emulated FP8): the Hopper kernel needs head_dim 64 or 128, not {head_dim}"
     if not gpu:
         return "the reference (emulated FP8): the Hopper kernel needs a GPU of compute capability 9.0"

@@ -17,7 +17,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from .config import AttentionConfig, ResolvedConfig
-from .geometry import TileGeometry, Triple, as_grid, as_length
+from .geometry import TileGeometry, Triple, as_grid, as_int
 
 E4M3_MAX = 448.0
 AMAX_FLOOR = 2.0**-100  # a group no larger than this counts as zero: 448 / amax would overflow fp32
@@ -56,8 +56,8 @@ def check_inputs(
                 raise ValueError(f"{name}: {what} {mine} must be that of q, {first}")
     heads_first = tuple(to_heads_first(x, tensor_layout) for x in (q, k, v))
     sections = {
-        "prefix": (as_length("prefix_len", prefix_len), prefix_valid),
-        "suffix": (as_length("suffix_len", suffix_len), suffix_valid),
+        "prefix": (as_int("prefix_len", prefix_len, 0), prefix_valid),
+        "suffix": (as_int("suffix_len", suffix_len, 0), suffix_valid),
     }
     tokens, video = heads_first[0].shape[2], math.prod(as_grid(grid))
     if tokens != video + prefix_len + suffix_len:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .config import AttentionConfig
+from .geometry import as_int
 
 STAGES = ("early", "mid", "late")
 
@@ -63,8 +63,8 @@ class StepSchedule:
 
     def stage(self, *, step: int, num_steps: int) -> str:
         """The stage ("early", "mid" or "late") of inference step `step`; the arguments are those of `at`."""
-        num_steps = _as_int("num_steps", num_steps, 1)
-        return self._stage(_as_int("step", step, 0, num_steps - 1) / num_steps)
+        num_steps = as_int("num_steps", num_steps, 1)
+        return self._stage(as_int("step", step, 0, num_steps - 1) / num_steps)
 
     def at(self, *, step: int, num_steps: int) -> AttentionConfig:
         """The config of an inference step.
@@ -153,7 +153,7 @@ class StepSchedule:
             num_steps: as in `at`.
             grid, heads: tokens (T, H, W) and number of heads, as in `AttentionConfig.resolve`.
         """
-        num_steps = _as_int("num_steps", num_steps, 1)
+        num_steps = as_int("num_steps", num_steps, 1)
         stages = [self.stage(step=i, num_steps=num_steps) for i in range(num_steps)]
         resolved = {stage: getattr(self, stage).resolve(grid, heads) for stage in STAGES}
         lines = [f"{'stage':5} {'steps':>9} {'tile':>14} {'scales':>14} {'window':>14} {'density':>8}"]
@@ -201,21 +201,6 @@ def _as_alpha(alpha: Sequence[float]) -> tuple[float, float]:
     if not 0 <= alpha[0] <= alpha[1] <= 1:
         raise ValueError(f"{rule}{_nearest(*alpha)}")
     return tuple(map(float, alpha))
-
-
-def _as_int(name: str, value: int, least: int, most: float = math.inf) -> int:
-    rule = f"{name}: {value!r} must be an integer, at least {least}"
-    if most < math.inf:
-        rule += f" and at most {most}"
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(rule) from None
-    if isinstance(value, bool):
-        raise TypeError(rule)
-    if not least <= number <= most:
-        raise ValueError(f"{rule}; nearest legal value {least if number < least else most}")
-    return number
 
 
 def _is_real(value) -> bool:

@@ -41,7 +41,7 @@ def plan(*, model, grid, heads, head_dim, tile, window, border, as_json) -> None
     expected, expected_dense = (estimate.forward(x, shape.heads, shape.head_dim) for x in (resolved, dense))
 
     console = people(as_json)
-    lines = planning._explain_tile(ranked, resolved, shape.heads, shape.head_dim)
+    lines = planning.explain_tile(ranked, resolved, shape.heads, shape.head_dim)
     lines.append(f"expected {_expectation(expected, expected_dense, shape.layers)}")
     if shape.name:
         lines.insert(0, f"model    {shape.name}: {shape.setting}, {shape.layers} layers; {shape.source}")
@@ -71,7 +71,7 @@ def plan(*, model, grid, heads, head_dim, tile, window, border, as_json) -> None
                 "flops": shape.heads * geometry.flops(resolved.windows[0], border, shape.head_dim),
                 "expected": _estimate_json(expected),
                 "expected_dense": _estimate_json(expected_dense),
-                "runs": planning._what_runs(resolved, shape.head_dim),
+                "runs": planning.what_runs(resolved, shape.head_dim),
                 "candidates": [asdict(choice) for choice in ranked.candidates],
             }
         )

@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
-from .config import AttentionConfig, _fit_window
-from .geometry import Triple, as_grid, as_triple, tile_geometry
-from .schedule import _as_int
+from .config import AttentionConfig, fit_window
+from .geometry import Triple, as_grid, as_int, as_triple, tile_geometry
 
 FORMAT = "fpsattention-windows-1"
 STA_TILE = (6, 8, 8)  # FastVideo's, for which its files count windows
@@ -70,8 +69,8 @@ class WindowTable:
         """
         if num_steps is not None and num_steps != self.num_steps:
             raise ValueError(f"num_steps: {num_steps!r} is not the table's, {self.num_steps}")
-        step = _as_int("step", step, 0, self.num_steps - 1)
-        return self._configs[step][_as_int("layer", layer, 0, self.num_layers - 1)]
+        step = as_int("step", step, 0, self.num_steps - 1)
+        return self._configs[step][as_int("layer", layer, 0, self.num_layers - 1)]
 
     @cached_property
     def _configs(self) -> tuple[tuple[AttentionConfig, ...], ...]:
@@ -161,7 +160,7 @@ class WindowTable:
         does not fit.
         """
         sizes = {"num_steps": num_steps, "num_layers": num_layers, "heads": heads}
-        sizes = {name: _as_int(name, value, 1) for name, value in sizes.items()}
+        sizes = {name: as_int(name, value, 1) for name, value in sizes.items()}
         found: dict[tuple[int, int, int], Triple] = {}
         try:
             for key, window in _read_object(path).items():
@@ -222,7 +221,7 @@ def _check_keys(where: str, data: dict, expected: set[str]) -> None:
 
 
 def _window_of(windows: list[Triple], index: int) -> Triple:
-    return windows[_as_int('"steps": index', index, 0, len(windows) - 1)]
+    return windows[as_int('"steps": index', index, 0, len(windows) - 1)]
 
 
 def _place(key: str, sizes: dict[str, int]) -> tuple[int, int, int]:
@@ -246,7 +245,7 @@ def _checked(windows, grid: Triple, config: AttentionConfig) -> tuple:
     def fit(place: str, window) -> Triple:
         triple = as_triple(place, window, 1)
         try:
-            return _fit_window(triple, tiles)
+            return fit_window(triple, tiles)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
 
