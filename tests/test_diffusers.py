@@ -33,18 +33,10 @@ SAME = fps.StepSchedule(EXACT, EXACT, EXACT)
 STAGES = fps.StepSchedule(NARROW, FP8, WIDE, alpha=(0.4, 0.8))  # of 5 steps: two, two, one
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:fpsattention runs its reference"),
     pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),  # Mochi's, of float32
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The tensors are too small to share out; threads would wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=tiny.MODELS)

@@ -17,13 +17,7 @@ WINDOWS = {"early": (1, 1, 1), "mid": (2, 3, 3), "late": (1, 3, 1)}
 PLAN = flow.Plan(GRID, tile=(1, 1, 1), **WINDOWS, alpha=(0.25, 0.75), shift=3.0)
 CPU = torch.device("cpu")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", autouse=True)
