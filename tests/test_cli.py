@@ -165,7 +165,13 @@ def test_plan_of_a_grid_prints_for_people(capsys):
 
 
 def test_plan_says_where_text_is_and_where_nothing_was_measured(capsys):
-    assert "256 text tokens come last" in run(capsys, "plan", "hunyuanvideo-720p")[1]
+    result, text = run(capsys, "plan", "hunyuanvideo-720p")
+    assert "256 text tokens come last" in text and "prefix 0 and suffix 256 tokens" in text
+    assert (result["tokens"], result["prefix_len"], result["suffix_len"]) == (118_800 + 256, 0, 256)
+    assert "take no extra tokens" in result["runs"]
+    alone, _ = run(capsys, "plan", "--grid", 33, 45, 80, "--heads", 24)
+    assert result["expected"] == alone["expected"] and result["flops"] > alone["flops"]
+    assert run(capsys, "plan", "cogvideox-5b")[0]["prefix_len"] == 226
     result, text = run(capsys, "plan", "--grid", 4, 6, 8)
     assert result["expected"] is None and "no estimate" in text
 
@@ -251,6 +257,18 @@ def test_schedule_has_a_row_for_each_step(capsys, tmp_path):
     for colour in show.COLOURS:
         rgb = torch.tensor([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
         assert (pixels - rgb).abs().amax(-1).lt(0.02).sum() > 50
+
+
+def test_schedule_counts_text(capsys):
+    result, text = run(capsys, "schedule", "cogvideox-5b", "--early", 1, 3, 3)
+    dense = result["steps"][20]
+    assert (result["prefix_len"], result["suffix_len"], dense["density"]) == (226, 0, 1)
+    alone, _ = run(
+        capsys, "schedule", "--grid", 13, 30, 45, "--heads", 48, "--head-dim", 64, "--early", 1, 3, 3
+    )
+    assert result["steps"][0]["density"] > alone["steps"][0]["density"]
+    assert dense["expected_ms"] == alone["steps"][20]["expected_ms"]
+    assert "226 text tokens come first in the same sequence; all are counted, but the expected" in text
 
 
 def test_the_picture_is_the_rule():

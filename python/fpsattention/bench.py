@@ -83,6 +83,8 @@ def run(*, model, grid, heads, head_dim, tile, window, border, rounds, as_json) 
         "BF16 in and out, batch 1; medians of rounds taken in turns, spread is (slowest - fastest round) / median. "
         f"FPSAttention's time includes quantisation; torch attends everything, FPSAttention {resolved.density:.1%}."
     )
+    if shape.text_tokens:
+        console.print(f"Video tokens only: the model's {shape.text_tokens} text tokens are left out.")
     if as_json:
         print_json(
             {

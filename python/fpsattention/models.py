@@ -39,6 +39,11 @@ class VideoModel:
         """Video tokens, text not counted."""
         return math.prod(self.grid)
 
+    @property
+    def text_lengths(self) -> tuple[int, int]:
+        """prefix_len and suffix_len of a call of `attention`, with as much text as there may be."""
+        return (self.text_tokens, 0) if self.text_place == "first" else (0, self.text_tokens)
+
 
 # Wan: VAE (4, 8, 8), patch (1, 2, 2); the 5B model's VAE is (4, 16, 16). (frames - 1) / 4 + 1 latent frames.
 _WAN21 = "github.com/Wan-Video/Wan2.1, wan/configs"

@@ -157,9 +157,8 @@ def explain_tile(plan: Plan, resolved: ResolvedConfig, heads: int, head_dim: int
     legal = "; ".join(_legal(n, axis) for n, axis in zip(g.tiles, "thw", strict=True))
     overhead = f"; the kernel computes {computed / attended:.2f} times that" if attended else ""
     runs = g.n_tiles - g.n_video_tiles
-    sections = (
-        f"prefix {g.prefix_len:,} and suffix {g.suffix_len:,} tokens in {runs:,} runs of up to {g.slot}"
-    )
+    cut = f"{runs:,} run{'s' * (runs > 1)} of up to {g.slot}"
+    sections = f"prefix {g.prefix_len:,} and suffix {g.suffix_len:,} tokens in {cut}"
     return [
         f"grid     {plan.grid}: {math.prod(plan.grid):,} tokens",
         *([f"extra    {sections}, attended by all"] if runs else []),

@@ -19,6 +19,7 @@ from .cli import UserError, asked
 from .config import AttentionConfig, ResolvedConfig
 from .console import by, milliseconds, people, print_json
 from .geometry import TileGeometry, Triple
+from .ops import extra_tokens_obstacle
 from .schedule import STAGES, StepSchedule
 from .windows import WindowTable
 
@@ -34,22 +35,19 @@ def plan(*, model, grid, heads, head_dim, tile, window, border, as_json) -> None
     with asked():
         shape = models.choose(model, grid, heads, head_dim)
         config = AttentionConfig(tile=tile, window=window, border=border)
-        resolved = config.resolve(shape.grid, shape.heads)
-        dense = AttentionConfig(tile=resolved.tile).resolve(shape.grid, shape.heads)
+        resolved = _resolve(config, shape)
+        dense = _resolve(AttentionConfig(tile=resolved.tile), shape)
     ranked = planning.plan(shape.grid)
     geometry = resolved.geometry
     expected, expected_dense = (estimate.forward(x, shape.heads, shape.head_dim) for x in (resolved, dense))
 
     console = people(as_json)
     lines = planning.explain_tile(ranked, resolved, shape.heads, shape.head_dim)
+    if shape.text_tokens:
+        lines.append(f"text     {_text(shape)}")
     lines.append(f"expected {_expectation(expected, expected_dense, shape.layers)}")
     if shape.name:
         lines.insert(0, f"model    {shape.name}: {shape.setting}, {shape.layers} layers; {shape.source}")
-    if shape.text_tokens:
-        lines.append(
-            f"text     up to {shape.text_tokens} text tokens come {shape.text_place} in the same sequence; "
-            "they are not counted here"
-        )
     for line in lines:
         console.print(Text.assemble((line[:9], "bold"), line[9:]))
     console.print(_tiles_table(ranked))
@@ -59,6 +57,8 @@ def plan(*, model, grid, heads, head_dim, tile, window, border, as_json) -> None
                 "model": asdict(shape) if shape.name else None,
                 "grid": shape.grid,
                 "tokens": geometry.n_tokens,
+                "prefix_len": resolved.prefix_len,
+                "suffix_len": resolved.suffix_len,
                 "heads": shape.heads,
                 "head_dim": shape.head_dim,
                 "tile": resolved.tile,
@@ -75,6 +75,21 @@ def plan(*, model, grid, heads, head_dim, tile, window, border, as_json) -> None
                 "candidates": [asdict(choice) for choice in ranked.candidates],
             }
         )
+
+
+def _resolve(config: AttentionConfig, shape: models.VideoModel) -> ResolvedConfig:
+    """The config on the model's video and text tokens."""
+    return config.resolve(shape.grid, shape.heads, *shape.text_lengths)
+
+
+def _text(shape: models.VideoModel) -> str:
+    untimed = (
+        ", but the expected time is that of the video alone"
+        if extra_tokens_obstacle(*shape.text_lengths)
+        else ""
+    )
+    where = f"up to {shape.text_tokens} text tokens come {shape.text_place} in the same sequence"
+    return f"{where}; all are counted{untimed}"
 
 
 def _expectation(expected, dense, layers: int) -> str:
@@ -130,7 +145,8 @@ def _stages(
         alpha, steps, border = alpha or DEFAULT_ALPHA, num_steps or DEFAULT_STEPS, border or "clamp"
         if not any(of_stage.values()):
             raise ValueError("no window: give one of --early, --mid and --late, or a file with --windows")
-        tile = AttentionConfig(tile=tile).resolve(shape.grid, shape.heads).tile
+        dense = _resolve(AttentionConfig(tile=tile), shape)
+        tile = dense.tile
         configs = {
             stage: AttentionConfig(
                 tile=tile, window=of_stage[stage], border=border, quant_tile=of_stage[f"{stage}_scales"]
@@ -138,11 +154,9 @@ def _stages(
             for stage in STAGES
         }
         plan_of_steps = StepSchedule(**configs, alpha=alpha)
-        resolved = {stage: config.resolve(shape.grid, shape.heads) for stage, config in configs.items()}
+        resolved = {stage: _resolve(config, shape) for stage, config in configs.items()}
     expected = {s: estimate.forward(x, shape.heads, shape.head_dim) for s, x in resolved.items()}
-    dense = estimate.forward(
-        AttentionConfig(tile=tile).resolve(shape.grid, shape.heads), shape.heads, shape.head_dim
-    )
+    expected_dense = estimate.forward(dense, shape.heads, shape.head_dim)
 
     rows = []
     for step in range(steps):
@@ -169,22 +183,26 @@ def _stages(
     console.print(table)
     mean = sum(row["density"] for row in rows) / steps
     console.print(f"Mean density over {steps} steps: {mean:.3f}.")
-    if dense is not None:
+    if shape.text_tokens:
+        console.print(f"Text: {_text(shape)}.")
+    if expected_dense is not None:
         total = shape.layers * sum(row["expected_ms"] for row in rows)
         console.print(
             f"Expected: {milliseconds(total)} for {steps} steps x {shape.layers} layers, dense "
-            f"{milliseconds(shape.layers * steps * dense.ms)}; guidance doubles both. An estimate from rates "
+            f"{milliseconds(shape.layers * steps * expected_dense.ms)}; guidance doubles both. An estimate from rates "
             f"measured on an {estimate.SOURCE}."
         )
     result = {
         "grid": shape.grid,
+        "prefix_len": dense.prefix_len,
+        "suffix_len": dense.suffix_len,
         "heads": shape.heads,
         "head_dim": shape.head_dim,
         "layers": shape.layers,
         "num_steps": steps,
         "alpha": plan_of_steps.alpha,
         "mean_density": mean,
-        "expected_from": estimate.SOURCE if dense else None,
+        "expected_from": estimate.SOURCE if expected_dense else None,
         "steps": rows,
     }
     occurring = dict.fromkeys(row["stage"] for row in rows)
@@ -258,7 +276,7 @@ def _seen(resolved: ResolvedConfig) -> torch.Tensor:
     query = (t * geometry.tiles[1] + h) * geometry.tiles[2] + w
     seen[geometry.key_tiles(query, resolved.windows[0], resolved.border)] = SEEN
     seen[query] = QUERY
-    return seen.view(geometry.tiles)
+    return seen[: geometry.n_video_tiles].view(geometry.tiles)  # runs of text have no place in the grid
 
 
 def _planes(resolved: ResolvedConfig) -> Columns:
