@@ -13,14 +13,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich import box
-from rich.table import Table
 
 from . import models
 from .api import HOPPER, attention, quantize_qkv
 from .cli import MachineError, asked
 from .config import AttentionConfig, ResolvedConfig
-from .console import by, milliseconds, people, print_json, progress
+from .console import by, milliseconds, people, print_json, progress, table_of
 from .ops import HEAD_DIMS
 from .timing import CudaClock, DeviceLost, Timing, time_interleaved
 
@@ -60,10 +58,7 @@ def run(*, model, grid, heads, head_dim, tile, window, border, rounds, as_json) 
         f"{shape.head_dim}, tile {by(resolved.tile)}, window {by(resolved.windows[0])}, density "
         f"{resolved.density:.3f}, on {gpu}"
     )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
-    for name in ("time", "spread", "TFLOP/s", "FPSAttention is faster by"):
-        table.add_column(name, justify="right")
+    table = table_of("", "time", "spread", "TFLOP/s", "FPSAttention is faster by", words=("",))
     for row in rows:
         if "error" in row:
             continue

@@ -11,15 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from rich import box
-from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .api import attention, backend_for
 from .cli import UserError, asked, chosen_device
 from .config import AttentionConfig
-from .console import by, people, print_json, progress
+from .console import by, people, print_json, progress, table_of
 from .geometry import TileGeometry, Triple
 from .reference import to_heads_first
 from .windows import WindowTable, write_json
@@ -323,9 +321,7 @@ def _report(console, table, results, budget, backend, output, state_path, as_jso
                 "over_budget": sum(error > budget for error in errors),
             }
         )
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("captured step", "density", "mean error", "worst error", "dense heads", "over budget"):
-        shown.add_column(name, justify="right")
+    shown = table_of("captured step", "density", "mean error", "worst error", "dense heads", "over budget")
     for row in rows:
         numbers = (f"{row[name]:.4f}" for name in ("density", "mean_error", "worst_error"))
         shown.add_row(str(row["step"]), *numbers, str(row["dense_heads"]), str(row["over_budget"]))

@@ -9,12 +9,10 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from rich import box
-from rich.table import Table
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from .cli import UserError, asked
-from .console import people, print_json, progress
+from .console import people, print_json, progress, table_of
 from .video import frames_of
 
 LEAST_PIXELS = 11  # the side of the Gaussian window of SSIM
@@ -53,9 +51,7 @@ def run(*, reference: Path, video: Path, output: Path, as_json) -> None:
         "picture": str(output),
     }
     console = people(as_json)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("", "PSNR", "SSIM"):
-        table.add_column(name, justify="right" if name else "left")
+    table = table_of("", "PSNR", "SSIM", words=("",))
     table.add_row(f"all {n} frames", _decibels(result["psnr"]), f"{result['ssim']:.4f}")
     table.add_row(f"worst, frame {worst}", _decibels(frames[worst]["psnr"]), f"{frames[worst]['ssim']:.4f}")
     console.print(table)

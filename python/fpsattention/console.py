@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Collection
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 
 def people(as_json: bool) -> Console:
@@ -27,6 +30,14 @@ def progress(remaining: bool = False) -> Progress:
     if remaining:
         columns += [TextColumn("left"), TimeRemainingColumn()]
     return Progress(*columns, console=Console(stderr=True))
+
+
+def table_of(*columns: str, words: Collection[str] = (), **options) -> Table:
+    """A table of numbers; the columns named in `words` hold text."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, **options)
+    for name in columns:
+        table.add_column(name, justify="left" if name in words else "right")
+    return table
 
 
 def by(triple: tuple[int, int, int]) -> str:

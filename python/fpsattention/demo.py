@@ -15,15 +15,13 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from . import video
 from .api import attention, backend_for
 from .cli import UserError, chosen_device
 from .config import AttentionConfig, ResolvedConfig
-from .console import by, milliseconds, people, print_json, progress
+from .console import by, milliseconds, people, print_json, progress, table_of
 from .geometry import TileGeometry
 
 # What runs when the user names nothing: Wan at 720p on a GPU; without one, what takes well under a minute.
@@ -215,11 +213,8 @@ def _print(console: Console, result: dict, rows: list[Row]) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("mode")
-    table.add_column("backend")
-    for name in ("rel. error", "cosine", "density", "time", "speed-up"):
-        table.add_column(name, justify="right")
+    columns = ("mode", "backend", "rel. error", "cosine", "density", "time", "speed-up")
+    table = table_of(*columns, words=("mode", "backend"), collapse_padding=True)
     for row in rows:
         table.add_row(
             row.mode,

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from rich import box
 from rich.columns import Columns
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +16,7 @@ from rich.text import Text
 from . import estimate, models, planning
 from .cli import UserError, asked
 from .config import AttentionConfig, ResolvedConfig
-from .console import by, milliseconds, people, print_json
+from .console import by, milliseconds, people, print_json, table_of
 from .geometry import TileGeometry, Triple
 from .ops import extra_tokens_obstacle
 from .schedule import STAGES, StepSchedule
@@ -108,9 +107,7 @@ def _estimate_json(expected: estimate.Estimate | None) -> dict | None:
 
 
 def _tiles_table(ranked: planning.Plan) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="tiles, best first", title_justify="left")
-    for name in ("tile", "slot", "tiles", "waste"):
-        table.add_column(name, justify="right")
+    table = table_of("tile", "slot", "tiles", "waste", title="tiles, best first", title_justify="left")
     for choice in ranked.candidates:
         table.add_row(by(choice.tile), str(choice.slot), by(choice.tiles), f"{choice.waste:.1%}")
     return table
@@ -173,9 +170,8 @@ def _stages(
                 "expected_ms": expected[stage] and expected[stage].ms,
             }
         )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("step", "stage", "tile", "scales", "window", "density", "expected"):
-        table.add_column(name, justify="left" if name == "stage" else "right")
+    columns = ("step", "stage", "tile", "scales", "window", "density", "expected")
+    table = table_of(*columns, words=("stage",))
     for row in rows:
         triples = (by(row[name]) for name in ("tile", "scales", "window"))
         ms = "-" if row["expected_ms"] is None else milliseconds(row["expected_ms"])
@@ -237,9 +233,7 @@ def _from_file(console: Console, path: Path, stages: dict) -> tuple[dict, list[t
         f"{path}: grid {by(loaded.grid)}, tile {by(loaded.config.tile)}, {loaded.num_steps} steps, "
         f"{loaded.num_layers} layers, {loaded.heads} heads"
     )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("step", "density", "sparsest layer", "densest layer", "windows", "most frequent"):
-        table.add_column(name, justify="right")
+    table = table_of("step", "density", "sparsest layer", "densest layer", "windows", "most frequent")
     for row in rows:
         numbers = (f"{row[name]:.3f}" for name in ("density", "least", "most"))
         table.add_row(str(row["step"]), *numbers, str(row["distinct_windows"]), by(row["most_frequent"]))
