@@ -8,7 +8,7 @@ HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= $(if $(HAS_GPU),,--extra-index-url https://download.pytorch.org/whl/cpu --retries 0)
 
-.PHONY: demo test test-gpu sanitize bench plots profile lint format sass wheel clean
+.PHONY: demo test test-gpu sanitize bench bench-wan plots profile lint format sass wheel clean
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,10 @@ sanitize: $(VENV)/installed  ## compute-sanitizer over small launches of every k
 bench: $(VENV)/installed  ## every number of the README, in one run on one Hopper GPU
 	$(RUN) bench/bench_forward.py --output bench/results/h100.json
 	$(MAKE) plots
+
+bench-wan: $(VENV)/installed  ## Wan2.1-14B at 720p end to end, on one Hopper GPU
+	$(RUN) -m pip install --quiet '.[bench]'
+	$(RUN) bench/bench_wan.py --output bench/results/h100_wan.json
 
 plots: $(VENV)/installed
 	$(RUN) bench/plots.py

@@ -1,0 +1,204 @@
+"""A forward of Wan2.1-14B at 720p, 81 frames, weighted over a sampler of 50 steps: what FPSAttention is worth in all.
+
+The transformer is diffusers' own, whole, with random weights: time does not depend on them. The stages of the schedule
+are timed one by one, in one process on one GPU, and weighted by their share of the steps. Contenders:
+
+    stock                  BF16, dense attention by cuDNN, eager
+    stock, compiled        the same under torch.compile
+    fps                    FPSAttention by `fpsattention.integrations.diffusers.enable`, eager
+    fps, compiled          the same under torch.compile
+    fps, compiled, fp8     and FP8 linear layers of torchao (scaled by row, activations on the fly)
+
+    python bench/bench_wan.py --output bench/results/h100_wan.json     # needs pip install 'fpsattention[bench]'
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fpsattention as fps
+from fpsattention.integrations.diffusers import enable
+
+# Config of Wan-AI/Wan2.1-T2V-14B-Diffusers, transformer/config.json.
+WAN_14B = {
+    "num_attention_heads": 40,
+    "attention_head_dim": 128,
+    "ffn_dim": 13824,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 1024,
+}
+LATENT = (1, 16, 21, 90, 160)  # 81 frames of 720 x 1280; tokens 21 x 45 x 80
+TEXT = (1, 512, 4096)
+SHIFT, STEPS = 5.0, 50  # Wan's own at 720p
+
+# Mean density .141, below the 1/6 of the paper's headline.
+TILE = (7, 9, 2)
+SCHEDULE = fps.StepSchedule(
+    early=fps.AttentionConfig(tile=TILE, window=(3, 3, 5)),
+    mid=fps.AttentionConfig(tile=TILE, window=(3, 3, 11)),
+    late=fps.AttentionConfig(tile=TILE, window=(3, 3, 9)),
+    alpha=(0.2, 0.8),
+)
+
+
+@dataclass
+class Result:
+    """Of one contender: seconds of a forward, by stage and weighted by the steps; peak memory of the card."""
+
+    name: str
+    seconds: dict[str, float]
+    weighted: float
+    peak_gib: float
+    speedup: float = float("nan")  # over the first contender
+
+
+def steps_of_stage() -> dict[str, int]:
+    configs = [SCHEDULE.at(step=i, num_steps=STEPS) for i in range(STEPS)]
+    return {stage: configs.count(getattr(SCHEDULE, stage)) for stage in ("early", "mid", "late")}
+
+
+def sigma_of_stage() -> dict[str, float]:
+    """A noise level in the middle of each stage."""
+    sigmas = [(i + 0.5) / 1000 for i in range(1000)]
+    found = {}
+    for stage in ("early", "mid", "late"):
+        own = [x for x in sigmas if SCHEDULE.for_sigma(x, shift=SHIFT) is getattr(SCHEDULE, stage)]
+        found[stage] = own[len(own) // 2]
+    return found
+
+
+def build(layers: int, seed: int) -> nn.Module:
+    """The transformer on the GPU, BF16 but for what diffusers keeps in FP32; norms at one, biases at zero, the rest
+    N(0, 0.02).
+    """
+    with torch.device("meta"):
+        model = WanTransformer3DModel(num_layers=layers, **WAN_14B)
+    for name, x in model.named_parameters():
+        if not set(name.split(".")) & set(model._keep_in_fp32_modules):
+            x.data = x.data.to(torch.bfloat16)
+    rope = type(model.rope)(
+        128, (1, 2, 2), WAN_14B["rope_max_seq_len"]
+    )  # its buffers are computed, not loaded
+    model = model.to_empty(device="cuda")
+    model.rope = rope.to("cuda")
+    generator = torch.Generator("cuda").manual_seed(seed)
+    for name, x in model.named_parameters():
+        with torch.no_grad():
+            if x.dim() > 1:
+                x.normal_(0, 0.02, generator=generator)
+            else:
+                x.fill_(1.0 if name.endswith("weight") else 0.0)
+    return model.eval().requires_grad_(False)
+
+
+def measure(
+    name: str, model: nn.Module, stages: dict[str, float], inputs: dict[str, Tensor], repeats: int
+) -> Result:
+    """Median of `repeats` forwards of each stage, after one that is not timed and compiles what is to be compiled."""
+    dense = sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if name.startswith("stock") else nullcontext()
+    seconds = {}
+    with dense, torch.no_grad():
+        torch.cuda.reset_peak_memory_stats()
+        for stage, sigma in stages.items():
+            timestep = torch.tensor([1000 * sigma], device="cuda")
+            times = []
+            for i in range(repeats + 1):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                (out,) = model(timestep=timestep, return_dict=False, **inputs)
+                torch.cuda.synchronize()
+                if i > 0:
+                    times.append(time.perf_counter() - start)
+            if not out.isfinite().all():
+                raise RuntimeError(f"{name}, {stage}: the output is not finite")
+            seconds[stage] = statistics.median(times)
+    steps = steps_of_stage()
+    weighted = sum(seconds.get(stage, seconds.get("all", 0.0)) * n for stage, n in steps.items()) / STEPS
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    stage_times = ", ".join(f"{stage} {s:.3f} s" for stage, s in seconds.items())
+    print(f"{name:20s} {weighted:7.3f} s a step ({stage_times}), {peak:.1f} GiB", flush=True)
+    return Result(name, seconds, weighted, peak)
+
+
+def use_fp8_linears(model: nn.Module) -> None:
+    """Linear layers of the blocks multiply in FP8: weights converted once, activations in every forward."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    quantize_(model.blocks, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=40, help="of the transformer (default: all 40)")
+    parser.add_argument(
+        "--repeats", type=int, default=2, help="timed forwards a stage (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.exit(1, "bench_wan.py: needs a Hopper GPU\n")
+    model = build(args.layers, args.seed)
+    generator = torch.Generator("cuda").manual_seed(args.seed + 1)
+
+    def random(*size):
+        return torch.randn(size, device="cuda", dtype=torch.bfloat16, generator=generator)
+
+    inputs = {"hidden_states": random(*LATENT), "encoder_hidden_states": random(*TEXT)}
+    any_stage = {"all": 0.5}  # dense attention is the same in all of them
+    stages = sigma_of_stage()
+    results = []
+
+    def run(name: str, stages: dict[str, float]) -> None:
+        results.append(measure(name, model, stages, inputs, args.repeats))
+        results[-1].speedup = results[0].weighted / results[-1].weighted
+
+    run("stock", any_stage)
+    handle = enable(model, SCHEDULE, shift=SHIFT, backend="sm90")
+    run("fps", stages)
+    handle.remove()
+    model.compile_repeated_blocks(fullgraph=True)
+    run("stock, compiled", any_stage)
+    enable(model, SCHEDULE, shift=SHIFT, backend="sm90")
+    run("fps, compiled", stages)
+    use_fp8_linears(model)
+    torch.compiler.reset()
+    run("fps, compiled, fp8", stages)
+
+    print(f"\n{'':20s}  s a step  speed-up  peak GiB")
+    for r in results:
+        print(f"{r.name:20s}  {r.weighted:8.3f}  {r.speedup:8.2f}  {r.peak_gib:8.1f}")
+    if args.output:
+        about = {
+            "gpu": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "layers": args.layers,
+            "steps": steps_of_stage(),
+            "windows": {stage: getattr(SCHEDULE, stage).window for stage in stages},
+            "tile": TILE,
+        }
+        args.output.write_text(
+            json.dumps({**about, "results": [asdict(r) for r in results]}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
