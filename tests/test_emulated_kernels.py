@@ -116,11 +116,11 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
 
 
-def errors(path, case: Case, seed: int, monkeypatch) -> dict[str, float]:
-    """Relative RMS distance of every result from the contract; infinite if it is not finite."""
+def run(path, case: Case, seed: int, schedule: int, monkeypatch) -> tuple[list[torch.Tensor], tuple, dict]:
+    """Every result for random tensors of this seed, and what the contract's functions take for the same call."""
     monkeypatch.setattr(ops, "_C", load(path))
     configure = ctypes.CDLL(str(path)).emulator_configure
-    configure(case.ctas, case.eager, ctypes.c_uint64(seed))
+    configure(case.ctas, case.eager, ctypes.c_uint64(schedule))
 
     generator = torch.Generator().manual_seed(seed)
     tokens, heads = math.prod(case.grid), case.heads
@@ -144,17 +144,29 @@ def errors(path, case: Case, seed: int, monkeypatch) -> dict[str, float]:
     gradients = ops._attention_backward_cuda(
         dout, dlse, out, lse, q_blocks, kv_blocks, v_amax, lse_shift, k_mean, *geometry, *call, case.deterministic
     )  # fmt: skip
-
     about = dict(grid=case.grid, config=case.config, scale=scale, tensor_layout=case.tensor_layout)
+    return [out, lse, *gradients], (q, k, v, dout, dlse), about
+
+
+def errors(path, case: Case, seed: int, monkeypatch) -> dict[str, float]:
+    """Relative RMS distance of every result from the contract; infinite if it is not finite."""
+    results, (q, k, v, dout, dlse), about = run(path, case, seed, seed, monkeypatch)
+    out, lse = results[:2]
     expected = (
         *reference.emulated_attention(q, k, v, **about),
         *reference.emulated_backward(q, k, v, out, lse, dout, dlse, **about),
     )
     found = {}
-    for name, x, right in zip(LIMITS, (out, lse, *gradients), expected, strict=True):
+    for name, x, right in zip(LIMITS, results, expected, strict=True):
         distance = (x.double() - right.double()).norm() / right.double().norm()
         found[name] = distance.item() if x.isfinite().all() else math.inf
     return found
+
+
+def depends_on_schedule(path, case: Case, monkeypatch) -> bool:
+    """Whether some result has other bits when CTAs, threads and copies run in another order."""
+    first, *others = (run(path, case, 3, schedule, monkeypatch)[0] for schedule in range(4))
+    return not all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -163,19 +175,56 @@ def test_kernels_keep_the_contract(name, emulated, on_cpu, monkeypatch, seed):
     assert all(found[x] <= LIMITS[x] for x in LIMITS), found
 
 
-EMPTY = "        if (thread == 0) {\n            smem.empty[s].arrive();\n        }\n"
-ADD_DQ = "        add_dq<Cfg>(p, to, rdQ, warpgroup, thread);\n"
+# In fp16, which shows more of the sums' last bits than bf16. Eight key blocks add to every dQ.
+TURNS = Case(
+    (5, 9, 9), AttentionConfig(tile=(3, 5, 8)), heads=2, dtype=torch.float16, deterministic=True, ctas=4
+)
+
+
+def test_deterministic_gradients_do_not_depend_on_the_schedule(emulated, on_cpu, monkeypatch):
+    assert not depends_on_schedule(emulated, TURNS, monkeypatch)
+
+
+Q_EMPTY = "            arrive(smem.q_empty[before.stage()]);\n"
+DK = "        issue_dk(before);\n\n        const QueryRows"
+DP_DONE = "        warpgroup_wait<1>();\n        warpgroup_fence_operand(rdP);\n"
 MUTATIONS = {
-    "no barrier between dS and its readers": {
-        "        named_barrier_sync(1, Cfg::kMathThreads);\n": "",
-    },
-    "queries released before dK has read them": {EMPTY: "", ADD_DQ: EMPTY + ADD_DQ},
-    "one buffer of dS": {"ds = ring.count % 2": "ds = 0"},
     "S read while it is computed": {
         "        warpgroup_wait<1>();\n        warpgroup_fence_operand(rS);": (
             "        warpgroup_fence_operand(rS);"
         ),
     },
+    "no zeros for the first step": {"    access_ds(1, rA, kStore);\n": ""},
+    "dQ of dS that is not all there": {
+        "        smem.ds_full.wait(ds ^ 1);  // steps have the phases in turn, and so do the buffers\n": "",
+    },
+    "one buffer of dS": {"smem.ds[ds]": "smem.ds[0]", "rdS(_, _, _, ds)": "rdS(_, _, _, 0)"},
+    "dK of the dS before last": {"access_ds(ds ^ 1, rA, kLoad)": "access_ds(ds, rA, kLoad)"},
+    "dS in registers that dV reads": {"Tensor rdST = make_fragment_like(rA);": "auto &rdST = rA;"},
+    "dK of queries that are not there": {
+        "        smem.q_full[before.stage()].wait(before.full_parity());\n": "",
+    },
+    "queries released before dK has read them": {
+        Q_EMPTY: "",
+        DK: DK.replace("\n\n", "\n        if (ring.count > 0) {\n" + Q_EMPTY + "        }\n\n"),
+    },
+    "dO released before dV has read it": {
+        DP_DONE: DP_DONE + "        arrive(smem.empty[s]);\n",
+        "        arrive(smem.empty[s]);\n        ring.next();\n": "        ring.next();\n",
+    },
+    "rows released before minus_delta was read": {
+        DP_DONE: DP_DONE.replace("<1>", "<0>") + "        arrive(smem.empty[s]);\n",
+        "        arrive(smem.empty[s]);\n        ring.next();\n": "        ring.next();\n",
+    },
+    "dQ handed over while the one before is read": {
+        "        smem.dq_empty[warpgroup].wait(before.empty_parity());\n": "",
+    },
+    "dQ's buffer released before the copy engine has read it": {"            bulk_wait_read();\n": ""},
+    "dQ added before it is there": {"        smem.dq_full[half].wait(ring.full_parity());\n": ""},
+}
+TURN_MUTATIONS = {
+    "a key block adds without its turn": {"            wait_for(p.turns + i, turn.x);\n": ""},
+    "the turn is passed on before all is added": {"                bulk_wait();\n": ""},
 }
 
 
@@ -188,3 +237,9 @@ def test_a_broken_backward_is_noticed(name, emulated, tmp_path, on_cpu, monkeypa
     except RuntimeError:  # the emulator's own checks
         return
     assert any(not found[x] <= LIMITS[x] for x in ("dq", "dk", "dv")), found
+
+
+@pytest.mark.parametrize("name", TURN_MUTATIONS)
+def test_broken_turns_are_noticed(name, emulated, tmp_path, on_cpu, monkeypatch):
+    path = build.build(tmp_path, TURN_MUTATIONS[name], base=emulated.parent)
+    assert depends_on_schedule(path, TURNS, monkeypatch)

@@ -1,8 +1,9 @@
 // Runs CUDA kernels for Hopper on the CPU. Every CUDA thread is a fiber; a scheduler picks CTAs and threads at random,
 // from a seed. What the hardware does on its own time happens at a random later time: bulk copies land some steps after
-// they were issued, and a wgmma runs as late as the kernel lets it (or, `eager`, as early). Until then its accumulator
-// and the copy's destination hold NaN, as does memory that nobody wrote. So a missing wait shows in the results. What
-// no program may do ends in an exception: a deadlock, misaligned addresses, registers touched while a wgmma uses them.
+// they were issued, a few of them very late, and a wgmma runs as late as the kernel lets it (or, `eager`, as early).
+// Until then its accumulator and the copy's destination hold NaN, as does memory that nobody wrote. So a missing wait
+// shows in the results. What no program may do ends in an exception: a deadlock, misaligned addresses, registers
+// touched while a wgmma uses them.
 //
 // Not modelled: memory ordering (all memory is sequentially consistent), time, and how the tensor core rounds.
 #include "emulator.h"
@@ -21,6 +22,7 @@ namespace {
 
 constexpr size_t kStackBytes = 192 * 1024;
 constexpr size_t kSharedBytes = 228 * 1024;
+constexpr int kSlowCopy = 1000;           // steps that a copy may take, long enough for several loops of a kernel
 constexpr int kStepsOfDeadlock = 200000;  // steps of the scheduler in which nothing happens
 constexpr uint32_t kPoison = 0x7fbadbad;  // a NaN
 
@@ -76,13 +78,16 @@ struct Copy {
     char *to;
     const char *from;
     int bytes;
-    void *barrier;   // null: a reduction to global memory,
-    Thread *issuer;  // for which this thread may wait
+    void *barrier;            // null: a reduction to global memory,
+    Thread *issuer;           // for which this thread may wait
+    long due;                 // step of the CTA before which nothing happens to it
+    std::vector<float> read;  // a reduction reads first, and adds later
 };
 
 struct Cta {
     uint3 index{};
-    int live = 0;  // threads that have not ended
+    int live = 0;    // threads that have not ended
+    long steps = 0;  // in which some of them ran
     char *memory = nullptr;
     std::vector<Thread> threads;
     std::map<int, NamedBarrier> barriers;
@@ -225,13 +230,24 @@ void complete_phase(Mbarrier &barrier) {
     }
 }
 
+// When what the copy engine does next may happen.
+long due(const Cta &cta) {
+    return cta.steps + (random_number() % 8 == 0 ? long(random_number() % kSlowCopy) : 0);
+}
+
 void land(Cta &cta, size_t which) {
-    const Copy copy = cta.copies[which];
-    cta.copies.erase(cta.copies.begin() + long(which));
     progress();
+    if (Copy &reduction = cta.copies[which]; reduction.barrier == nullptr && reduction.read.empty()) {
+        const float *from = reinterpret_cast<const float *>(reduction.from);
+        reduction.read.assign(from, from + reduction.bytes / 4);
+        reduction.due = due(cta);
+        return;
+    }
+    const Copy copy = std::move(cta.copies[which]);
+    cta.copies.erase(cta.copies.begin() + long(which));
     if (copy.barrier == nullptr) {
-        for (int i = 0; i < copy.bytes / 4; ++i) {
-            reinterpret_cast<float *>(copy.to)[i] += reinterpret_cast<const float *>(copy.from)[i];
+        for (size_t i = 0; i < copy.read.size(); ++i) {
+            reinterpret_cast<float *>(copy.to)[i] += copy.read[i];
         }
         return;
     }
@@ -239,6 +255,16 @@ void land(Cta &cta, size_t which) {
     Mbarrier &barrier = mbarrier_of(cta, copy.barrier);
     barrier.bytes -= copy.bytes;
     complete_phase(barrier);
+}
+
+// A CTA may leave additions to global memory to the end of the kernel, but nothing that needs its shared memory.
+void finish(Cta &cta) {
+    while (!cta.copies.empty()) {
+        if (cta.copies[0].barrier != nullptr || cta.copies[0].read.empty()) {
+            fail("CTA %u ends while the copy engine uses its shared memory", cta.index.x);
+        }
+        land(cta, 0);
+    }
 }
 
 // Shared-memory address of an element of a wgmma operand: row or column `mn`, place `k` in the sum. The fields and
@@ -467,19 +493,23 @@ void check_bulk(const void *shared, const void *global, int bytes) {
 void bulk_copy(void *shared, const void *global, int bytes, void *barrier) {
     check_bulk(shared, global, bytes);
     std::memset(shared, 0xff, bytes);
-    current->cta->copies.push_back(
-        {static_cast<char *>(shared), static_cast<const char *>(global), bytes, barrier, nullptr});
+    Cta &cta = *current->cta;
+    cta.copies.push_back(
+        {static_cast<char *>(shared), static_cast<const char *>(global), bytes, barrier, nullptr, due(cta)});
 }
 
 void bulk_reduce_add(float *global, const float *shared, int bytes) {
     check_bulk(shared, global, bytes);
-    current->cta->copies.push_back(
-        {reinterpret_cast<char *>(global), reinterpret_cast<const char *>(shared), bytes, nullptr, current});
+    Cta &cta = *current->cta;
+    cta.copies.push_back(
+        {reinterpret_cast<char *>(global), reinterpret_cast<const char *>(shared), bytes, nullptr, current, due(cta)});
 }
 
-void bulk_wait() {
+void bulk_wait(bool until_read) {
     const std::vector<Copy> &copies = current->cta->copies;
-    while (std::any_of(copies.begin(), copies.end(), [](const Copy &copy) { return copy.issuer == current; })) {
+    while (std::any_of(copies.begin(), copies.end(), [&](const Copy &copy) {
+        return copy.issuer == current && !(until_read && !copy.read.empty());
+    })) {
         yield();
     }
 }
@@ -539,12 +569,14 @@ void run(dim3 grid, int threads, size_t shared_bytes, std::function<void()> body
     ctas.resize(std::max(ctas.size(), at_once));
     for (Cta &cta : ctas) {
         cta.live = 0;  // a launch that failed leaves some
+        cta.copies.clear();
     }
     const unsigned total = grid.x * grid.y * grid.z;
     for (unsigned next = 0;;) {
         std::vector<Cta *> live;
         for (size_t i = 0; i < at_once; ++i) {
             if (ctas[i].live == 0 && next < total) {
+                finish(ctas[i]);
                 start(ctas[i], {next % grid.x, next / grid.x % grid.y, next / grid.x / grid.y}, threads);
                 ++next;
             }
@@ -553,6 +585,7 @@ void run(dim3 grid, int threads, size_t shared_bytes, std::function<void()> body
             }
         }
         if (live.empty()) {
+            std::for_each(ctas.begin(), ctas.end(), finish);
             return;
         }
         Cta &cta = *live[random_number() % live.size()];
@@ -565,8 +598,12 @@ void run(dim3 grid, int threads, size_t shared_bytes, std::function<void()> body
             }
         }
         while (!cta.copies.empty() && random_number() % 4 == 0) {
-            land(cta, random_number() % cta.copies.size());
+            const size_t which = random_number() % cta.copies.size();
+            if (cta.copies[which].due <= cta.steps) {
+                land(cta, which);
+            }
         }
+        ++cta.steps;
         if (++idle_steps > kStepsOfDeadlock) {
             fail("deadlock in CTA %u", cta.index.x);
         }

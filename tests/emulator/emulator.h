@@ -63,8 +63,8 @@ void mbarrier_arrive(void *barrier);
 bool mbarrier_completed(void *barrier, uint32_t parity);
 void bulk_copy(void *shared, const void *global, int bytes, void *barrier);
 void bulk_reduce_add(float *global, const float *shared, int bytes);
-// For all that this thread has issued.
-void bulk_wait();
+// For all that this thread has issued: until it has been read, or added as well.
+void bulk_wait(bool until_read);
 
 // One wgmma of 64 x n x k: E4M3 or bf16 operands, A from registers or from shared memory, `mn_major` operands
 // transposed.

@@ -66,10 +66,10 @@ inline void bulk_reduce_add(float *gmem, const float *smem, int bytes) {
     emulator::bulk_reduce_add(gmem, smem, bytes);
 }
 inline void bulk_wait_read() {
-    emulator::bulk_wait();
+    emulator::bulk_wait(true);
 }
 inline void bulk_wait() {
-    emulator::bulk_wait();
+    emulator::bulk_wait(false);
 }
 
 inline void wait_for(const int *counter, int value) {
