@@ -243,8 +243,8 @@ __device__ __forceinline__ void pack(const TensorX &x, TensorA &a, F &&f) {
     }
 }
 
-// dS^T of this warpgroup's keys in shared memory, [keys][64 queries], swizzled: f(address of this lane's row, words) for
-// every four matrices. In the order of the words, these are two groups of 8 keys, then the next 8 queries.
+// dS^T of this warpgroup's keys in shared memory, [keys][64 queries], swizzled: f(address of this lane's row, words)
+// for every four matrices. In the order of the words, these are two groups of 8 keys, then the next 8 queries.
 template <class TensorA, class F>
 __device__ __forceinline__ void for_each_four_matrices(BF16 *ds, TensorA &a, int first_key, int thread, F &&f) {
     Tensor words = recast<uint32_t>(a);
@@ -274,7 +274,8 @@ __device__ void math(const BackwardParams &p, BwdSmem<Cfg> &smem, int warpgroup)
     Tensor sQ8 = make_tensor(make_smem_ptr(first.q8), kWithStages(typename Cfg::LayoutQ8{}, kStages, kStageBytes));
     Tensor sV = local_tile(make_tensor(make_smem_ptr(smem.v), typename Cfg::LayoutV{}),
                            Shape<Int<Cfg::kKeys>, Int<Cfg::kHeadDim>>{}, make_coord(warpgroup, 0));
-    Tensor sdO = make_tensor(make_smem_ptr(first.dout), kWithStages(typename Cfg::LayoutQuery{}, kStages, kStageStride));
+    Tensor sdO =
+        make_tensor(make_smem_ptr(first.dout), kWithStages(typename Cfg::LayoutQuery{}, kStages, kStageStride));
     Tensor sdOT =
         make_tensor(make_smem_ptr(first.dout), kWithStages(typename Cfg::LayoutQueryT{}, kStages, kStageStride));
     Tensor sQT = make_tensor(make_smem_ptr(smem.q[0]), kWithStages(typename Cfg::LayoutQueryT{}, kStages, kQStride));
@@ -321,10 +322,10 @@ __device__ void math(const BackwardParams &p, BwdSmem<Cfg> &smem, int warpgroup)
     const TileGrid &g = p.geometry;
     smem.keys_full.wait(0);
     const float k_scale_log2 = smem.k_meta.scale * p.scale * kLog2E;
-    // Rows r = 0 and 1 of this thread that hold a key.
+    // Rows below `valid` of the block hold a key. This thread has rows `row` and `row` + 8.
     const int valid = smem.k_meta.valid;
     const int row = warpgroup * Cfg::kKeys + fragment_row(thread);
-    // dS^T of this warpgroup's keys, of even and of odd steps.
+    // dS^T of this warpgroup's keys: buffer 0 is of even steps, 1 of odd ones.
     constexpr auto kStore = [](auto *row, auto... words) { store_matrices(row, words...); };
     constexpr auto kLoad = [](const auto *row, auto &...words) { load_matrices(row, words...); };
     const auto access_ds = [&](int ds, auto &a, auto access) {
@@ -336,7 +337,7 @@ __device__ void math(const BackwardParams &p, BwdSmem<Cfg> &smem, int warpgroup)
             barrier.arrive();
         }
     };
-    // dK and dQ of step `before`, and where dQ goes.
+    // dK and dQ of step `before`, its dS in buffer `ds`; and where dQ goes.
     const auto issue_dk = [&](RingState<Cfg::kStages> before) {
         smem.q_full[before.stage()].wait(before.full_parity());
         warpgroup_fence_operand(rA);

@@ -97,8 +97,8 @@ __device__ __forceinline__ void fence_proxy_async_global() {
     asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
-// stmatrix x4 and ldmatrix x4: four 8 x 8 matrices of 16-bit elements; `row` is where lane l's row l % 8 of matrix l / 8
-// lies.
+// stmatrix x4 and ldmatrix x4: four 8 x 8 matrices of 16-bit elements; `row` is where row l % 8 of matrix l / 8 lies,
+// for lane l.
 __device__ __forceinline__ void store_matrices(void *row, uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem_address(row)), "r"(x0),
                  "r"(x1), "r"(x2), "r"(x3)
