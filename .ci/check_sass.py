@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 # Of the main kernels, by name. Launch registers: 64 Ki over the threads of a CTA, in multiples of 8 (FwdConfig,
-# BwdConfig). Tensor core instructions (QGMMA, HGMMA), by head_dim: the forward's QK and PV at two places each, the
-# backward's five products at one. One more copy would mean that the compiler split a loop by a condition that may
-# differ between the warps of a warpgroup, which must all execute the same wgmma.
+# BwdConfig). Tensor core instructions (QGMMA, HGMMA), by head_dim: the forward's QK and PV at two places each; the
+# backward's S, dP and dV at one, dK and dQ at two, as those of the last step follow the loop. One more copy would mean
+# that the compiler split a loop by a condition that may differ between the warps of a warpgroup, which must all execute
+# the same wgmma.
 LAUNCH_REGISTERS = {"attn_fwd_sm90": 128, "attn_bwd_sm90": 168}
 GMMA = {
     "attn_fwd_sm90": {128: (16, 0), 64: (12, 0)},
-    "attn_bwd_sm90": {128: (4, 24), 64: (2, 20)},
+    "attn_bwd_sm90": {128: (4, 36), 64: (2, 32)},
 }
 
 
