@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-SOURCES := $(shell find kernels include python -name '*.py' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
+SOURCES := $(shell find kernels include python -name '*.py' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp' -o -name '*.safetensors')
 # With no GPU in sight, torch comes from its CPU index: hundreds of megabytes instead of gigabytes of CUDA.
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 TORCH ?= torch==2.13.0

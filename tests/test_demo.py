@@ -1,4 +1,4 @@
-"""The `fpsattention demo` command: clip, latent, Q, K and V, table, picture, errors."""
+"""The `fpsattention demo` command: clip, latent, Q, K and V, tables, pictures, errors, the packaged checkpoints."""
 
 import builtins
 import json
@@ -9,10 +9,13 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from fpsattention import AttentionConfig, cli, demo, video
+import fpsattention as fps
+from fpsattention import AttentionConfig, cli, demo, denoise, video
+from fpsattention.tiny_dit import export
 
 # 9 frames of 64 x 112 pixels: a grid of (3, 4, 7) tokens.
 TINY = ["--device", "cpu", "--frames", "9", "--size", "64", "112", "--heads", "2", "--tile", "1", "2", "3"]
+TINY += ["--no-denoise"]
 MODES = ["dense exact", "FP8 dense", "sparse only", "FPSAttention"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -257,6 +260,75 @@ def test_the_table_fits_80_columns(tmp_path, capsys, tensor_file, monkeypatch):
     assert "relative to dense exact" in "\n".join(lines) and (tmp_path / "demo.png").is_file()
 
 
+# Denoising
+
+
+def test_the_demo_denoises(tmp_path, capsys, monkeypatch, tensor_file):
+    monkeypatch.setitem(denoise.EFFORT, "cpu", (6, 5))
+    configs, dense_calls = [], []
+    real, real_dense = fps.attention, torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args, config, **options):
+        configs.append(config)
+        return real(*args, config=config, **options)
+
+    def dense_spy(q, k, v):
+        assert q.shape == (1, 4, 8192, 64)
+        dense_calls.append(1)
+        return real_dense(q, k, v)
+
+    monkeypatch.setattr(fps, "attention", spy)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", dense_spy)
+    argv = [x for x in TINY if x != "--no-denoise"]
+    assert cli.main(["demo", str(tensor_file), *argv, "--json", "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)["denoise"]
+    assert found["clip"] == denoise.CLIP and (found["steps"], found["start"]) == (6, 5)
+    arms = found["arms"]
+    names = ["dense", "FPSAttention, training-free", "FPSAttention, fine-tuned"]
+    assert [arm["arm"] for arm in arms] == names and all(name in printed.err for name in names)
+    for metric in ("psnr_db", "ssim"):
+        assert len({arm[metric] for arm in arms}) == 3
+    assert all(20 < arm["psnr_db"] < 60 and 0.5 < arm["ssim"] < 1 for arm in arms)
+    assert all(arm["ms_per_forward"] > 0 for arm in arms)
+    # One forward of 6 blocks for each arm: the first dense, in 16 or more bits; the others FP8 under the late window.
+    assert len(dense_calls) == 6 and len(configs) == 12
+    assert {(c.quant, c.window, c.tile) for c in configs} == {("fp8", (1, 3, 5), (8, 4, 4))}
+    picture = imread(found["picture"])
+    assert found["picture"] == str(tmp_path / "denoise.png") and picture[..., :3].std() > 0.1
+
+
+def test_without_the_denoising_run_no_picture_of_it(tmp_path, capsys, tensor_file):
+    assert cli.main(["demo", str(tensor_file), *TINY, "--json", "--output", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out)["denoise"] is None
+    assert not (tmp_path / "denoise.png").exists()
+
+
+def test_the_crop_is_from_held_out_frames(monkeypatch):
+    drawn, real = [], denoise.clips.Clips.draw
+    monkeypatch.setattr(
+        denoise.clips.Clips, "draw", lambda self, *args: drawn.append(args[0]) or real(self, *args)
+    )
+    a, b = denoise.prepare(torch.device("cpu")), denoise.prepare(torch.device("cpu"))
+    assert drawn == ["val", "val"] and a.clean.shape == (1, 8, 64, 64, 16)
+    assert torch.equal(a.clean, b.clean) and torch.equal(a.noise, b.noise)
+    assert denoise.CLIP in a.tuned.settings.clips
+
+
+@pytest.mark.parametrize(("name", "mode", "step"), [("dense", "dense", 4000), ("fps", "fps", 1000)])
+def test_the_packaged_checkpoints_say_how_they_were_made(name, mode, step):
+    path = denoise.CHECKPOINTS / f"{name}.safetensors"
+    with export.safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert "EMA" in metadata["weights"] and "train_tiny_dit.py" in metadata["made_by"]
+    weights = export.load(path)
+    assert weights.step == weights.settings.steps == step and weights.settings.mode == mode
+    assert weights.settings.plan.grid == (8, 32, 32) and weights.settings.plan.tile == (8, 4, 4)
+    assert sum(p.numel() for p in weights.model.parameters()) == pytest.approx(5.3e6, rel=0.01)
+    assert all(p.isfinite().all() for p in weights.model.parameters())
+    assert weights.codec.equals(export.load(denoise.CHECKPOINTS / "dense.safetensors").codec)
+
+
 # Errors
 
 
@@ -294,7 +366,7 @@ def test_a_missing_gpu_is_status_1(capsys, monkeypatch, tmp_path):
     assert "no CUDA device" in capsys.readouterr().err
 
 
-def test_missing_packages_are_named(capsys, monkeypatch, tmp_path):
+def test_missing_packages_are_named(capsys, monkeypatch, tmp_path, tensor_file):
     with monkeypatch.context() as context:
         context.setitem(sys.modules, "av", None)
         message = fails(capsys, *TINY, "--output", tmp_path)
@@ -302,6 +374,11 @@ def test_missing_packages_are_named(capsys, monkeypatch, tmp_path):
     with monkeypatch.context() as context:
         context.setattr(video.importlib.util, "find_spec", lambda name: None)
         assert "default clip is not installed" in fails(capsys, *TINY, "--output", tmp_path)
+        argv = [tensor_file, *TINY, "--output", tmp_path]
+        argv.remove("--no-denoise")
+        assert "scikit-video, which is not installed: pip install 'fpsattention[demo]'" in fails(
+            capsys, *argv
+        )
 
     real_import = builtins.__import__
 

@@ -10,7 +10,7 @@ import torch
 
 import fpsattention as fps
 import train_tiny_dit
-from tiny_dit import clips, evaluation, export, flow, model, training
+from fpsattention.tiny_dit import clips, evaluation, export, flow, model, training
 
 GRID = (2, 4, 4)  # tokens: 4 frames of 32 x 32 pixels
 WINDOWS = {"early": (1, 1, 1), "mid": (2, 3, 3), "late": (1, 3, 1)}
@@ -260,7 +260,10 @@ def test_each_sample_attends_under_the_config_of_its_stage(monkeypatch):
         assert distances[stage] < 1e-5 and all(d > 0.1 for name, d in distances.items() if name != stage)
 
     calls.clear()
-    flow.Attention(PLAN, "dense").of_batch(sigma)(q, k, v)  # one config: not split
+    dense = flow.Attention(PLAN, "dense", "reference").of_batch(sigma)(q, k, v)  # one config: not split
+    assert calls == [6]
+    # Without a GPU "auto" takes torch's own attention for what is dense.
+    torch.testing.assert_close(flow.Attention(PLAN, "dense").of_batch(sigma)(q, k, v), dense)
     assert calls == [6]
 
 
@@ -310,6 +313,8 @@ def test_a_perfect_model_restores_the_clean_video():
     first = flow.shifted(torch.tensor([0.7]), 3.0).expand(2)
     out = flow.sample(perfect, flow.mix(clean, noise, first), 3, 10, attention, lambda: ticks.append(1))
     torch.testing.assert_close(out, clean, atol=1e-5, rtol=0)
+    again = flow.resample(perfect, clean, noise, 3, 10, attention)
+    torch.testing.assert_close(again, clean, atol=1e-5, rtol=0)
     assert levels == pytest.approx([3 * u / (1 + 2 * u) for u in (0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)])
     assert len(ticks) == 7
 
@@ -522,10 +527,10 @@ def test_what_is_measured(trained, loaded):
 def test_similarity_of_known_videos():
     target = torch.rand(2, 3, 16, 16, 3, generator=torch.Generator().manual_seed(0)) - 0.5
     off = target + torch.tensor([0.02, 0.2])[:, None, None, None, None]
-    found = evaluation._similarity(off, target, "x")
+    found = evaluation.similarity(off, target, "x")
     assert found["PSNR x"] == pytest.approx((40 + 20) / 2, abs=1e-3)  # mean of decibels; the range is 2
     assert found["SSIM x"] < 0.999
-    assert evaluation._similarity(target, target, "x")["SSIM x"] == pytest.approx(1)
+    assert evaluation.similarity(target, target, "x")["SSIM x"] == pytest.approx(1)
 
 
 def test_fp8_is_measured_without_training(trained, loaded):

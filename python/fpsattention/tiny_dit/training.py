@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fpsattention.cli import UserError
-
+from ..cli import UserError
 from . import flow
 from .clips import CHANNELS, Clips, Codec
 from .model import Shape, VideoDiT

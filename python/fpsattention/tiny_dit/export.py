@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import fpsattention
-from fpsattention.cli import UserError
 
+from ..cli import UserError
 from .clips import Codec
 from .model import VideoDiT
 from .training import Weights, from_plain, plain, shape_of

