@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 import torch
+import torch._functorch.config
 
 from common import (
     BACKWARD,
@@ -23,6 +24,9 @@ from common import (
 from contenders import TOLERANCE_8_BIT, Contender, as_hnd, cudnn, flex, ours
 from fpsattention.timing import Timing, first_line, time_interleaved
 from shapes import Shape
+
+# A graph is differentiated many times; the compiled backward of FlexAttention must keep what it saved.
+torch._functorch.config.donated_buffer = False
 
 # Operations of a pass in units of the forward's: five products instead of two.
 FORWARDS_WORTH = {BACKWARD: 2.5, TRAINING: 3.5}

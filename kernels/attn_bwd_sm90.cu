@@ -97,8 +97,8 @@ struct BwdSmem {
     Barrier ds_full, dq_full[Cfg::kWarpgroups], dq_empty[Cfg::kWarpgroups];
 };
 
-// The key block of a CTA. Blocks of one head run together, so that they share its queries in L2; with a window per
-// head, heads with large windows come first.
+// The key block of a CTA. Blocks of one head run together, in the order of p.key_axis, so that they share its queries
+// in L2; with a window per head, heads with large windows come first.
 struct KeyBlock {
     int batch, head, first_row;
     int64_t bh, image;
@@ -113,10 +113,13 @@ struct KeyBlock {
         batch = index % p.batch;
         head = p.n_windows == 1 ? index / p.batch : p.head_order[index / p.batch];
         bh = int64_t(batch) * p.heads + head;
-        image = bh * g.blocks() + in_head;
-        tile = g.tile_coord(in_head / g.blocks_per_tile());
+        const int place = in_head / g.blocks_per_tile(), block = in_head % g.blocks_per_tile();
+        const Int3 size{p.key_size[2], p.key_size[1], p.key_size[0]}, at = coordinates(place, size);
+        const auto along = [&](int axis) { return axis == p.key_axis[0] ? at.w : axis == p.key_axis[1] ? at.h : at.t; };
+        tile = {along(0), along(1), along(2)};
+        image = bh * g.blocks() + g.tile_index(tile) * g.blocks_per_tile() + block;
         extent = g.extent(tile);
-        first_row = in_head % g.blocks_per_tile() * kBlock;
+        first_row = block * kBlock;
         queries = g.queries_of(tile, window(p), p.border);
     }
     __device__ Int3 window(const BackwardParams &p) const { return p.windows[p.n_windows == 1 ? 0 : head]; }
@@ -510,6 +513,19 @@ void attn_bwd(BackwardParams p, cudaStream_t stream) {
     std::iota(p.head_order, p.head_order + p.n_windows, 0);
     std::stable_sort(p.head_order, p.head_order + p.n_windows,
                      [&](int a, int b) { return p.windows[a].volume() > p.windows[b].volume(); });
+    // Fastest, the axis of which a window covers most: the key blocks that run at the same time then have the fewest
+    // queries, and sums dQ, that any of them needs. Turns go by raster order, and so must the CTAs that take them.
+    const Int3 tiles = p.geometry.tiles;
+    std::iota(p.key_axis, p.key_axis + 3, 0);
+    std::reverse(p.key_axis, p.key_axis + 3);
+    if (p.turns == nullptr) {
+        const Int3 window = p.windows[p.head_order[0]];
+        std::stable_sort(p.key_axis, p.key_axis + 3,
+                         [&](int a, int b) { return window[a] * tiles[b] > window[b] * tiles[a]; });
+    }
+    for (int i = 0; i < 3; ++i) {
+        p.key_size[i] = tiles[p.key_axis[i]];
+    }
     bwd_operands(p, stream);
     dispatch(p.head_dim, p.dtype, [&](auto dim, auto element) {
         using Cfg = BwdConfig<decltype(dim)::value>;

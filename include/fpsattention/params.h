@@ -108,9 +108,12 @@ struct BackwardParams {
     Dtype dtype;
     float scale;
     Border border;
-    int n_windows;                    // 1, or heads
-    Int3 windows[kMaxWindows];        // in tiles, at most the tiles there are
-    uint8_t head_order[kMaxWindows];  // with a window per head: longest first; filled in by attn_bwd
+    int n_windows;              // 1, or heads
+    Int3 windows[kMaxWindows];  // in tiles, at most the tiles there are
+
+    // Order of the key blocks; filled in by attn_bwd.
+    int key_axis[3], key_size[3];     // axes, fastest first, and tiles along them
+    uint8_t head_order[kMaxWindows];  // with a window per head: longest first
 };
 
 // Partial sums per (batch, head) that k_sum must hold.
