@@ -166,11 +166,12 @@ def test_deterministic(grid, config, head_dim, seed):
 
 def test_the_global_setting_makes_it_deterministic(seed, monkeypatch):
     asked = []
-    backward = torch.ops.fpsattention.attention
+    op = torch.ops.fpsattention.attention
+    at = [x.name for x in op.default._schema.arguments].index("deterministic")
 
     def spy(*args):
-        asked.append(args[-1])
-        return backward(*args)
+        asked.append(args[at])
+        return op(*args)
 
     monkeypatch.setattr(torch.ops.fpsattention, "attention", spy)
     q, k, v = make_qkv("gaussian", grid=GRID, tile=CONFIG.tile, seed=seed)

@@ -201,7 +201,7 @@ def test_the_estimate_is_near_what_was_measured():
         resolved = config.resolve(r["grid"], r["heads"])
         if resolved.geometry.n_tokens >= 16_000:
             expected = estimate.forward(resolved, r["heads"], r["head_dim"])
-            assert expected.ms == pytest.approx(r["ms"], rel=0.12), r["case"]
+            assert expected.ms == pytest.approx(r["ms"], rel=0.25), r["case"]
             checked += 1
     assert checked > 20
 

@@ -13,7 +13,7 @@ SOURCE = (
 )
 
 # FLOP/s of the forward kernel by head_dim, of all rows it computes, padding included. From bench/results/h100.json,
-# whose other forwards of 16,000 tokens or more lie within 12 % of what these rates say.
+# whose other forwards of 16,000 tokens or more lie within a quarter of what these rates say.
 KERNEL_FLOPS = {128: 1083e12, 64: 715e12}
 # Bytes/s of the quantisation: three 16-bit reads (V's is done twice, and not counted twice) and three FP8 writes.
 QUANTIZE_BYTES = 2.38e12
