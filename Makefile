@@ -8,7 +8,7 @@ HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= $(if $(HAS_GPU),,--extra-index-url https://download.pytorch.org/whl/cpu --retries 0)
 
-.PHONY: demo test test-gpu sanitize bench bench-wan plots profile lint format sass wheel clean
+.PHONY: demo test test-gpu sanitize bench bench-wan plots profile docs lint format sass wheel clean
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
@@ -54,6 +54,18 @@ profile: $(VENV)/installed  ## the forward under Nsight Compute (CASE=shape/wind
 	    $(addprefix --section ,$(NCU_SECTIONS)) --force-overwrite --export $(PROFILE) \
 	    $(RUN) bench/profile_forward.py $(addprefix --case ,$(CASE))
 	ncu --import $(PROFILE) --page details --print-details all
+
+# In an environment of its own: mkdocs reads the sources without importing them, so it needs no torch.
+DOCS := build/docs
+
+$(DOCS)/installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --upgrade pip
+	$(DOCS)/bin/python -m pip install --quiet --group docs
+	touch $@
+
+docs: $(DOCS)/installed  ## the documentation site, in build/site
+	$(DOCS)/bin/mkdocs build --strict
 
 $(VENV)/lint: $(VENV)/torch pyproject.toml
 	$(RUN) -m pip install --quiet --group lint
