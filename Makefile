@@ -44,7 +44,8 @@ bench-wan: $(VENV)/installed  ## Wan2.1-14B at 720p end to end, on one Hopper GP
 plots: $(VENV)/installed
 	$(RUN) bench/plots.py
 
-NCU_SECTIONS := SpeedOfLight ComputeWorkloadAnalysis WarpStateStats SourceCounters MemoryWorkloadAnalysis SchedulerStats
+# Those of `fpsattention profile`; asked for by the recipe alone.
+NCU_SECTIONS = $(shell $(RUN) -c 'from fpsattention.bench import NCU_SECTIONS; print(*NCU_SECTIONS)')
 PROFILE := build/profile.ncu-rep
 
 # The third launch: the first two load the kernel and warm the GPU. The clock is left to the GPU, as in real use.

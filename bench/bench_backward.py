@@ -5,7 +5,6 @@ Each contender's gradients are held against those of a BF16 one that computes th
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
@@ -13,16 +12,17 @@ import torch._functorch.config
 
 from common import (
     BACKWARD,
-    CUDNN,
     FLEX,
     OURS,
     TRAINING,
     GpuMonitor,
     Record,
     attention_flops,
+    compare_with,
+    time_records,
 )
 from contenders import TOLERANCE_8_BIT, Contender, as_hnd, cudnn, flex, ours
-from fpsattention.timing import Timing, first_line, time_interleaved
+from fpsattention.timing import first_line
 from shapes import Shape
 
 # A graph is differentiated many times; the compiled backward of FlexAttention must keep what it saved.
@@ -97,21 +97,14 @@ def bench_training(
             for record in records.values():
                 record.fail(first_line(error))
             clock.check(c.name)
-    start = time.monotonic()
-    timings = time_interleaved(entries, clock, rounds, burst_ms, seed)
-    clock_mhz, power_w = monitor.between(start, time.monotonic())
-    baseline = {name: timings.get(f"{shape.case(None)} {name} {CUDNN}") for name in FORWARDS_WORTH}
+    time_records([record for record, _, _ in measured], entries, clock, monitor, rounds, burst_ms, seed)
     for record, name, work in measured:
-        record.sm_clock_mhz, record.power_w = clock_mhz, power_w
-        timing = timings.get(f"{record.case} {record.op}")
-        if isinstance(timing, str):
-            record.fail(timing)
-        if not isinstance(timing, Timing):
-            continue
-        flops = FORWARDS_WORTH[name] * attention_flops(work.pairs, shape.heads, shape.head_dim, shape.batch)
-        record.ms, record.spread = timing.ms, timing.spread
-        record.tflops_total = flops / timing.ms / 1e9
-        if isinstance(baseline[name], Timing):
-            record.baseline, record.baseline_ms = CUDNN, baseline[name].ms
-            record.speedup = record.baseline_ms / record.ms
+        if record.ms:
+            flops = FORWARDS_WORTH[name] * attention_flops(
+                work.pairs, shape.heads, shape.head_dim, shape.batch
+            )
+            record.tflops_total = flops / record.ms / 1e9
+    for name in FORWARDS_WORTH:
+        of_pass = [record for record, other, _ in measured if other == name]
+        compare_with(of_pass[0], of_pass)  # cuDNN's
     return [record for record, _, _ in measured]

@@ -6,16 +6,14 @@ self-attention, output, MLP. A step is its forward and backward in BF16, gradien
 
 from __future__ import annotations
 
-import time
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import CUDNN, OURS, STEP, GpuMonitor, Record
+from common import OURS, STEP, GpuMonitor, Record, compare_with, time_records
 from contenders import Contender, as_nhd, cudnn, ours
 from fpsattention import video
-from fpsattention.timing import Timing, first_line, time_interleaved
+from fpsattention.timing import first_line
 from shapes import Shape
 
 
@@ -74,18 +72,6 @@ def bench_block(shape: Shape, work_of, clock, monitor: GpuMonitor, rounds, burst
         except Exception as error:  # a contender that fails is a line in the results
             record.fail(first_line(error))
             clock.check(c.name)
-    start = time.monotonic()
-    timings = time_interleaved(entries, clock, rounds, burst_ms, seed)
-    clock_mhz, power_w = monitor.between(start, time.monotonic())
-    baseline = timings.get(f"{shape.case(None)} {STEP} {CUDNN}")
-    for record in measured:
-        record.sm_clock_mhz, record.power_w = clock_mhz, power_w
-        timing = timings.get(f"{record.case} {record.op}")
-        if isinstance(timing, str):
-            record.fail(timing)
-        if isinstance(timing, Timing):
-            record.ms, record.spread = timing.ms, timing.spread
-            if isinstance(baseline, Timing):
-                record.baseline, record.baseline_ms = CUDNN, baseline.ms
-                record.speedup = baseline.ms / timing.ms
+    time_records(measured, entries, clock, monitor, rounds, burst_ms, seed)
+    compare_with(measured[0], measured)  # cuDNN's
     return measured

@@ -92,9 +92,8 @@ def build(layers: int, seed: int) -> nn.Module:
     for name, x in model.named_parameters():
         if not set(name.split(".")) & set(model._keep_in_fp32_modules):
             x.data = x.data.to(torch.bfloat16)
-    rope = type(model.rope)(
-        128, (1, 2, 2), WAN_14B["rope_max_seq_len"]
-    )  # its buffers are computed, not loaded
+    # Its buffers are computed, not loaded.
+    rope = type(model.rope)(WAN_14B["attention_head_dim"], (1, 2, 2), WAN_14B["rope_max_seq_len"])
     model = model.to_empty(device="cuda")
     model.rope = rope.to("cuda")
     generator = torch.Generator("cuda").manual_seed(seed)
@@ -128,8 +127,8 @@ def measure(
             if not out.isfinite().all():
                 raise RuntimeError(f"{name}, {stage}: the output is not finite")
             seconds[stage] = statistics.median(times)
-    steps = steps_of_stage()
-    weighted = sum(seconds.get(stage, seconds.get("all", 0.0)) * n for stage, n in steps.items()) / STEPS
+    steps = {"all": STEPS} if "all" in stages else steps_of_stage()
+    weighted = sum(seconds[stage] * n for stage, n in steps.items()) / STEPS
     peak = torch.cuda.max_memory_allocated() / 2**30
     stage_times = ", ".join(f"{stage} {s:.3f} s" for stage, s in seconds.items())
     print(f"{name:20s} {weighted:7.3f} s a step ({stage_times}), {peak:.1f} GiB", flush=True)

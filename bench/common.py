@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from fpsattention.timing import CudaClock
+from fpsattention.timing import CudaClock, Timing, time_interleaved
 
 OURS, CUDNN, FLASH, FLEX = "fpsattention", "sdpa-cudnn", "sdpa-flash", "flexattention"  # Record.op
 TORCH_DENSE = (CUDNN, FLASH)
@@ -203,6 +203,33 @@ class Record:
 
     def remark(self, message: str) -> None:
         self.note = f"{self.note}; {message}" if self.note else message
+
+
+def time_records(
+    records: list[Record], entries: dict, clock, monitor: GpuMonitor, rounds: int, burst_ms: float, seed: int
+) -> None:
+    """Time `entries`, by "case op" of the records, and fill in times, spread, clock and power.
+
+    Raises DeviceLost.
+    """
+    start = time.monotonic()
+    timings = time_interleaved(entries, clock, rounds, burst_ms, seed)
+    clock_mhz, power_w = monitor.between(start, time.monotonic())
+    for record in records:
+        record.sm_clock_mhz, record.power_w = clock_mhz, power_w
+        timing = timings.get(f"{record.case} {record.op}")
+        if isinstance(timing, str):
+            record.fail(timing)
+        if isinstance(timing, Timing):
+            record.ms, record.spread = timing.ms, timing.spread
+
+
+def compare_with(baseline: Record, records: list[Record]) -> None:
+    """Give the records that have a time their speed-up over `baseline`, if that has one."""
+    for record in records:
+        if record.ms and baseline.ms:
+            record.baseline, record.baseline_ms = baseline.op, baseline.ms
+            record.speedup = baseline.ms / record.ms
 
 
 @dataclass(frozen=True)
