@@ -98,42 +98,72 @@ struct BwdSmem {
 };
 
 // The key block of a CTA. Blocks of one head run together, in the order of p.key_axis, so that they share its queries
-// in L2; with a window per head, heads with large windows come first.
+// in L2; with a window per head, heads with large windows come first. Extra keys, which all queries attend, come before
+// all others, so that the last key blocks to run are short ones; but after them where turns are taken.
 struct KeyBlock {
     int batch, head, first_row;
+    int number;  // of the extra key block among those of its head that hold a token; -1: a block of the grid's
     int64_t bh, image;
-    Int3 tile, extent;
+    Int3 tile;
+    TileRows rows;
     TileBox queries;
+    Extra extra;  // valid tokens
 
     __device__ explicit KeyBlock(const BackwardParams &p) {
         const TileGrid &g = p.geometry;
-        int index = blockIdx.x;
-        const int in_head = index % g.blocks();
-        index /= g.blocks();
+        const int per_tile = g.blocks_per_tile(), of_extra = g.extra.blocks(kBlock);
+        const int in_grid = g.tiles.volume() * per_tile;
+        int index = blockIdx.x + (p.turns == nullptr ? 0 : p.batch * p.heads * of_extra);
+        index -= index < int(gridDim.x) ? 0 : int(gridDim.x);
+        const bool is_extra = index < p.batch * p.heads * of_extra;
+        index -= is_extra ? 0 : p.batch * p.heads * of_extra;
+        const int per_head = is_extra ? of_extra : in_grid, in_head = index % per_head;
+        index /= per_head;
         batch = index % p.batch;
-        head = p.n_windows == 1 ? index / p.batch : p.head_order[index / p.batch];
+        head = p.head_at(index / p.batch);
         bh = int64_t(batch) * p.heads + head;
-        const int place = in_head / g.blocks_per_tile(), block = in_head % g.blocks_per_tile();
+        extra = p.valid_extra(batch);
+        if (is_extra) {
+            number = in_head;
+            const int block = g.extra_block(number, extra, kBlock);
+            image = bh * g.blocks() + block;
+            first_row = block % per_tile * kBlock;
+            rows = number < extra.blocks(kBlock) ? g.rows(block / per_tile, extra) : TileRows{};
+            queries = g.everything();
+            return;
+        }
+        number = -1;
+        const int place = in_head / per_tile, block = in_head % per_tile;
         const Int3 size{p.key_size[2], p.key_size[1], p.key_size[0]}, at = coordinates(place, size);
         const auto along = [&](int axis) { return axis == p.key_axis[0] ? at.w : axis == p.key_axis[1] ? at.h : at.t; };
         tile = {along(0), along(1), along(2)};
-        image = bh * g.blocks() + g.tile_index(tile) * g.blocks_per_tile() + block;
-        extent = g.extent(tile);
+        image = bh * g.blocks() + g.tile_index(tile) * per_tile + block;
         first_row = block * kBlock;
-        queries = g.queries_of(tile, window(p), p.border);
+        rows = g.rows(tile);
+        queries = g.queries_of(tile, p.window(head), p.border);
     }
-    __device__ Int3 window(const BackwardParams &p) const { return p.windows[p.n_windows == 1 ? 0 : head]; }
-    __device__ bool exists() const { return first_row < extent.volume(); }
+    __device__ bool exists() const { return first_row < rows.valid(); }
 };
 
-// Key blocks of a query tile are numbered along its box of keys in raster order, `blocks_per_tile` to a tile, from 1.
-// The number of this key block is its `last`; its `turn` is the number of the one before it that holds a token.
-__device__ inline int2 turn_of(const BackwardParams &p, const KeyBlock &key, Int3 query) {
+// A query block, its number among all of B, H; of extra queries, or of this tile.
+struct QueryBlock {
+    int64_t image;
+    bool is_extra;
+    Int3 tile;
+};
+
+// Key blocks of a query block are numbered along its box of keys in raster order, `blocks_per_tile` to a tile, from 1;
+// then come the extra ones. The number of this key block is its `last`; its `turn` is the number of the one before it
+// that holds a token.
+__device__ inline int2 turn_of(const BackwardParams &p, const KeyBlock &key, const QueryBlock &query) {
     const TileGrid &g = p.geometry;
-    const TileBox box = g.keys_of(query, key.window(p), p.border);
+    const TileBox box = query.is_extra ? g.everything() : g.keys_of(query.tile, p.window(key.head), p.border);
     const Int3 size{box.t.size(), box.h.size(), box.w.size()};
-    const int tile = ((key.tile.t - box.t.lo) * size.h + key.tile.h - box.h.lo) * size.w + key.tile.w - box.w.lo;
-    const int block = key.first_row / kBlock, last = tile * g.blocks_per_tile() + block + 1;
+    const bool is_extra = key.number >= 0;
+    const int tile = is_extra
+                         ? size.volume()
+                         : ((key.tile.t - box.t.lo) * size.h + key.tile.h - box.h.lo) * size.w + key.tile.w - box.w.lo;
+    const int block = is_extra ? key.number : key.first_row / kBlock, last = tile * g.blocks_per_tile() + block + 1;
     if (block > 0 || tile == 0) {
         return {last - 1, last};
     }
@@ -142,25 +172,29 @@ __device__ inline int2 turn_of(const BackwardParams &p, const KeyBlock &key, Int
     return {(tile - 1) * g.blocks_per_tile() + ceil_div(extent.volume(), kBlock), last};
 }
 
-// The query blocks that attend a key block, in the order in which the CTA takes them: f(index of the query block among
-// all of B, H; its tile).
+// The query blocks that attend a key block, in the order in which the CTA takes them.
 template <class F>
 __device__ __forceinline__ void for_each_query_block(const BackwardParams &p, const KeyBlock &key, F &&f) {
     const TileGrid &g = p.geometry;
+    const int per_tile = g.slot / kQueryBlock;
+    const int64_t images = key.bh * (g.all_tiles() * per_tile);
     const TileBox &box = key.queries;
     const Int3 size{box.t.size(), box.h.size(), box.w.size()};
     const int tiles = box.tiles();
     // Key blocks that run at the same time start at different query tiles, or they would all add to the same rows of
     // dQ. With turns they start where the turns do.
-    const int start = p.turns == nullptr ? int(key.image % tiles) : 0;
+    const int start = p.turns == nullptr && tiles > 0 ? int(key.image % tiles) : 0;
     for (int i = 0; i < tiles; ++i) {
         const Int3 at = coordinates((start + i) % tiles, size);
         const Int3 tile{box.t.lo + at.t, box.h.lo + at.h, box.w.lo + at.w};
         const int blocks = ceil_div(g.extent(tile).volume(), kQueryBlock);
-        const int64_t first = (key.bh * g.tiles.volume() + g.tile_index(tile)) * (g.slot / kQueryBlock);
+        const int64_t first = images + g.tile_index(tile) * per_tile;
         for (int b = 0; b < blocks; ++b) {
-            f(first + b, tile);
+            f(QueryBlock{first + b, false, tile});
         }
+    }
+    for (int i = 0; i < key.extra.blocks(kQueryBlock); ++i) {
+        f(QueryBlock{images + g.extra_block(i, key.extra, kQueryBlock), true, {}});
     }
 }
 
@@ -180,10 +214,10 @@ __device__ void load(const BackwardParams &p, BwdSmem<Cfg> &smem) {
     bulk_load(smem.v, images + kKeyBytes, kKeyBytes, smem.keys_full);
 
     RingState<Cfg::kStages> ring;
-    for_each_query_block(p, key, [&](int64_t block, Int3) {
+    for_each_query_block(p, key, [&](const QueryBlock &query) {
         const int s = ring.stage();
-        const uint8_t *q8 = p.q_blocks + block * q_block_bytes(Cfg::kHeadDim);
-        const uint8_t *image = p.query_images + block * bwd_query_bytes(Cfg::kHeadDim);
+        const uint8_t *q8 = p.q_blocks + query.image * q_block_bytes(Cfg::kHeadDim);
+        const uint8_t *image = p.query_images + query.image * bwd_query_bytes(Cfg::kHeadDim);
         smem.empty[s].wait(ring.empty_parity());
         smem.full[s].expect(kQ8Bytes + kQBytes + kRowsBytes);
         smem.full[s].arrive();
@@ -205,13 +239,13 @@ __device__ void add(const BackwardParams &p, BwdSmem<Cfg> &smem, int half) {
     constexpr int kFloats = kQueryBlock * Cfg::kHalf;
     const KeyBlock key(p);
     RingState<1> ring;
-    for_each_query_block(p, key, [&](int64_t block, Int3 tile) {
+    for_each_query_block(p, key, [&](const QueryBlock &query) {
         smem.dq_full[half].wait(ring.full_parity());
         ring.next();
-        const int64_t i = 2 * block + half;
+        const int64_t i = 2 * query.image + half;
         int2 turn{};
         if (p.turns != nullptr) {
-            turn = turn_of(p, key, tile);
+            turn = turn_of(p, key, query);
             wait_for(p.turns + i, turn.x);
             fence_proxy_async_global();
         }
@@ -365,7 +399,12 @@ __device__ void math(const BackwardParams &p, BwdSmem<Cfg> &smem, int warpgroup)
     access_ds(1, rA, kStore);
     arrive(smem.ds_full);
     RingState<Cfg::kStages> ring, before;
-    for (int left = g.valid_blocks(KeyBlock(p).queries, kQueryBlock); left > 0; --left) {
+    int left;
+    {
+        const KeyBlock key(p);
+        left = g.valid_blocks(key.queries, kQueryBlock) + key.extra.blocks(kQueryBlock);
+    }
+    for (; left > 0; --left) {
         const int s = ring.stage(), ds = ring.count % 2;
         access_ds(ds ^ 1, rA, kLoad);
         smem.full[s].wait(ring.full_parity());
@@ -454,8 +493,8 @@ __device__ void math(const BackwardParams &p, BwdSmem<Cfg> &smem, int warpgroup)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int in_tile = key.first_row + row + 8 * r;
-        const bool holds_key = in_tile < key.extent.volume();
-        const int64_t token = holds_key ? g.token(key.tile, key.extent, in_tile) : 0;
+        const bool holds_key = in_tile < key.rows.valid();
+        const int64_t token = holds_key ? g.token(key.rows, in_tile) : 0;
         const auto store = [&](void *base, const Strides &to, const auto &grad, float factor) {
             T *out = static_cast<T *>(base) + key.batch * to.batch + key.head * to.head + token * to.token;
             store_row<T, Cfg::kHeadDim>(out, holds_key, r, lane, [&](int i) { return grad(i) * factor; });
@@ -509,17 +548,13 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1) attn_bwd_sm90(const __grid_c
 }  // namespace
 
 void attn_bwd(BackwardParams p, cudaStream_t stream) {
-    // Heads with large windows come first, so that the last key blocks to run are those with few queries.
-    std::iota(p.head_order, p.head_order + p.n_windows, 0);
-    std::stable_sort(p.head_order, p.head_order + p.n_windows,
-                     [&](int a, int b) { return p.windows[a].volume() > p.windows[b].volume(); });
     // Fastest, the axis of which a window covers most: the key blocks that run at the same time then have the fewest
     // queries, and sums dQ, that any of them needs. Turns go by raster order, and so must the CTAs that take them.
     const Int3 tiles = p.geometry.tiles;
     std::iota(p.key_axis, p.key_axis + 3, 0);
     std::reverse(p.key_axis, p.key_axis + 3);
     if (p.turns == nullptr) {
-        const Int3 window = p.windows[p.head_order[0]];
+        const Int3 window = p.window(p.head_at(0));
         std::stable_sort(p.key_axis, p.key_axis + 3,
                          [&](int a, int b) { return window[a] * tiles[b] > window[b] * tiles[a]; });
     }
@@ -531,8 +566,10 @@ void attn_bwd(BackwardParams p, cudaStream_t stream) {
         using Cfg = BwdConfig<decltype(dim)::value>;
         constexpr int kSmemBytes = sizeof(BwdSmem<Cfg>) + 1024;
         static_assert(kSmemBytes <= 227 * 1024);
-        launch(attn_bwd_sm90<Cfg, decltype(element)>, dim3(p.batch * p.heads * p.geometry.blocks()), Cfg::kThreads,
-               kSmemBytes, stream, p);
+        const TileGrid &g = p.geometry;
+        const int key_blocks = g.tiles.volume() * g.blocks_per_tile() + g.extra.blocks(kBlock);
+        launch(attn_bwd_sm90<Cfg, decltype(element)>, dim3(p.batch * p.heads * key_blocks), Cfg::kThreads, kSmemBytes,
+               stream, p);
     });
     bwd_finish_dq(p, stream);
 }

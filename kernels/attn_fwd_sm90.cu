@@ -1,8 +1,10 @@
-// Forward: FP8 sliding-tile attention. A CTA per SM takes work items in turn: three query blocks with the same keys.
+// Forward: FP8 sliding-tile attention. A CTA per SM takes work items, one by one: three query blocks with the same
+// keys.
 //
-//   warps           role   waits for        signals                                          registers
-//   3 warpgroups    math   q_full, full     q_empty, empty                                   160
-//   1 thread        load   q_empty, empty   q_full, full (with the copy engine's bytes)       32
+//   warps           role      waits for        signals                                         registers
+//   3 warpgroups    math      q_full, full     q_empty, empty                                   160
+//   1 warp          queries   q_empty          q_full (with the copy engine's bytes)             32
+//   1 warp          keys      q_full, empty    q_empty, full (with the copy engine's bytes)      32
 //
 // A math warpgroup owns a query block, 64 rows, and walks the key blocks, 128 keys each, that the three share. With
 //   z = q8.k8 * s_q s_k scale log2(e)     P = 2^(z - m)     T = e4m3(448 P) v8
@@ -69,6 +71,75 @@ struct KVBlock {
     BlockMeta meta;
 };
 
+// Up to three query blocks that see the same keys: neighbours in a *run*, the tiles that differ only on axes whose
+// window is the whole axis (so all of a head's tiles, if it is dense; a single one, if no axis is whole). In a run, the
+// first blocks of all tiles come first, then the second ones, and so on; tiles with ragged axes slowest: so blocks that
+// hold no token lie together, and most fill whole items. Or three blocks of extra queries, which see everything.
+struct WorkItem {
+    int batch, head, first;  // `first` block in the run, or of the extra queries
+    bool of_extra;
+    int64_t bh;
+    Int3 origin;  // first tile of the run
+    TileBox keys;
+    Extra extra;  // valid tokens
+
+    __device__ WorkItem(const ForwardParams &p, int index) {
+        of_extra = index < p.extra_items;
+        index -= of_extra ? 0 : p.extra_items;
+        const int per_run = of_extra ? p.extra_items_per_head : p.items_per_run, runs = of_extra ? 1 : p.n_runs;
+        first = index % per_run * kBlocksPerItem;
+        index /= per_run;
+        origin = coordinates(index % runs, p.runs);
+        index /= runs;
+        batch = index / p.heads;
+        head = p.head_at(index % p.heads);
+        bh = int64_t(batch) * p.heads + head;
+        const TileGrid &g = p.geometry;
+        keys = of_extra ? g.everything() : g.keys_of(origin, p.window(head), p.border);
+        extra = p.valid_extra(batch);
+    }
+};
+
+// Query block i of an item.
+struct QueryBlock {
+    int block;      // among all of a head
+    int first_row;  // in the tile's slot
+    TileRows rows;
+    bool exists;  // and holds a token
+
+    __device__ QueryBlock(const ForwardParams &p, const WorkItem &item, int i) {
+        const TileGrid &g = p.geometry;
+        const int per_tile = g.slot / kQueryBlock, in_run = item.first + i;
+        if (item.of_extra) {
+            exists = in_run < item.extra.blocks(kQueryBlock);
+            block = g.extra_block(in_run, item.extra, kQueryBlock);
+            rows = g.rows(block / per_tile, item.extra);
+            first_row = block % per_tile * kQueryBlock;
+            return;
+        }
+        const int place = in_run % p.tiles_per_run;
+        const int fast = place % p.run_size[0], rest = place / p.run_size[0];
+        const int middle = rest % p.run_size[1], slow = rest / p.run_size[1];
+        const auto offset = [&](int axis) {
+            return axis == p.run_axis[0] ? fast : axis == p.run_axis[1] ? middle : slow;
+        };
+        const Int3 tile{item.origin.t + offset(0), item.origin.h + offset(1), item.origin.w + offset(2)};
+        rows = g.rows(tile);
+        const int in_tile = in_run / p.tiles_per_run;
+        block = g.tile_index(tile) * per_tile + in_tile;
+        first_row = in_tile * kQueryBlock;
+        exists = first_row < rows.valid();
+    }
+};
+
+// What the math warps are told of an item; the warp that brings its queries works it out.
+struct Task {
+    int index;     // of the item; beyond the last one: there will be no more
+    int n_blocks;  // of keys
+    WorkItem item;
+    QueryBlock queries[kBlocksPerItem];
+};
+
 template <class Cfg>
 struct FwdSmem {
     struct alignas(1024) Stage {
@@ -79,110 +150,118 @@ struct FwdSmem {
     };
     Stage stages[Cfg::kStages];
     Query queries[Cfg::kQStages][Cfg::kWarpgroups];
+    Task tasks[Cfg::kQStages];
     Barrier q_full[Cfg::kQStages], q_empty[Cfg::kQStages], full[Cfg::kStages], empty[Cfg::kStages];
 
     static_assert(sizeof(QBlock<Cfg>) == q_block_bytes(Cfg::kHeadDim));
     static_assert(sizeof(KVBlock<Cfg>) == kv_block_bytes(Cfg::kHeadDim));
 };
 
-// Up to three query blocks that see the same keys: neighbours in a *run*, the tiles that differ only on axes whose
-// window is the whole axis (so all of a head's tiles, if it is dense; a single one, if no axis is whole). In a run, the
-// first blocks of all tiles come first, then the second ones, and so on; tiles with ragged axes slowest: so blocks that
-// hold no token lie together, and most fill whole items.
-struct WorkItem {
-    int batch, head, first;  // `first` block in the run
-    int64_t bh;
-    Int3 origin;  // first tile of the run
-    TileBox keys;
-
-    __device__ WorkItem(const ForwardParams &p, int index) {
-        first = index % p.items_per_run * kBlocksPerItem;
-        index /= p.items_per_run;
-        origin = coordinates(index % p.n_runs, p.runs);
-        index /= p.n_runs;
-        batch = index / p.heads;
-        head = p.n_windows == 1 ? index % p.heads : p.head_order[index % p.heads];
-        bh = int64_t(batch) * p.heads + head;
-        keys = p.geometry.keys_of(origin, p.windows[p.n_windows == 1 ? 0 : head], p.border);
-    }
-};
-
-// Query block i of an item.
-struct QueryBlock {
-    Int3 tile, extent;
-    int first_row;  // in the tile's slot
-    bool exists;    // and holds a token
-
-    __device__ QueryBlock(const ForwardParams &p, const WorkItem &item, int i) {
-        const int in_run = item.first + i, place = in_run % p.tiles_per_run;
-        const int fast = place % p.run_size[0], rest = place / p.run_size[0];
-        const int middle = rest % p.run_size[1], slow = rest / p.run_size[1];
-        const auto offset = [&](int axis) {
-            return axis == p.run_axis[0] ? fast : axis == p.run_axis[1] ? middle : slow;
-        };
-        tile = {item.origin.t + offset(0), item.origin.h + offset(1), item.origin.w + offset(2)};
-        extent = p.geometry.extent(tile);
-        first_row = in_run / p.tiles_per_run * kQueryBlock;
-        exists = first_row < extent.volume();
-    }
-};
-
-// Every gridDim.x-th item, so that neighbours in space run at the same time and share their keys in L2. The index is a
-// plain function of blockIdx, so that ptxas knows it, and what follows from it, to be warp-uniform.
-template <class F>
-__device__ __forceinline__ void for_each_item(const ForwardParams &p, F &&f) {
-    for (int index = blockIdx.x; index < p.items; index += gridDim.x) {
-        const WorkItem item(p, index);
-        bool exists = !p.ragged_runs;
+// A warp takes items and brings their queries. One lane does it; that the warp comes along keeps positions uniform, in
+// registers that are no thread's. Items are taken one by one from a counter that all CTAs share: so neighbours in space
+// run at the same time and share their keys in L2, and whoever had short items takes more of them.
+template <class Cfg>
+__device__ void load_queries(const ForwardParams &p, FwdSmem<Cfg> &smem) {
+    constexpr int kBytes = q_block_bytes(Cfg::kHeadDim);
+    const TileGrid &g = p.geometry;
+    const bool leads = threadIdx.x % 32 == 0;
+    for (RingState<Cfg::kQStages> ring;;) {
+        const int index = __shfl_sync(~0u, leads ? atomicAdd(p.next_item, 1) : 0, 0);
+        const bool ends = index >= p.items;
+        Task &task = smem.tasks[ring.stage()];
+        Barrier &full = smem.q_full[ring.stage()];
+        smem.q_empty[ring.stage()].wait(ring.empty_parity());
+        bool any = false;
+        if (!ends) {
+            const WorkItem item(p, index);
 #pragma unroll 1
-        for (int i = 0; i < kBlocksPerItem && !exists; ++i) {
-            exists = QueryBlock(p, item, i).exists;
+            for (int i = 0; i < kBlocksPerItem; ++i) {
+                const QueryBlock query(p, item, i);
+                any |= query.exists;
+                if (leads) {
+                    task.queries[i] = query;
+                }
+                if (leads && query.exists) {
+                    const int64_t image = item.bh * (g.all_tiles() * (g.slot / kQueryBlock)) + query.block;
+                    full.expect(kBytes);
+                    bulk_load(&smem.queries[ring.stage()][i].block, p.q_blocks + image * kBytes, kBytes, full);
+                }
+            }
+            if (leads) {
+                task.item = item;
+                task.n_blocks = g.valid_blocks(item.keys) + item.extra.blocks(kBlock);
+            }
         }
-        if (exists) {
-            f(item, index);
+        if (any || ends) {  // nobody hears of an item that holds no token
+            if (leads) {
+                task.index = index;
+                full.arrive();
+            }
+            ring.next();
+        }
+        if (ends) {
+            return;
         }
     }
 }
 
-// One thread walks every item's keys and keeps the ring of key blocks full.
-template <class Cfg>
-__device__ void load(const ForwardParams &p, FwdSmem<Cfg> &smem) {
-    constexpr int kQBytes = q_block_bytes(Cfg::kHeadDim), kKVBytes = kv_block_bytes(Cfg::kHeadDim);
-    const TileGrid &g = p.geometry;
-    RingState<Cfg::kQStages> q_ring;
-    RingState<Cfg::kStages> ring;
-    for_each_item(p, [&](const WorkItem &item, int) {
-        Barrier &q_full = smem.q_full[q_ring.stage()];
-        smem.q_empty[q_ring.stage()].wait(q_ring.empty_parity());
-#pragma unroll 1
-        for (int i = 0; i < kBlocksPerItem; ++i) {
-            const QueryBlock block(p, item, i);
-            if (block.exists) {
-                const int64_t slot = item.bh * g.tiles.volume() + g.tile_index(block.tile);
-                const int64_t image = (slot * g.slot + block.first_row) / kQueryBlock;
-                q_full.expect(kQBytes);
-                bulk_load(&smem.queries[q_ring.stage()][i].block, p.q_blocks + image * kQBytes, kQBytes, q_full);
-            }
+// f(task, ring stage) for every item that load_queries brings the queries of.
+template <class Cfg, class F>
+__device__ __forceinline__ void for_each_task(const ForwardParams &p, FwdSmem<Cfg> &smem, F &&f) {
+    for (RingState<Cfg::kQStages> ring;; ring.next()) {
+        smem.q_full[ring.stage()].wait(ring.full_parity());
+        const Task &task = smem.tasks[ring.stage()];
+        if (task.index >= p.items) {
+            return;
         }
-        q_full.arrive();
-        q_ring.next();
+        f(task, ring.stage());
+    }
+}
 
+// This warp is done with what is behind the barrier.
+__device__ __forceinline__ void arrive_as_warp(Barrier &barrier) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+        barrier.arrive();
+    }
+}
+
+// A warp walks every item's keys and keeps the ring of key blocks full.
+template <class Cfg>
+__device__ void load_keys(const ForwardParams &p, FwdSmem<Cfg> &smem) {
+    constexpr int kBytes = kv_block_bytes(Cfg::kHeadDim);
+    const TileGrid &g = p.geometry;
+    const bool leads = threadIdx.x % 32 == 0;
+    RingState<Cfg::kStages> ring;
+    for_each_task(p, smem, [&](const Task &task, int q_stage) {
+        const WorkItem item(p, __shfl_sync(~0u, task.index, 0));  // so that ptxas knows it all to be warp-uniform
+        arrive_as_warp(smem.q_empty[q_stage]);
+        const auto bring = [&](int block) {
+            Barrier &full = smem.full[ring.stage()];
+            smem.empty[ring.stage()].wait(ring.empty_parity());
+            if (leads) {
+                const uint8_t *image = p.kv_blocks + (item.bh * g.blocks() + block) * kBytes;
+                full.expect(kBytes);
+                full.arrive();
+                bulk_load(&smem.stages[ring.stage()].block, image, kBytes, full);
+            }
+            __syncwarp();  // a lane left behind could miss a phase
+            ring.next();
+        };
         for (int t = item.keys.t.lo; t < item.keys.t.hi; ++t) {
             for (int h = item.keys.h.lo; h < item.keys.h.hi; ++h) {
                 for (int w = item.keys.w.lo; w < item.keys.w.hi; ++w) {
                     const Int3 tile{t, h, w};
                     const int blocks = ceil_div(g.extent(tile).volume(), kBlock);
-                    const int64_t image = (item.bh * g.tiles.volume() + g.tile_index(tile)) * g.blocks_per_tile();
-                    const uint8_t *from = p.kv_blocks + image * kKVBytes;
-                    for (int b = 0; b < blocks; ++b, ring.next()) {
-                        Barrier &full = smem.full[ring.stage()];
-                        smem.empty[ring.stage()].wait(ring.empty_parity());
-                        full.expect(kKVBytes);
-                        full.arrive();
-                        bulk_load(&smem.stages[ring.stage()].block, from + b * kKVBytes, kKVBytes, full);
+                    const int first = g.tile_index(tile) * g.blocks_per_tile();
+                    for (int b = 0; b < blocks; ++b) {
+                        bring(first + b);
                     }
                 }
             }
+        }
+        for (int i = 0; i < item.extra.blocks(kBlock); ++i) {
+            bring(g.extra_block(i, item.extra, kBlock));
         }
     });
 }
@@ -319,8 +398,8 @@ __device__ void store(const ForwardParams &p, const WorkItem &item, const QueryB
     const int first = block.first_row + fragment_row(thread);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const bool valid = first + 8 * r < block.extent.volume();
-        const int64_t token = valid ? g.token(block.tile, block.extent, first + 8 * r) : 0;
+        const bool valid = first + 8 * r < block.rows.valid();
+        const int64_t token = valid ? g.token(block.rows, first + 8 * r) : 0;
         T *out = static_cast<T *>(p.out) + item.batch * p.out_strides.batch + item.head * p.out_strides.head +
                  token * p.out_strides.token;
         store_row<T, Cfg::kHeadDim>(out, valid, r, lane, [&](int i) { return o(i); });
@@ -363,13 +442,9 @@ __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int warpgroup) 
         }
     }();
 
-    RingState<Cfg::kQStages> q_ring;
     RingState<Cfg::kStages> ring;
-    for_each_item(p, [&](const WorkItem &item, int index) {
-        // Key blocks that are still to come.
-        int left =
-            p.ragged_runs ? p.geometry.valid_blocks(item.keys) : item.keys.tiles() * p.geometry.blocks_per_tile();
-        const bool exists = QueryBlock(p, item, warpgroup).exists;
+    for_each_task(p, smem, [&](const Task &task, int q_stage) {
+        int left = task.n_blocks;  // that are still to come
         RowState row;
         BlockMeta meta;
         float q_scale_log2;
@@ -388,7 +463,7 @@ __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int warpgroup) 
             mma_qk.accumulate_ = GMMA::ScaleOut::Zero;
 #pragma unroll
             for (int k = 0; k < size<2>(rQ); ++k) {
-                gemm(mma_qk, rQ(_, _, k, q_ring.stage()), rK(_, _, k, ring.stage()), rS);
+                gemm(mma_qk, rQ(_, _, k, q_stage), rK(_, _, k, ring.stage()), rS);
                 mma_qk.accumulate_ = GMMA::ScaleOut::One;
             }
             warpgroup_commit_batch();
@@ -431,27 +506,22 @@ __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int warpgroup) 
             exponentiate(rS, rP, row, scale_log2);
         };
 
-        smem.q_full[q_ring.stage()].wait(q_ring.full_parity());
-        if (!exists) {
-            // No wgmma keeps the four warps together here; without a barrier one might fall a lap of the ring behind.
-            const auto pass = [&](Barrier &barrier) {
-                named_barrier_sync(1 + warpgroup, 128);
-                release(barrier);
-            };
-            pass(smem.q_empty[q_ring.stage()]);
-            q_ring.next();
+        if (!task.queries[warpgroup].exists) {
+            arrive_as_warp(smem.q_empty[q_stage]);
             for (; left > 0; --left, ring.next()) {
                 smem.full[ring.stage()].wait(ring.full_parity());
-                pass(smem.empty[ring.stage()]);
+                // No wgmma keeps the four warps together here; without this one might fall a lap of the ring behind.
+                named_barrier_sync(1 + warpgroup, 128);
+                release(smem.empty[ring.stage()]);
             }
             return;
         }
-        q_scale_log2 = smem.queries[q_ring.stage()][warpgroup].block.meta.scale * p.scale * kLog2E;
+        q_scale_log2 = smem.queries[q_stage][warpgroup].block.meta.scale * p.scale * kLog2E;
         clear(rO);
         wait_for_keys();
         issue_qk();
         softmax(true);
-        const float2 norms = __ldg(reinterpret_cast<const float2 *>(p.norms) + WorkItem(p, opaque(index)).bh);
+        const float2 norms = __ldg(reinterpret_cast<const float2 *>(p.norms) + task.item.bh);
         const float bound = kScoreGrowth * norms.x * norms.y * p.scale * kLog2E;
         // The exponentials of an item with very wide scores might overflow.
         const bool careful = __any_sync(~0u, !(bound - fminf(row.m[0], row.m[1]) < kLargestExponent));
@@ -465,15 +535,12 @@ __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int warpgroup) 
             issue_qk();
             softmax(careful);
         }
-        release(smem.q_empty[q_ring.stage()]);
-        q_ring.next();
         issue_pv();
         add_to_o();
         release(smem.empty[ring.stage()]);
         ring.next();
-        // Worked out anew: nothing of the item but its index stays in registers through the loop.
-        const WorkItem again(p, opaque(index));
-        store<Cfg, T>(p, again, QueryBlock(p, again, warpgroup), rO, row);
+        store<Cfg, T>(p, task.item, task.queries[warpgroup], rO, row);
+        arrive_as_warp(smem.q_empty[q_stage]);
     });
 }
 
@@ -486,7 +553,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1) attn_fwd_sm90(const __grid_c
     if (threadIdx.x == 0) {
         for (int s = 0; s < Cfg::kQStages; ++s) {
             smem.q_full[s].init(1);
-            smem.q_empty[s].init(Cfg::kWarpgroups);
+            smem.q_empty[s].init(Cfg::kMathThreads / 32 + 1);  // every warp that reads the task
         }
         for (int s = 0; s < Cfg::kStages; ++s) {
             smem.full[s].init(1);
@@ -501,8 +568,11 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1) attn_fwd_sm90(const __grid_c
         math<Cfg, T>(p, smem, warpgroup);
     } else {
         release_registers<Cfg::kLoadRegisters>();
-        if (threadIdx.x == Cfg::kMathThreads) {
-            load<Cfg>(p, smem);
+        const int warp = __shfl_sync(~0u, (threadIdx.x - Cfg::kMathThreads) / 32, 0);
+        if (warp == 0) {
+            load_queries<Cfg>(p, smem);
+        } else if (warp == 1) {
+            load_keys<Cfg>(p, smem);
         }
     }
 }
@@ -517,18 +587,13 @@ void attn_fwd(ForwardParams p, cudaStream_t stream) {
     for (int i = 0; i < 3; ++i) {
         p.run_size[i] = run[p.run_axis[i]];
     }
-    p.runs = g.tiles / run;
-    p.n_runs = p.runs.volume();
     p.tiles_per_run = run.volume();
+    p.runs = p.tiles_per_run > 0 ? g.tiles / run : Int3{1, 1, 1};  // there may be extra tokens only
+    p.n_runs = p.runs.volume();
     p.items_per_run = ceil_div(p.tiles_per_run * (g.slot / kQueryBlock), kBlocksPerItem);
-    p.items = p.batch * p.heads * p.n_runs * p.items_per_run;
-    // In a full tile, a block is empty only if padding fills it.
-    p.ragged_runs = g.slot - g.tile.volume() >= kQueryBlock ||
-                    std::any_of(p.run_axis, p.run_axis + 3, [&](int axis) { return g.grid[axis] % g.tile[axis] != 0; });
-    // Heads with large windows come first, so that the last items to run are short ones.
-    std::iota(p.head_order, p.head_order + p.n_windows, 0);
-    std::stable_sort(p.head_order, p.head_order + p.n_windows,
-                     [&](int a, int b) { return p.windows[a].volume() > p.windows[b].volume(); });
+    p.extra_items_per_head = ceil_div(g.extra.blocks(kQueryBlock), kBlocksPerItem);
+    p.extra_items = p.batch * p.heads * p.extra_items_per_head;
+    p.items = p.extra_items + p.batch * p.heads * p.n_runs * p.items_per_run;
 
     int device, sm_count;
     FPS_CUDA_CHECK(cudaGetDevice(&device));

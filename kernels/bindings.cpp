@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -36,15 +37,14 @@ T *pointer(uintptr_t address) {
     return reinterpret_cast<T *>(address);
 }
 
-// Raster token index of every row of every tile's slot, -1 for padding.
-void slot_tokens(const Triple &grid, const Triple &tile, uintptr_t out_address) {
-    const TileGrid g(int3(grid), int3(tile));
+// Token of every row of every tile's slot, -1 for padding.
+void slot_tokens(const Triple &grid, const Triple &tile, int prefix_len, int suffix_len, uintptr_t out_address) {
+    const TileGrid g(int3(grid), int3(tile), {prefix_len, suffix_len});
     int *out = pointer<int>(out_address);
-    for (int i = 0; i < g.tiles.volume(); ++i) {
-        const Int3 coord = g.tile_coord(i);
-        const Int3 extent = g.extent(coord);
+    for (int i = 0; i < g.all_tiles(); ++i) {
+        const TileRows rows = g.rows(i, g.extra);
         for (int r = 0; r < g.slot; ++r) {
-            out[int64_t(i) * g.slot + r] = r < extent.volume() ? g.token(coord, extent, r) : -1;
+            out[int64_t(i) * g.slot + r] = r < rows.valid() ? g.token(rows, r) : -1;
         }
     }
 }
@@ -74,17 +74,25 @@ cudaStream_t stream_of(uintptr_t address) {
     return reinterpret_cast<cudaStream_t>(address);
 }
 
-// The kernels count work items in int, with room to step past the last one, and put the batch in gridDim.z.
-void check_size(const TileGrid &g, int batch, int heads) {
+// What a call says of itself, once for all of its launches.
+void set_call(Call &p, const Triple &grid, const Triple &tile, int prefix_len, int suffix_len, uintptr_t prefix_valid,
+              uintptr_t suffix_valid, int batch, int heads, int head_dim, const std::string &dtype, float scale) {
+    p.geometry = TileGrid(int3(grid), int3(tile), {prefix_len, suffix_len});
+    p.prefix_valid = pointer<int>(prefix_valid), p.suffix_valid = pointer<int>(suffix_valid);
+    p.batch = batch, p.heads = heads, p.head_dim = head_dim;
+    p.dtype = dtype_of(dtype);
+    p.scale = scale;
+    // The kernels count work items in int, with room to step past the last one, and put the batch in gridDim.z.
     FPS_CHECK(batch <= 65535, "batch must be at most 65535, got ", batch);
-    const int64_t blocks = int64_t(batch) * heads * g.tiles.volume() * g.blocks_per_tile();
+    const int64_t blocks = int64_t(batch) * heads * p.geometry.all_tiles() * p.geometry.blocks_per_tile();
     FPS_CHECK(blocks <= 1 << 29, "batch * heads * blocks must be at most 2^29, got ", blocks);
 }
 
 void bind_quantize(uintptr_t q, uintptr_t k, uintptr_t v, const StrideTriple &q_strides, const StrideTriple &k_strides,
                    const StrideTriple &v_strides, uintptr_t q_blocks, uintptr_t kv_blocks, uintptr_t v_amax,
                    uintptr_t norms, uintptr_t k_sum, uintptr_t k_mean, uintptr_t lse_shift, uintptr_t q_amax,
-                   uintptr_t k_amax, const Triple &grid, const Triple &tile, const Triple &brick, int batch, int heads,
+                   uintptr_t k_amax, const Triple &grid, const Triple &tile, int prefix_len, int suffix_len,
+                   uintptr_t prefix_valid, uintptr_t suffix_valid, const Triple &brick, int batch, int heads,
                    int head_dim, const std::string &dtype, float scale, uintptr_t stream) {
     QuantizeParams p{};
     p.q = pointer<void>(q), p.k = pointer<void>(k), p.v = pointer<void>(v);
@@ -93,49 +101,45 @@ void bind_quantize(uintptr_t q, uintptr_t k, uintptr_t v, const StrideTriple &q_
     p.v_amax = pointer<float>(v_amax), p.norms = pointer<float>(norms), p.k_sum = pointer<float>(k_sum),
     p.k_mean = pointer<float>(k_mean);
     p.lse_shift = pointer<float>(lse_shift), p.q_amax = pointer<float>(q_amax), p.k_amax = pointer<float>(k_amax);
-    p.geometry = TileGrid(int3(grid), int3(tile));
     p.brick = int3(brick);
-    p.batch = batch, p.heads = heads, p.head_dim = head_dim;
-    p.dtype = dtype_of(dtype);
-    p.scale = scale;
-    check_size(p.geometry, batch, heads);
+    set_call(p, grid, tile, prefix_len, suffix_len, prefix_valid, suffix_valid, batch, heads, head_dim, dtype, scale);
     quantize(p, stream_of(stream));
 }
 
-// Of a ForwardParams or BackwardParams whose geometry and heads are known.
-template <class Params>
-void set_windows(Params &p, const std::vector<Triple> &windows) {
+// Of a call whose geometry and heads are known.
+void set_windows(WindowedCall &p, const std::vector<Triple> &windows, bool truncate) {
     FPS_CHECK(windows.size() == 1 || int(windows.size()) == p.heads, "windows must hold 1 or ", p.heads, ", got ",
               windows.size());
     FPS_CHECK(windows.size() <= size_t(kMaxWindows), "windows must hold at most ", kMaxWindows, ", got ",
               windows.size());
+    p.border = border_of(truncate);
     p.n_windows = int(windows.size());
     const Int3 tiles = p.geometry.tiles;
-    for (int head = 0; head < p.n_windows; ++head) {
-        const Triple &w = windows[head];
-        FPS_CHECK(w[0] >= 1 && w[0] <= tiles.t && w[1] >= 1 && w[1] <= tiles.h && w[2] >= 1 && w[2] <= tiles.w,
-                  "window (", w[0], ", ", w[1], ", ", w[2], ") must lie within the tiles (", tiles.t, ", ", tiles.h,
-                  ", ", tiles.w, ")");
-        p.windows[head] = int3(w);
+    for (int i = 0; i < p.n_windows; ++i) {
+        const Int3 w = p.windows[i] = int3(windows[i]);
+        for (int axis = 0; axis < 3; ++axis) {
+            FPS_CHECK(w[axis] >= std::min(tiles[axis], 1) && w[axis] <= tiles[axis], "window (", w.t, ", ", w.h, ", ",
+                      w.w, ") must lie within the tiles (", tiles.t, ", ", tiles.h, ", ", tiles.w, ")");
+        }
     }
+    std::iota(p.head_order, p.head_order + p.n_windows, 0);
+    std::stable_sort(p.head_order, p.head_order + p.n_windows,
+                     [&](int a, int b) { return p.windows[a].volume() > p.windows[b].volume(); });
 }
 
 void bind_attn_fwd(uintptr_t q_blocks, uintptr_t kv_blocks, uintptr_t v_amax, uintptr_t norms, uintptr_t lse_shift,
-                   uintptr_t out, uintptr_t lse, const StrideTriple &out_strides, const Triple &grid,
-                   const Triple &tile, const std::vector<Triple> &windows, bool truncate, int batch, int heads,
+                   uintptr_t out, uintptr_t lse, const StrideTriple &out_strides, uintptr_t next_item,
+                   const Triple &grid, const Triple &tile, int prefix_len, int suffix_len, uintptr_t prefix_valid,
+                   uintptr_t suffix_valid, const std::vector<Triple> &windows, bool truncate, int batch, int heads,
                    int head_dim, const std::string &dtype, float scale, uintptr_t stream) {
     ForwardParams p{};
     p.q_blocks = pointer<uint8_t>(q_blocks), p.kv_blocks = pointer<uint8_t>(kv_blocks);
     p.v_amax = pointer<float>(v_amax), p.norms = pointer<float>(norms), p.lse_shift = pointer<float>(lse_shift);
     p.out = pointer<void>(out), p.lse = pointer<float>(lse);
     p.out_strides = strides_of(out_strides);
-    p.geometry = TileGrid(int3(grid), int3(tile));
-    p.batch = batch, p.heads = heads, p.head_dim = head_dim;
-    p.dtype = dtype_of(dtype);
-    p.scale = scale;
-    p.border = border_of(truncate);
-    set_windows(p, windows);
-    check_size(p.geometry, batch, heads);
+    p.next_item = pointer<int>(next_item);
+    set_call(p, grid, tile, prefix_len, suffix_len, prefix_valid, suffix_valid, batch, heads, head_dim, dtype, scale);
+    set_windows(p, windows, truncate);
     attn_fwd(p, stream_of(stream));
 }
 
@@ -144,8 +148,9 @@ void bind_attn_bwd(uintptr_t q_blocks, uintptr_t kv_blocks, uintptr_t v_amax, ui
                    uintptr_t lse_shift, uintptr_t k_mean, uintptr_t dlse, uintptr_t query_images, uintptr_t key_images,
                    uintptr_t dq_sum, uintptr_t turns, uintptr_t dq, uintptr_t dk, uintptr_t dv,
                    const StrideTriple &dq_strides, const StrideTriple &dk_strides, const StrideTriple &dv_strides,
-                   const Triple &grid, const Triple &tile, const std::vector<Triple> &windows, bool truncate, int batch,
-                   int heads, int head_dim, const std::string &dtype, float scale, uintptr_t stream) {
+                   const Triple &grid, const Triple &tile, int prefix_len, int suffix_len, uintptr_t prefix_valid,
+                   uintptr_t suffix_valid, const std::vector<Triple> &windows, bool truncate, int batch, int heads,
+                   int head_dim, const std::string &dtype, float scale, uintptr_t stream) {
     BackwardParams p{};
     p.q_blocks = pointer<uint8_t>(q_blocks), p.kv_blocks = pointer<uint8_t>(kv_blocks);
     p.v_amax = pointer<float>(v_amax);
@@ -157,13 +162,8 @@ void bind_attn_bwd(uintptr_t q_blocks, uintptr_t kv_blocks, uintptr_t v_amax, ui
     p.dq_sum = pointer<float>(dq_sum), p.turns = pointer<int>(turns);
     p.dq = pointer<void>(dq), p.dk = pointer<void>(dk), p.dv = pointer<void>(dv);
     p.dq_strides = strides_of(dq_strides), p.dk_strides = strides_of(dk_strides), p.dv_strides = strides_of(dv_strides);
-    p.geometry = TileGrid(int3(grid), int3(tile));
-    p.batch = batch, p.heads = heads, p.head_dim = head_dim;
-    p.dtype = dtype_of(dtype);
-    p.scale = scale;
-    p.border = border_of(truncate);
-    set_windows(p, windows);
-    check_size(p.geometry, batch, heads);
+    set_call(p, grid, tile, prefix_len, suffix_len, prefix_valid, suffix_valid, batch, heads, head_dim, dtype, scale);
+    set_windows(p, windows, truncate);
     attn_bwd(p, stream_of(stream));
 }
 
@@ -193,14 +193,15 @@ PYBIND11_MODULE(_C, m) {
     using namespace py::literals;
     m.def("quantize", &bind_quantize, py::kw_only(), "q"_a, "k"_a, "v"_a, "q_strides"_a, "k_strides"_a, "v_strides"_a,
           "q_blocks"_a, "kv_blocks"_a, "v_amax"_a, "norms"_a, "k_sum"_a, "k_mean"_a, "lse_shift"_a, "q_amax"_a,
-          "k_amax"_a, "grid"_a, "tile"_a, "brick"_a, "batch"_a, "heads"_a, "head_dim"_a, "dtype"_a, "scale"_a,
-          "stream"_a);
+          "k_amax"_a, "grid"_a, "tile"_a, "prefix_len"_a, "suffix_len"_a, "prefix_valid"_a, "suffix_valid"_a, "brick"_a,
+          "batch"_a, "heads"_a, "head_dim"_a, "dtype"_a, "scale"_a, "stream"_a);
     m.def("attn_fwd", &bind_attn_fwd, py::kw_only(), "q_blocks"_a, "kv_blocks"_a, "v_amax"_a, "norms"_a, "lse_shift"_a,
-          "out"_a, "lse"_a, "out_strides"_a, "grid"_a, "tile"_a, "windows"_a, "truncate"_a, "batch"_a, "heads"_a,
-          "head_dim"_a, "dtype"_a, "scale"_a, "stream"_a);
+          "out"_a, "lse"_a, "out_strides"_a, "next_item"_a, "grid"_a, "tile"_a, "prefix_len"_a, "suffix_len"_a,
+          "prefix_valid"_a, "suffix_valid"_a, "windows"_a, "truncate"_a, "batch"_a, "heads"_a, "head_dim"_a, "dtype"_a,
+          "scale"_a, "stream"_a);
     m.def("attn_bwd", &bind_attn_bwd, py::kw_only(), "q_blocks"_a, "kv_blocks"_a, "v_amax"_a, "out"_a, "dout"_a,
           "out_strides"_a, "dout_strides"_a, "lse"_a, "lse_shift"_a, "k_mean"_a, "dlse"_a, "query_images"_a,
           "key_images"_a, "dq_sum"_a, "turns"_a, "dq"_a, "dk"_a, "dv"_a, "dq_strides"_a, "dk_strides"_a, "dv_strides"_a,
-          "grid"_a, "tile"_a, "windows"_a, "truncate"_a, "batch"_a, "heads"_a, "head_dim"_a, "dtype"_a, "scale"_a,
-          "stream"_a);
+          "grid"_a, "tile"_a, "prefix_len"_a, "suffix_len"_a, "prefix_valid"_a, "suffix_valid"_a, "windows"_a,
+          "truncate"_a, "batch"_a, "heads"_a, "head_dim"_a, "dtype"_a, "scale"_a, "stream"_a);
 }

@@ -48,20 +48,19 @@ template <int kRows>
 struct Block {
     int batch, head, first_row;
     int64_t bh, index;  // of the head; of the block among all of B, H
-    Int3 tile, extent;
+    TileRows rows;
     int valid;  // rows that hold a token
 
     __device__ explicit Block(const BackwardParams &p) {
         const TileGrid &g = p.geometry;
-        const int per_tile = g.slot / kRows, in_head = blockIdx.x % (g.tiles.volume() * per_tile);
-        head = blockIdx.x / (g.tiles.volume() * per_tile);
+        const int per_tile = g.slot / kRows, per_head = g.all_tiles() * per_tile, in_head = blockIdx.x % per_head;
+        head = blockIdx.x / per_head;
         batch = blockIdx.z;
         bh = int64_t(batch) * p.heads + head;
-        index = bh * (g.tiles.volume() * per_tile) + in_head;
-        tile = g.tile_coord(in_head / per_tile);
-        extent = g.extent(tile);
+        index = bh * per_head + in_head;
+        rows = g.rows(in_head / per_tile, p.valid_extra(batch));
         first_row = in_head % per_tile * kRows;
-        valid = min(kRows, extent.volume() - first_row);
+        valid = min(kRows, rows.valid() - first_row);
     }
 };
 
@@ -86,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, kCtas) query_operands(const __grid_c
 #pragma unroll
     for (int row = threadIdx.x / kLanes; row < kQueryBlock; row += kRowsPerPass) {
         const bool valid = row < block.valid;
-        const int64_t token = valid ? p.geometry.token(block.tile, block.extent, block.first_row + row) : 0;
+        const int64_t token = valid ? p.geometry.token(block.rows, block.first_row + row) : 0;
         const auto load = [&](const void *base, const Strides &s, float (&x)[kVec]) {
             const int64_t at = block.batch * s.batch + block.head * s.head + token * s.token + channel;
             const uint4 raw =
@@ -202,7 +201,7 @@ __global__ void __launch_bounds__(kThreads) finish_dq(const __grid_constant__ Ba
     for (int r = 0; r < 2; ++r) {
         const int row = fragment_row(thread) + 8 * r;
         const bool valid = row < block.valid;
-        const int64_t token = valid ? p.geometry.token(block.tile, block.extent, block.first_row + row) : 0;
+        const int64_t token = valid ? p.geometry.token(block.rows, block.first_row + row) : 0;
         if (p.k_mean != nullptr) {
             // lse is that of K with its mean, which the sums lack.
             const float dlse = p.dlse[block.bh * p.geometry.tokens() + token];
@@ -220,7 +219,7 @@ __global__ void __launch_bounds__(kThreads) finish_dq(const __grid_constant__ Ba
 
 template <int kRows>
 dim3 blocks_of(const BackwardParams &p) {
-    return {unsigned(p.heads * p.geometry.tiles.volume() * (p.geometry.slot / kRows)), 1, unsigned(p.batch)};
+    return {unsigned(p.heads * p.geometry.all_tiles() * (p.geometry.slot / kRows)), 1, unsigned(p.batch)};
 }
 
 }  // namespace

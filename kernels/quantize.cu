@@ -80,15 +80,21 @@ __global__ void __launch_bounds__(kStatsThreads) channel_stats(const __grid_cons
     const auto [head, chunk] = place_of(blockIdx.x, p.heads, chunks, strides);
     const int batch = blockIdx.z, row = threadIdx.x / kLanes, channel = threadIdx.x % kLanes * kVec;
     const int end = min(tokens, (chunk + 1) * kChunk);
+    const Extra valid = p.valid_extra(batch);
 
     float acc[kVec] = {};
+#pragma unroll 1
+    for (int i = 0; i < 3; ++i) {
+        const Range section = p.geometry.section(i, valid);
+        const int last = min(section.hi, end);
 #pragma unroll 4
-    for (int token = chunk * kChunk + row; token < end; token += kRows) {
-        float x[kVec];
-        upcast_vec<T>(load_vec<T>(base, element_offset(strides, batch, head, token) + channel), x);
+        for (int token = max(section.lo, chunk * kChunk) + row; token < last; token += kRows) {
+            float x[kVec];
+            upcast_vec<T>(load_vec<T>(base, element_offset(strides, batch, head, token) + channel), x);
 #pragma unroll
-        for (int i = 0; i < kVec; ++i) {
-            acc[i] = summing ? acc[i] + x[i] : fmaxf(acc[i], fabsf(x[i]));
+            for (int j = 0; j < kVec; ++j) {
+                acc[j] = summing ? acc[j] + x[j] : fmaxf(acc[j], fabsf(x[j]));
+            }
         }
     }
 #pragma unroll
@@ -119,15 +125,17 @@ __global__ void finish_mean(const __grid_constant__ QuantizeParams p) {
     for (int c = 0; c < chunks; ++c) {
         total += p.k_sum[(bh * chunks + c) * p.head_dim + threadIdx.x];
     }
-    p.k_mean[bh * p.head_dim + threadIdx.x] = float(total / p.geometry.tokens());
+    const Extra valid = p.valid_extra(blockIdx.y);
+    const int tokens = valid.prefix + p.geometry.grid.volume() + valid.suffix;
+    p.k_mean[bh * p.head_dim + threadIdx.x] = float(total / max(tokens, 1));
 }
 
-// The raster tokens of one tile: token index of each of its rows, -1 for padding.
-__device__ __forceinline__ void fill_token_table(int *table, const TileGrid &g, Int3 coord, int first_row, int rows) {
-    const Int3 extent = g.extent(coord);
+// Token of so many rows of a tile, -1 for padding.
+__device__ __forceinline__ void fill_token_table(int *table, const TileGrid &g, const TileRows &tile, int first_row,
+                                                 int rows) {
     for (int r = threadIdx.x; r < rows; r += blockDim.x) {
         const int in_tile = first_row + r;
-        table[r] = in_tile < extent.volume() ? g.token(coord, extent, in_tile) : -1;
+        table[r] = in_tile < tile.valid() ? g.token(tile, in_tile) : -1;
     }
     __syncthreads();
 }
@@ -181,12 +189,13 @@ __global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64) quantize_qk(const __g
     const bool is_k = blockIdx.y == 1;
     const void *base = is_k ? p.k : p.q;
     const Strides &strides = is_k ? p.k_strides : p.q_strides;
-    const int n_tiles = g.tiles.volume();
+    const int n_tiles = g.all_tiles();
     const auto [head, tile] = place_of(blockIdx.x, p.heads, n_tiles, strides);
     const int batch = blockIdx.z;
     const int64_t bh = int64_t(batch) * p.heads + head;
-    const Int3 coord = g.tile_coord(tile);
-    fill_token_table(token_of_row, g, coord, 0, g.slot);
+    const TileRows rows = g.rows(tile, p.valid_extra(batch));
+    const int valid = rows.valid();
+    fill_token_table(token_of_row, g, rows, 0, g.slot);
 
     const int first_row = threadIdx.x / kLanes, rows_per_pass = blockDim.x / kLanes;
     const int channel = threadIdx.x % kLanes * kVec;
@@ -212,9 +221,13 @@ __global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64) quantize_qk(const __g
     };
 
     float *brick_amax = is_k ? p.k_amax : p.q_amax;
-    const Int3 bricks{ceil_div(g.tiles.t, p.brick.t), ceil_div(g.tiles.h, p.brick.h), ceil_div(g.tiles.w, p.brick.w)};
-    const int brick = (coord.t / p.brick.t * bricks.h + coord.h / p.brick.h) * bricks.w + coord.w / p.brick.w;
-    const int64_t brick_index = bh * bricks.volume() + brick;
+    const auto brick_index = [&, tile = tile]() -> int64_t {
+        const Int3 b = p.brick, bricks{ceil_div(g.tiles.t, b.t), ceil_div(g.tiles.h, b.h), ceil_div(g.tiles.w, b.w)};
+        const int run = tile - g.tiles.volume();  // of extra tokens, if not negative
+        const Int3 c = run < 0 ? g.tile_coord(tile) : Int3{};
+        const int brick = run < 0 ? (c.t / b.t * bricks.h + c.h / b.h) * bricks.w + c.w / b.w : bricks.volume() + run;
+        return bh * (bricks.volume() + n_tiles - g.tiles.volume()) + brick;
+    };
 
     float amax = 0;
     // This thread's part of the square of row i, whose amax it takes along.
@@ -232,11 +245,11 @@ __global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64) quantize_qk(const __g
     const float2 largest = block_max(amax, row);
     if constexpr (kBrickAmax) {
         if (threadIdx.x == 0) {
-            atomic_max_nonnegative(&brick_amax[brick_index], largest.x);
+            atomic_max_nonnegative(&brick_amax[brick_index()], largest.x);
         }
         return;
     }
-    amax = brick_amax == nullptr ? largest.x : brick_amax[brick_index];
+    amax = brick_amax == nullptr ? largest.x : brick_amax[brick_index()];
     if (threadIdx.x == 0) {
         atomic_max_nonnegative(&p.norms[bh * 2 + is_k], sqrtf(largest.y));
     }
@@ -275,10 +288,9 @@ __global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64) quantize_qk(const __g
     }
 
     if (threadIdx.x < blocks) {
-        const int valid = g.extent(coord).volume() - int(threadIdx.x) * block_rows;
-        const int meta_offset = block_bytes - int(sizeof(BlockMeta));
+        const int from = int(threadIdx.x) * block_rows, meta_offset = block_bytes - int(sizeof(BlockMeta));
         *reinterpret_cast<BlockMeta *>(tile_image + threadIdx.x * block_bytes + meta_offset) = {
-            quant.scale, min(max(valid, 0), block_rows)};
+            quant.scale, min(max(valid - from, 0), block_rows)};
     }
 }
 
@@ -297,7 +309,8 @@ __global__ void __launch_bounds__(kBlock *kHeadDim / 64) quantize_v(const __grid
     const int batch = blockIdx.z;
     const int64_t bh = int64_t(batch) * p.heads + head;
     const int in_tile = block % g.blocks_per_tile();
-    fill_token_table(token_of_row, g, g.tile_coord(block / g.blocks_per_tile()), in_tile * kBlock, kBlock);
+    const TileRows rows = g.rows(block / g.blocks_per_tile(), p.valid_extra(batch));
+    fill_token_table(token_of_row, g, rows, in_tile * kBlock, kBlock);
 
     const int channel = threadIdx.x % kLanes * kVec;
     uint4 raw[kWords / kWordsPerPass][4];
@@ -356,7 +369,7 @@ int quantize_chunks(int tokens) {
 
 void quantize(const QuantizeParams &p, cudaStream_t stream) {
     const TileGrid &g = p.geometry;
-    const unsigned batch = p.batch, heads = p.heads, tiles = g.tiles.volume();
+    const unsigned batch = p.batch, heads = p.heads, tiles = g.all_tiles();
     dispatch(p.head_dim, p.dtype, [&](auto dim, auto element) {
         constexpr int kHeadDim = decltype(dim)::value;
         using T = decltype(element);

@@ -10,12 +10,13 @@ so the grids are of a few tiles, which still have ragged edges, padding blocks a
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import torch
 
 import fpsattention as fps
 
-# (grid, config)
+# (grid, config); each without text and with text around the video, some of it invalid
 CASES = (
     ((1, 1, 1), fps.AttentionConfig(tile=(4, 4, 4))),
     ((4, 8, 8), fps.AttentionConfig(tile=(4, 4, 8))),  # full blocks, no mask
@@ -26,14 +27,18 @@ CASES = (
     ((9, 9, 9), fps.AttentionConfig(tile=(6, 8, 8), window=(1, 3, 3))),  # of 384
     ((9, 8, 12), fps.AttentionConfig(tile=(8, 8, 8), smooth_k=True)),  # of 512
 )
+PREFIX, SUFFIX = 70, 200
 
 
 def main() -> None:
     launches = 0
-    for grid, config in CASES:
+    valid = torch.tensor([[70, 3], [0, 130]], dtype=torch.int32, device="cuda")
+    text = {"prefix_len": PREFIX, "suffix_len": SUFFIX, "prefix_valid": valid[0], "suffix_valid": valid[1]}
+    for (grid, config), extra in product(CASES, ({}, text)):
         for head_dim in (64, 128):
             for tensor_layout, dtype in (("NHD", torch.bfloat16), ("HND", torch.float16)):
-                tokens = math.prod(grid)
+                text_of_case = "text" if extra else "no text"
+                tokens = math.prod(grid) + (PREFIX + SUFFIX if extra else 0)
                 shape = (2, tokens, 2, head_dim) if tensor_layout == "NHD" else (2, 2, tokens, head_dim)
                 leaves = [
                     torch.randn(shape, dtype=dtype, device="cuda", requires_grad=True) for _ in range(3)
@@ -46,13 +51,16 @@ def main() -> None:
                     tensor_layout=tensor_layout,
                     backend="sm90",
                     deterministic=tensor_layout == "HND",
+                    **extra,
                 )
                 grads = torch.autograd.grad(
                     (out, lse), leaves, (torch.randn_like(out), torch.randn_like(lse))
                 )
-                case = f"{grid}, {config}, head_dim {head_dim}, {tensor_layout}, {dtype}"
+                case = f"{grid}, {config}, head_dim {head_dim}, {tensor_layout}, {dtype}, {text_of_case}"
                 assert out.isfinite().all(), f"out is not finite: {case}"
-                assert lse.isfinite().all(), f"lse is not finite: {case}"
+                none = lse == -math.inf  # of invalid tokens
+                assert (lse.isfinite() | none).all(), f"lse is not finite: {case}"
+                assert none.any() == bool(extra), f"lse of invalid tokens is not -inf: {case}"
                 assert all(x.isfinite().all() for x in grads), f"a gradient is not finite: {case}"
                 launches += 1
     print(f"{launches} calls and their backwards, all finite")

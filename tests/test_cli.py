@@ -168,9 +168,8 @@ def test_plan_says_where_text_is_and_where_nothing_was_measured(capsys):
     result, text = run(capsys, "plan", "hunyuanvideo-720p")
     assert "256 text tokens come last" in text and "prefix 0 and suffix 256 tokens" in text
     assert (result["tokens"], result["prefix_len"], result["suffix_len"]) == (118_800 + 256, 0, 256)
-    assert "take no extra tokens" in result["runs"]
     alone, _ = run(capsys, "plan", "--grid", 33, 45, 80, "--heads", 24)
-    assert result["expected"] == alone["expected"] and result["flops"] > alone["flops"]
+    assert 1 < result["expected"]["ms"] / alone["expected"]["ms"] < 1.01 and result["flops"] > alone["flops"]
     assert run(capsys, "plan", "cogvideox-5b")[0]["prefix_len"] == 226
     result, text = run(capsys, "plan", "--grid", 4, 6, 8)
     assert result["expected"] is None and "no estimate" in text

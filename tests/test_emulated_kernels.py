@@ -29,7 +29,9 @@ LIMITS = {"out": 1e-2, "lse": 1e-5, "dq": 4e-3, "dk": 4e-3, "dv": 1e-2}
 
 @dataclass(frozen=True)
 class Case:
-    """One call, and how it is scheduled: CTAs at a time, wgmmas early or late."""
+    """One call, and how it is scheduled: CTAs at a time, wgmmas early or late. `extra` and `counts` are the lengths of
+    prefix and suffix, and how many of each are valid in a sample.
+    """
 
     grid: tuple[int, int, int]
     config: AttentionConfig
@@ -41,6 +43,8 @@ class Case:
     deterministic: bool = False
     ctas: int = 3
     eager: bool = False
+    extra: tuple[int, int] = (0, 0)
+    counts: tuple[tuple[int, ...] | None, tuple[int, ...] | None] = (None, None)
 
 
 CASES = {
@@ -71,6 +75,23 @@ CASES = {
         AttentionConfig(tile=(2, 3, 4), quant_tile=(4, 6, 8), smooth_k=True),
         dtype=torch.float16,
         deterministic=True,
+    ),
+    "extra tokens": Case(
+        (5, 7, 9), AttentionConfig(tile=(2, 3, 4), window=(1, 3, 3)), head_dim=128, extra=(70, 200), ctas=4
+    ),
+    "extra tokens, some invalid": Case(
+        (5, 7, 9),
+        AttentionConfig(tile=(2, 3, 4), window=((1, 1, 3), (3, 3, 3)), quant_tile=(4, 6, 8), smooth_k=True),
+        batch=2,
+        heads=2,
+        tensor_layout="HND",
+        deterministic=True,
+        eager=True,
+        extra=(140, 130),
+        counts=((129, 3), (0, 130)),
+    ),
+    "extra tokens alone": Case(
+        (0, 4, 4), AttentionConfig(tile=(2, 4, 4)), extra=(90, 150), deterministic=True
     ),
     "several blocks to a tile": Case(
         (5, 8, 8), AttentionConfig(tile=(5, 8, 6)), head_dim=128, deterministic=True, eager=True
@@ -123,7 +144,7 @@ def run(path, case: Case, seed: int, schedule: int, monkeypatch) -> tuple[list[t
     configure(case.ctas, case.eager, ctypes.c_uint64(schedule))
 
     generator = torch.Generator().manual_seed(seed)
-    tokens, heads = math.prod(case.grid), case.heads
+    tokens, heads = math.prod(case.grid) + sum(case.extra), case.heads
     shape = (tokens, heads) if case.tensor_layout == "NHD" else (heads, tokens)
     shape = (case.batch, *shape, case.head_dim)
     q, k, v, dout = (torch.randn(shape, generator=generator) for _ in range(4))
@@ -133,18 +154,24 @@ def run(path, case: Case, seed: int, schedule: int, monkeypatch) -> tuple[list[t
     dlse = torch.randn(case.batch, heads, tokens, generator=generator)
     scale = case.head_dim**-0.5
 
-    resolved = case.config.resolve(case.grid, heads)
-    windows = [x for window in resolved.windows for x in window]
+    counts = [None if x is None else torch.tensor(x, dtype=torch.int32) for x in case.counts]
+    extra = (*case.extra, *counts)
+    resolved = case.config.resolve(case.grid, heads, *case.extra)
+    windows = [max(x, 1) for window in resolved.windows for x in window]
     call = (windows, resolved.truncate, scale, case.tensor_layout)
     geometry = (resolved.grid, resolved.tile)
     quant_tile = list(case.config.quant_tile or ())
-    images = ops._quantize_cuda(q, k, v, *geometry, quant_tile, resolved.smooth_k, scale, case.tensor_layout)
-    out, lse = ops._attend_cuda(*images, *geometry, *call, q.dtype)
+    images = ops._quantize_cuda(
+        q, k, v, *geometry, quant_tile, resolved.smooth_k, scale, case.tensor_layout, *extra
+    )
+    out, lse = ops._attend_cuda(*images, *geometry, *call, q.dtype, *extra)
     q_blocks, kv_blocks, v_amax, _, lse_shift, k_mean = images
     gradients = ops._attention_backward_cuda(
-        dout, dlse, out, lse, q_blocks, kv_blocks, v_amax, lse_shift, k_mean, *geometry, *call, case.deterministic
+        dout, dlse, out, lse, q_blocks, kv_blocks, v_amax, lse_shift, k_mean, *geometry, *call, case.deterministic,
+        *extra
     )  # fmt: skip
     about = dict(grid=case.grid, config=case.config, scale=scale, tensor_layout=case.tensor_layout)
+    about |= dict(zip(("prefix_len", "suffix_len", "prefix_valid", "suffix_valid"), extra, strict=True))
     return [out, lse, *gradients], (q, k, v, dout, dlse), about
 
 
@@ -158,6 +185,9 @@ def errors(path, case: Case, seed: int, monkeypatch) -> dict[str, float]:
     )
     found = {}
     for name, x, right in zip(LIMITS, results, expected, strict=True):
+        none = right == -math.inf  # the lse of invalid tokens
+        assert (x[none] == -math.inf).all(), name
+        x, right = x.masked_fill(none, 0.0), right.masked_fill(none, 0.0)
         distance = (x.double() - right.double()).norm() / right.double().norm()
         found[name] = distance.item() if x.isfinite().all() else math.inf
     return found

@@ -78,41 +78,92 @@ struct TileBox {
     FPS_HD int tiles() const { return t.size() * h.size() * w.size(); }
 };
 
+// Extra tokens, text for instance, before the grid's (the prefix) and after them (the suffix): how many there are, or
+// how many are valid in a sample, the first ones of each.
+struct Extra {
+    int prefix, suffix;
+    FPS_HD int blocks(int rows) const { return ceil_div(prefix, rows) + ceil_div(suffix, rows); }
+};
+
+// The tokens in the first rows of a slot.
+struct TileRows {
+    Int3 extent;  // tokens along each axis
+    int first;    // the first row's token
+
+    FPS_HD int valid() const { return extent.volume(); }
+};
+
 // The token grid cut in tiles. Tiles are numbered in raster order of their coordinates; edge tiles are ragged.
 // A tile owns `slot` consecutive rows: its valid tokens first, in raster order, then padding.
+//
+// Each section of extra tokens is cut in runs of `slot` tokens. A run is a tile of its own: it attends everything, and
+// everything attends it. Runs are numbered after the grid's tiles, the prefix's first.
 struct TileGrid {
-    Int3 grid;   // tokens
-    Int3 tile;   // tokens of a full tile
-    Int3 tiles;  // tiles per axis
-    int slot;    // rows per tile, a multiple of kBlock
+    Int3 grid;    // tokens
+    Int3 tile;    // tokens of a full tile
+    Int3 tiles;   // tiles per axis
+    int slot;     // rows per tile, a multiple of kBlock
+    Extra extra;  // tokens
 
     TileGrid() = default;
-    FPS_HD TileGrid(Int3 grid_, Int3 tile_)
+    FPS_HD TileGrid(Int3 grid_, Int3 tile_, Extra extra_ = {})
         : grid(grid_),
           tile(tile_),
           tiles{ceil_div(grid_.t, tile_.t), ceil_div(grid_.h, tile_.h), ceil_div(grid_.w, tile_.w)},
-          slot(ceil_div(tile_.volume(), kBlock) * kBlock) {}
+          slot(ceil_div(tile_.volume(), kBlock) * kBlock),
+          extra(extra_) {}
 
-    FPS_HD int tokens() const { return grid.volume(); }
+    FPS_HD int tokens() const { return extra.prefix + grid.volume() + extra.suffix; }
+    FPS_HD int all_tiles() const { return tiles.volume() + extra.blocks(slot); }
     FPS_HD int blocks_per_tile() const { return slot / kBlock; }
-    FPS_HD int blocks() const { return tiles.volume() * blocks_per_tile(); }
+    FPS_HD int blocks() const { return all_tiles() * blocks_per_tile(); }
+    FPS_HD TileBox everything() const { return {{0, tiles.t}, {0, tiles.h}, {0, tiles.w}}; }
 
     FPS_HD int tile_index(Int3 c) const { return (c.t * tiles.h + c.h) * tiles.w + c.w; }
     FPS_HD Int3 tile_coord(int index) const { return coordinates(index, tiles); }
+
+    // Of the blocks of so many rows that hold a valid extra token, prefix first, the i-th: its number among all blocks.
+    FPS_HD int extra_block(int i, Extra valid, int rows) const {
+        const int in_suffix = i - ceil_div(valid.prefix, rows);
+        const int first_tile = tiles.volume() + (in_suffix < 0 ? 0 : ceil_div(extra.prefix, slot));
+        return first_tile * (slot / rows) + (in_suffix < 0 ? i : in_suffix);
+    }
+
+    // What a tile holds, of a sample with so many valid extra tokens.
+    FPS_HD TileRows rows(int index, Extra valid) const {
+        int run = index - tiles.volume();
+        if (run < 0) {
+            return rows(tile_coord(index));
+        }
+        const int prefix_runs = ceil_div(extra.prefix, slot);
+        const bool in_suffix = run >= prefix_runs;
+        run -= in_suffix ? prefix_runs : 0;
+        const int left = (in_suffix ? valid.suffix : valid.prefix) - run * slot;
+        const int first = run * slot + (in_suffix ? extra.prefix + grid.volume() : 0);
+        return {{1, 1, left < 0 ? 0 : left < slot ? left : slot}, first};
+    }
+    FPS_HD TileRows rows(Int3 c) const {
+        const int first = (c.t * tile.t * grid.h + c.h * tile.h) * grid.w + c.w * tile.w;
+        return {extent(c), extra.prefix + first};
+    }
+    // Valid tokens of the prefix (0), of the grid (1) and of the suffix (2).
+    FPS_HD Range section(int i, Extra valid) const {
+        const int suffix = extra.prefix + grid.volume();
+        return i == 0   ? Range{0, valid.prefix}
+               : i == 1 ? Range{extra.prefix, suffix}
+                        : Range{suffix, suffix + valid.suffix};
+    }
+    // Token of row r (0 <= r < rows.valid()).
+    FPS_HD int token(const TileRows &rows, int r) const {
+        const Int3 c = coordinates(r, rows.extent);
+        return rows.first + (c.t * grid.h + c.h) * grid.w + c.w;
+    }
 
     // Valid tokens of tile `c` along each axis.
     FPS_HD Int3 extent(Int3 c) const {
         const Int3 left{grid.t - c.t * tile.t, grid.h - c.h * tile.h, grid.w - c.w * tile.w};
         return {left.t < tile.t ? left.t : tile.t, left.h < tile.h ? left.h : tile.h,
                 left.w < tile.w ? left.w : tile.w};
-    }
-
-    // Raster index of token `r` (0 <= r < extent.volume()) of tile `c`.
-    FPS_HD int token(Int3 c, Int3 extent, int r) const {
-        const int t = c.t * tile.t + r / (extent.w * extent.h);
-        const int h = c.h * tile.h + r / extent.w % extent.h;
-        const int w = c.w * tile.w + r % extent.w;
-        return (t * grid.h + h) * grid.w + w;
     }
 
     FPS_HD TileBox keys_of(Int3 query, Int3 window, Border border) const {

@@ -47,7 +47,27 @@ FPS_HD constexpr int bwd_key_bytes(int head_dim) {
     return kBlock * 2 * 2 * head_dim;
 }
 
-struct QuantizeParams {
+// What every launch is told of the call it belongs to.
+struct Call {
+    TileGrid geometry;
+    const int *prefix_valid, *suffix_valid;  // [B], how many of a sample's extra tokens are valid; or null: all
+    int batch, heads, head_dim;
+    Dtype dtype;
+    float scale;  // of the scores before softmax
+
+    FPS_HD Extra valid_extra(int sample) const {
+        const Extra all = geometry.extra;
+        return {count(prefix_valid, sample, all.prefix), count(suffix_valid, sample, all.suffix)};
+    }
+
+private:
+    FPS_HD static int count(const int *valid, int sample, int all) {
+        const int n = valid == nullptr ? all : valid[sample];
+        return n < 0 ? 0 : n < all ? n : all;
+    }
+};
+
+struct QuantizeParams : Call {
     const void *q, *k, *v;  // [B, H, L, D] bf16 or fp16, any strides that are multiples of 8 elements
     Strides q_strides, k_strides, v_strides;
     uint8_t *q_blocks;       // [B, H, tiles * slot / 64, q_block_bytes]
@@ -58,38 +78,40 @@ struct QuantizeParams {
     float *k_mean;           // [B, H, D], or null: no smoothing
     float *lse_shift;        // [B, H, L], q . k_mean * scale, or null
     float *q_amax, *k_amax;  // [B, H, bricks], zeroed by the caller, or null: each tile has its own
-    TileGrid geometry;
-    Int3 brick;  // tiles that share one scale, per axis
-    int batch, heads, head_dim;
-    Dtype dtype;
-    float scale;  // softmax scale, for lse_shift
+    Int3 brick;              // tiles that share one scale, per axis; a run of extra tokens has its own
 };
 
-struct ForwardParams {
+// Of a launch that attends.
+struct WindowedCall : Call {
+    Border border;
+    int n_windows;                    // 1, or heads
+    Int3 windows[kMaxWindows];        // in tiles, at most the tiles there are
+    uint8_t head_order[kMaxWindows];  // with a window per head: large ones first, so that the last to run are short
+
+    FPS_HD Int3 window(int head) const { return windows[n_windows == 1 ? 0 : head]; }
+    // The head that is the i-th to run.
+    FPS_HD int head_at(int i) const { return n_windows == 1 ? i : head_order[i]; }
+};
+
+struct ForwardParams : WindowedCall {
     const uint8_t *q_blocks, *kv_blocks;  // as above
     const float *v_amax;                  // [B, H, D]
     const float *norms;                   // [B, H, 2]
     const float *lse_shift;               // [B, H, L] or null
-    void *out;                            // [B, H, L, D], dtype
-    float *lse;                           // [B, H, L], natural log
+    void *out;                            // [B, H, L, D], dtype; invalid extra tokens are not written
+    float *lse;                           // [B, H, L], natural log; likewise
     Strides out_strides;
-    TileGrid geometry;
-    int batch, heads, head_dim;
-    Dtype dtype;
-    float scale;
-    Border border;
-    int n_windows;              // 1, or heads
-    Int3 windows[kMaxWindows];  // in tiles, at most the tiles there are
+    int *next_item;  // zero
 
     // Work items; filled in by attn_fwd.
     Int3 runs;                     // per axis; a run is a box of query tiles that see the same keys
     int run_axis[3], run_size[3];  // axes, fastest first, and tiles of a run along them
-    int n_runs, tiles_per_run, items_per_run, items;
-    bool ragged_runs;                 // blocks may be empty, and so items
-    uint8_t head_order[kMaxWindows];  // with a window per head: longest first
+    int n_runs, tiles_per_run, items_per_run;
+    int extra_items_per_head, extra_items;  // of extra queries; they come first
+    int items;
 };
 
-struct BackwardParams {
+struct BackwardParams : WindowedCall {
     const uint8_t *q_blocks, *kv_blocks;  // as above
     const float *v_amax;                  // [B, H, D]
     const void *out, *dout;               // [B, H, L, D], dtype
@@ -101,19 +123,10 @@ struct BackwardParams {
     uint8_t *key_images;      // [B, H, tiles * slot / 128, bwd_key_bytes]
     float *dq_sum;            // [B, H, tiles * slot / 64, 64 * D] in the order of fragments, zeroed by the caller
     int *turns;               // [B, H, tiles * slot / 64, 2], zeroed by the caller: deterministic; or null
-    void *dq, *dk, *dv;       // [B, H, L, D], dtype
+    void *dq, *dk, *dv;       // [B, H, L, D], dtype; invalid extra tokens are not written
     Strides dq_strides, dk_strides, dv_strides;
-    TileGrid geometry;
-    int batch, heads, head_dim;
-    Dtype dtype;
-    float scale;
-    Border border;
-    int n_windows;              // 1, or heads
-    Int3 windows[kMaxWindows];  // in tiles, at most the tiles there are
 
-    // Order of the key blocks; filled in by attn_bwd.
-    int key_axis[3], key_size[3];     // axes, fastest first, and tiles along them
-    uint8_t head_order[kMaxWindows];  // with a window per head: longest first
+    int key_axis[3], key_size[3];  // order of the key blocks: axes, fastest first, and tiles along them; by attn_bwd
 };
 
 // Partial sums per (batch, head) that k_sum must hold.

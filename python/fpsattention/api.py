@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import reference
 from .config import AttentionConfig
-from .ops import DTYPES, HEAD_DIMS, extra_tokens_obstacle
+from .ops import DTYPES, HEAD_DIMS
 
 BACKENDS = ("auto", "sm90", "reference")
 HOPPER = 90
@@ -132,7 +132,7 @@ def attention(
         return_lse: also return the log-sum-exp of the scores, fp32 [B, H, L], natural logarithm.
         scale: of the scores before softmax, positive; None: D ** -0.5.
         tensor_layout: "NHD" or "HND"; None: "NHD".
-        prefix_len, suffix_len: extra tokens of every sample, at least 0. The Hopper kernel takes none yet.
+        prefix_len, suffix_len: extra tokens of every sample, at least 0.
         prefix_valid, suffix_valid: int32 [B] on q's device, how many of the section's tokens are valid in each sample,
             the first ones, from 0 to its length; None: all. Out of range they are a ValueError on the CPU outside
             torch.compile; on a GPU, where looking would stop the device, they are clamped.
@@ -193,8 +193,7 @@ def _set_up(q, k, v, grid, config, scale, tensor_layout, backend, *extra) -> tup
     """(what runs, scale) of a call whose arguments have been checked, with a notice where that is the slow path."""
     head_dim = reference.check_inputs(q, k, v, grid, tensor_layout, *extra)[0].shape[3]
     scale = _checked_scale(scale, head_dim)
-    prefix_len, suffix_len, *_ = extra
-    name, reason = backend_for(q, config, backend, prefix_len, suffix_len)
+    name, reason = backend_for(q, config, backend)
     if name == "reference" and backend == "auto":
         _notice(reason)
     return name, scale
@@ -253,10 +252,8 @@ def _same_rounding(config: AttentionConfig, quantized: QuantizedQKV) -> Attentio
     return config
 
 
-def backend_for(
-    q: Tensor, config: AttentionConfig, backend: str = "auto", prefix_len: int = 0, suffix_len: int = 0
-) -> tuple[str, str]:
-    """What `attention` would run for such a q and so many extra tokens, and why.
+def backend_for(q: Tensor, config: AttentionConfig, backend: str = "auto") -> tuple[str, str]:
+    """What `attention` would run for such a q, and why.
 
     Returns (name, reason). name: "sm90", this package's Hopper kernels; "torch", which takes quant="none" on a GPU
     (FlexAttention with a BlockMask made from our plan, SDPA when dense); "reference", plain torch on any device.
@@ -271,7 +268,7 @@ def backend_for(
             return "torch", 'quant="none" runs on torch\'s own kernels'
         obstacle = f'q: quant="none" runs on torch\'s CUDA kernels, q is on {q.device}'
     else:
-        obstacle = _sm90_obstacle(q) or extra_tokens_obstacle(prefix_len, suffix_len)
+        obstacle = _sm90_obstacle(q)
         if obstacle is None:
             return "sm90", "FP8 on a Hopper GPU"
     if backend == "sm90":

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from .config import ResolvedConfig
-from .ops import extra_tokens_obstacle
 
 SOURCE = (
     "H100 80GB at 700 W, docs/performance.md: the dense forwards of Wan2.1-14B at 720p (head_dim 128) and of "
@@ -34,11 +33,8 @@ class Estimate:
 def forward(resolved: ResolvedConfig, heads: int, head_dim: int) -> Estimate | None:
     """What an H100 should take for a config; None where nothing was measured to tell it from.
 
-    That is: head_dim other than 64 and 128, no FP8, or fewer than `LEAST_TOKENS` tokens. Extra tokens that the kernels
-    do not take are left out.
+    That is: head_dim other than 64 and 128, no FP8, or fewer than `LEAST_TOKENS` tokens.
     """
-    if extra_tokens_obstacle(resolved.prefix_len, resolved.suffix_len):
-        resolved = replace(resolved, prefix_len=0, suffix_len=0)
     geometry = resolved.geometry
     if head_dim not in KERNEL_FLOPS or resolved.quant != "fp8" or geometry.n_tokens < LEAST_TOKENS:
         return None

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from functools import cached_property, lru_cache
 
 import torch
-import torch.nn.functional as F
 
 from . import _C
 
@@ -139,16 +138,10 @@ class TileGeometry:
     @cached_property
     def slot_tokens(self) -> torch.Tensor:
         """int64 [n_tiles, slot]: index of the token in each row, -1 for padding."""
-        video = torch.empty(self.n_video_tiles, self.slot, dtype=torch.int32)
-        if self.n_video_tiles:
-            _C.slot_tokens(self.grid, self.tile, video.data_ptr())
-        video = video.long()
-        video[video >= 0] += self.prefix_len
-        runs = [
-            F.pad(section, (0, -len(section) % self.slot), value=-1).view(-1, self.slot)
-            for section in self.extra_tokens.split([self.prefix_len, self.suffix_len])
-        ]
-        return torch.cat([video, *runs])
+        rows = torch.empty(self.n_tiles, self.slot, dtype=torch.int32)
+        if self.n_tiles:
+            _C.slot_tokens(self.grid, self.tile, self.prefix_len, self.suffix_len, rows.data_ptr())
+        return rows.long()
 
     @cached_property
     def extra_tokens(self) -> torch.Tensor:

@@ -67,7 +67,7 @@ def attend(
     Returns out [B, L, H, D] or [B, H, L, D] of `dtype`, tokens in their given order, and lse fp32 [B, H, L], natural
     logarithm.
     """
-    windows = [x for window in resolved.windows for x in window]
+    windows = [max(x, 1) for window in resolved.windows for x in window]  # an empty axis has none
     what = resolved.grid, resolved.tile, windows, resolved.truncate
     extra = resolved.prefix_len, resolved.suffix_len, prefix_valid, suffix_valid
     return torch.ops.fpsattention.attend(*images, *what, scale, tensor_layout, dtype, *extra)
@@ -116,21 +116,6 @@ def decode_blocks(
     return q, k, raster(v.flatten(-2).mT * v_scale[:, :, None, None])
 
 
-def extra_tokens_obstacle(prefix_len: int, suffix_len: int) -> str | None:
-    """Why the kernels cannot run a call with so many extra tokens; None when they can. The one place that says so: the
-    ops, the choice of a backend and the plan's account ask it.
-    """
-    for name, length in (("prefix_len", prefix_len), ("suffix_len", suffix_len)):
-        if length:
-            return f"{name}: the Hopper kernels take no extra tokens yet, got {length}"
-    return None
-
-
-def _refuse_extra_tokens(prefix_len: int, suffix_len: int) -> None:
-    if obstacle := extra_tokens_obstacle(prefix_len, suffix_len):
-        raise NotImplementedError(obstacle)
-
-
 def _resolve(
     grid,
     tile,
@@ -152,6 +137,42 @@ def _resolve(
         smooth_k=smooth_k,
     )
     return config.resolve(tuple(grid), heads, prefix_len, suffix_len)
+
+
+def _launch(
+    resolved: ResolvedConfig, batch: int, heads: int, head_dim: int, dtype, scale: float, *counts
+) -> dict:
+    """What every launch is told of its call."""
+    prefix_valid, suffix_valid = (0 if x is None else x.data_ptr() for x in counts)
+    return {
+        "grid": resolved.grid,
+        "tile": resolved.tile,
+        "prefix_len": resolved.prefix_len,
+        "suffix_len": resolved.suffix_len,
+        "prefix_valid": prefix_valid,
+        "suffix_valid": suffix_valid,
+        "batch": batch,
+        "heads": heads,
+        "head_dim": head_dim,
+        "dtype": DTYPES[dtype],
+        "scale": scale,
+        "stream": torch.cuda.current_stream().cuda_stream,
+    }
+
+
+def _fill_sections(
+    x: Tensor, value: float, dim: int, resolved: ResolvedConfig, prefix_valid, suffix_valid
+) -> None:
+    """Give the extra tokens of x, along `dim`, this value where some of them may be invalid: no kernel writes those."""
+    prefix, suffix = resolved.prefix_len, resolved.suffix_len
+    if prefix_valid is not None:
+        x.narrow(dim, 0, prefix).fill_(value)
+    if suffix_valid is not None:
+        x.narrow(dim, x.shape[dim] - suffix, suffix).fill_(value)
+
+
+def _contiguous(*counts: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.contiguous() for x in counts]
 
 
 def _heads_first(x: Tensor, tensor_layout: str) -> Tensor:
@@ -194,10 +215,12 @@ def _quantize_cuda(
     q, k, v, grid, tile, quant_tile, smooth_k, scale, tensor_layout, prefix_len=0, suffix_len=0, prefix_valid=None,
     suffix_valid=None
 ) -> Images:  # fmt: skip
-    _refuse_extra_tokens(prefix_len, suffix_len)
     heads_first = [_heads_first(x, tensor_layout) for x in (q, k, v)]
     batch, heads, tokens, head_dim = heads_first[0].shape
-    resolved = _resolve(grid, tile, heads, quant_tile=quant_tile, smooth_k=smooth_k)
+    resolved = _resolve(
+        grid, tile, heads, quant_tile, smooth_k=smooth_k, prefix_len=prefix_len, suffix_len=suffix_len
+    )
+    prefix_valid, suffix_valid = _contiguous(prefix_valid, suffix_valid)
     images = _quantize_shapes(q, k, v, resolved, tensor_layout)
     q_blocks, kv_blocks, v_amax, norms, lse_shift, k_mean = images
     v_amax.zero_()
@@ -212,7 +235,7 @@ def _quantize_cuda(
     if smooth_k:
         k_sum = scratch(batch, heads, _C.quantize_chunks(tokens), head_dim)
     if resolved.brick != (1, 1, 1):
-        bricks = math.prod(-(-n // b) for n, b in zip(resolved.geometry.tiles, resolved.brick, strict=True))
+        bricks = int(resolved.geometry.brick_of_tile(resolved.quant_tile)[-1]) + 1
         q_amax, k_amax = (scratch(batch, heads, bricks, zero=True) for _ in "qk")
     with torch.cuda.device(q.device), torch.cuda.nvtx.range("fpsattention::quantize"):
         _C.quantize(
@@ -227,15 +250,8 @@ def _quantize_cuda(
             lse_shift=lse_shift.data_ptr(),
             q_amax=q_amax.data_ptr(),
             k_amax=k_amax.data_ptr(),
-            grid=resolved.grid,
-            tile=resolved.tile,
             brick=resolved.brick,
-            batch=batch,
-            heads=heads,
-            head_dim=head_dim,
-            dtype=DTYPES[q.dtype],
-            scale=scale,
-            stream=torch.cuda.current_stream().cuda_stream,
+            **_launch(resolved, batch, heads, head_dim, q.dtype, scale, prefix_valid, suffix_valid),
         )
     return images
 
@@ -279,12 +295,17 @@ def _attend_cuda(
     prefix_valid=None,
     suffix_valid=None,
 ) -> tuple[Tensor, Tensor]:
-    _refuse_extra_tokens(prefix_len, suffix_len)
     batch, heads, head_dim = v_amax.shape
-    resolved = _resolve(grid, tile, heads, windows=windows, truncate=truncate)
+    resolved = _resolve(
+        grid, tile, heads, windows=windows, truncate=truncate, prefix_len=prefix_len, suffix_len=suffix_len
+    )
+    counts = prefix_valid, suffix_valid = _contiguous(prefix_valid, suffix_valid)
     out, lse = _attend_shapes(v_amax, resolved, tensor_layout, dtype)
     if out.numel() == 0:
         return out, lse
+    _fill_sections(_heads_first(out, tensor_layout), 0.0, 2, resolved, *counts)
+    _fill_sections(lse, -math.inf, 2, resolved, *counts)
+    next_item = v_amax.new_zeros(1, dtype=torch.int32)
     with torch.cuda.device(v_amax.device), torch.cuda.nvtx.range("fpsattention::attend"):
         _C.attn_fwd(
             q_blocks=q_blocks.data_ptr(),
@@ -295,16 +316,10 @@ def _attend_cuda(
             out=out.data_ptr(),
             lse=lse.data_ptr(),
             out_strides=_strides("out", _heads_first(out, tensor_layout)),
-            grid=resolved.grid,
-            tile=resolved.tile,
+            next_item=next_item.data_ptr(),
             windows=resolved.windows,
             truncate=resolved.truncate,
-            batch=batch,
-            heads=heads,
-            head_dim=head_dim,
-            dtype=DTYPES[dtype],
-            scale=scale,
-            stream=torch.cuda.current_stream().cuda_stream,
+            **_launch(resolved, batch, heads, head_dim, dtype, scale, *counts),
         )
     return out, lse
 
@@ -367,12 +382,16 @@ def _attention_backward_cuda(
     dout, dlse, out, lse, q_blocks, kv_blocks, v_amax, lse_shift, k_mean, grid, tile, windows, truncate, scale,
     tensor_layout, deterministic, prefix_len=0, suffix_len=0, prefix_valid=None, suffix_valid=None
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    _refuse_extra_tokens(prefix_len, suffix_len)
     batch, heads, head_dim = v_amax.shape
-    resolved = _resolve(grid, tile, heads, windows=windows, truncate=truncate)
+    resolved = _resolve(
+        grid, tile, heads, windows=windows, truncate=truncate, prefix_len=prefix_len, suffix_len=suffix_len
+    )
+    counts = _contiguous(prefix_valid, suffix_valid)
     grads = dq, dk, dv = tuple(torch.empty_like(out) for _ in range(3))
     if out.numel() == 0:
         return grads
+    for grad in grads:
+        _fill_sections(_heads_first(grad, tensor_layout), 0.0, 2, resolved, *counts)
     dout, dlse = _loadable(dout, tensor_layout), dlse.contiguous()
     rows = {"out": out, "dout": dout, "dq": dq, "dk": dk, "dv": dv}
     query_blocks, key_blocks = q_blocks.shape[2], kv_blocks.shape[2]
@@ -399,16 +418,9 @@ def _attention_backward_cuda(
             turns=turns.data_ptr(),
             **{name: x.data_ptr() for name, x in rows.items()},
             **{f"{name}_strides": _strides(name, _heads_first(x, tensor_layout)) for name, x in rows.items()},
-            grid=resolved.grid,
-            tile=resolved.tile,
             windows=resolved.windows,
             truncate=resolved.truncate,
-            batch=batch,
-            heads=heads,
-            head_dim=head_dim,
-            dtype=DTYPES[out.dtype],
-            scale=scale,
-            stream=torch.cuda.current_stream().cuda_stream,
+            **_launch(resolved, batch, heads, head_dim, out.dtype, scale, *counts),
         )
     return grads
 

@@ -197,14 +197,12 @@ def _legal(n: int, axis: str) -> str:
 
 def what_runs(resolved: ResolvedConfig, head_dim: int) -> str:
     """What would run for a config on this machine, and why nothing better."""
-    from .ops import HEAD_DIMS, extra_tokens_obstacle  # ops.py imports this module, through config.py
+    from .ops import HEAD_DIMS  # ops.py imports this module, through config.py
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     if resolved.quant == "none":
         torchs = "torch SDPA" if resolved.windows == (resolved.geometry.tiles,) else "torch FlexAttention"
         return f"{torchs} on {gpu}" if gpu else f"the reference (exact attention): no GPU for {torchs}"
-    if obstacle := extra_tokens_obstacle(resolved.prefix_len, resolved.suffix_len):
-        return f"the reference (emulated FP8): {obstacle}"
     if head_dim not in HEAD_DIMS:
         return f"the reference (emulated FP8): the Hopper kernel needs head_dim 64 or 128, not {head_dim}"
     if not gpu:

@@ -18,7 +18,6 @@ from .cli import UserError, asked
 from .config import AttentionConfig, ResolvedConfig
 from .console import by, milliseconds, people, print_json, table_of
 from .geometry import TileGeometry, Triple
-from .ops import extra_tokens_obstacle
 from .schedule import STAGES, StepSchedule
 from .windows import WindowTable
 
@@ -82,13 +81,9 @@ def _resolve(config: AttentionConfig, shape: models.VideoModel) -> ResolvedConfi
 
 
 def _text(shape: models.VideoModel) -> str:
-    untimed = (
-        ", but the expected time is that of the video alone"
-        if extra_tokens_obstacle(*shape.text_lengths)
-        else ""
+    return (
+        f"up to {shape.text_tokens} text tokens come {shape.text_place} in the same sequence; all are counted"
     )
-    where = f"up to {shape.text_tokens} text tokens come {shape.text_place} in the same sequence"
-    return f"{where}; all are counted{untimed}"
 
 
 def _expectation(expected, dense, layers: int) -> str:

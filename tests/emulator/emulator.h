@@ -136,6 +136,11 @@ inline float __fdiv_rn(float a, float b) {
 inline float __fmaf_rn(float a, float b, float c) {
     return std::fma(a, b, c);
 }
+inline int atomicAdd(int *p, int x) {
+    const int before = *p;
+    *p = before + x;
+    return before;
+}
 inline int atomicMax(int *p, int x) {
     const int before = *p;
     *p = max(before, x);
