@@ -61,13 +61,30 @@ class Processor:
     grid: tokens (T, H, W), from the transformer's configuration and the arguments of its forward.
     text_valid: see `Forward`, from the same arguments.
     sigma: the noise level, 1 at pure noise, of a timestep that the transformer's forward gets.
+    unknown: arguments of `__call__` that the model's self-attention layers are never given.
+    self_attention: what a layer returns, from the arguments of `__call__`.
     """
 
     stock: type
+    unknown: tuple[str, ...] = ()
 
     def __init__(self, replaced, forward: Forward):
         self.replaced = replaced
         self.forward = forward
+
+    # The host passes on by keyword only what the signature names.
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if self.forward.parts is None:
+            return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        given = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": attention_mask}
+        for name in self.unknown:
+            if given[name] is not None:
+                raise ValueError(
+                    f"{name}: was given to a self-attention layer, where FPSAttention has no place for it"
+                )
+        return self.self_attention(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
 
     @property
     def _attention_backend(self):
@@ -122,6 +139,7 @@ class Wan(Processor):
     """Wan2.1 and 2.2, text or image to video; text is attended elsewhere."""
 
     stock = WanAttnProcessor
+    unknown = ("encoder_hidden_states", "attention_mask")
 
     @staticmethod
     def layers(transformer: WanTransformer3DModel) -> list[nn.Module]:
@@ -131,19 +149,14 @@ class Wan(Processor):
     def grid(config, inputs: dict) -> Triple:
         return _patches(inputs["hidden_states"].shape[2:], config.patch_size)
 
-    def __call__(
-        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None
-    ) -> Tensor:
-        if self.forward.parts is None:
-            return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
-        _refuse(encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
+    def self_attention(self, attn, hidden_states, encoder_hidden_states, image_rotary_emb) -> Tensor:
         if attn.fused_projections:
             q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         q, k, v = _split_heads(attn, attn.norm_q(q), attn.norm_k(k), v)
         # The host stores each angle's cosine and sine twice, for both channels of a pair.
-        cos, sin = rotary_emb[0][..., 0::2], rotary_emb[1][..., 1::2]
+        cos, sin = image_rotary_emb[0][..., 0::2], image_rotary_emb[1][..., 1::2]
         out = self.attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v)
         return _project_out(attn, out)
 
@@ -152,6 +165,7 @@ class LTXVideo(Processor):
     """LTX-Video, text or image to video; text is attended elsewhere. Its forward gets the tokens already packed."""
 
     stock = transformer_ltx.LTXVideoAttnProcessor
+    unknown = ("encoder_hidden_states", "attention_mask")
 
     @staticmethod
     def layers(transformer: LTXVideoTransformer3DModel) -> list[nn.Module]:
@@ -167,12 +181,7 @@ class LTXVideo(Processor):
             )
         return grid
 
-    def __call__(
-        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
-    ) -> Tensor:
-        if self.forward.parts is None:
-            return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        _refuse(encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
+    def self_attention(self, attn, hidden_states, encoder_hidden_states, image_rotary_emb) -> Tensor:
         q = transformer_ltx.apply_rotary_emb(attn.norm_q(attn.to_q(hidden_states)), image_rotary_emb)
         k = transformer_ltx.apply_rotary_emb(attn.norm_k(attn.to_k(hidden_states)), image_rotary_emb)
         return _project_out(attn, self.attend(*_split_heads(attn, q, k, attn.to_v(hidden_states))))
@@ -182,6 +191,7 @@ class CogVideoX(Processor):
     """CogVideoX 1.0 and 1.5, text or image to video: text first, none of it padding to the host."""
 
     stock = CogVideoXAttnProcessor2_0
+    unknown = ("attention_mask",)
 
     @staticmethod
     def layers(transformer: CogVideoXTransformer3DModel) -> list[nn.Module]:
@@ -193,12 +203,9 @@ class CogVideoX(Processor):
         p = config.patch_size
         return _patches((frames, height, width), (config.patch_size_t or 1, p, p))
 
-    def __call__(
-        self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None
+    def self_attention(
+        self, attn, hidden_states, encoder_hidden_states, image_rotary_emb
     ) -> tuple[Tensor, Tensor]:
-        if self.forward.parts is None:
-            return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        _refuse(attention_mask=attention_mask)
         n_text = encoder_hidden_states.shape[1]
         x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         q, k, v = _normalise(attn, *_split_heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x)))
@@ -228,11 +235,9 @@ class HunyuanVideo(Processor):
         # As the host reads its mask: so many tokens from the start, wherever the ones are.
         return inputs["encoder_attention_mask"].sum(1, dtype=torch.int32)
 
-    def __call__(
-        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
+    def self_attention(
+        self, attn, hidden_states, encoder_hidden_states, image_rotary_emb
     ) -> tuple[Tensor, Tensor]:
-        if self.forward.parts is None:
-            return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         n_video, n_text = hidden_states.shape[1], encoder_hidden_states.shape[1]
         rotate = partial(apply_rotary_emb, freqs_cis=image_rotary_emb, sequence_dim=1)
         if attn.add_q_proj is None:  # a single-stream block
@@ -280,11 +285,9 @@ class Mochi(Processor):
     def sigma(timestep: Tensor) -> Tensor:
         return 1 - timestep / TRAIN_TIMESTEPS
 
-    def __call__(
-        self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb=None
+    def self_attention(
+        self, attn, hidden_states, encoder_hidden_states, image_rotary_emb
     ) -> tuple[Tensor, Tensor]:
-        if self.forward.parts is None:
-            return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         x, n_video = hidden_states, hidden_states.shape[1]
         q, k, v = _normalise(attn, *_split_heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x)))
         q, k = _rotate(q, *image_rotary_emb), _rotate(k, *image_rotary_emb)
@@ -309,14 +312,6 @@ MODELS: dict[type, type[Processor]] = {
 def _patches(size: Sequence[int], patch: Sequence[int]) -> Triple:
     """Tokens (T, H, W) of a latent (T, H, W) cut in patches; a rest is cut off, as the hosts' convolutions do."""
     return tuple(n // p for n, p in zip(size, patch, strict=True))
-
-
-def _refuse(**kwargs) -> None:
-    for name, value in kwargs.items():
-        if value is not None:
-            raise ValueError(
-                f"{name}: was given to a self-attention layer, where FPSAttention has no place for it"
-            )
 
 
 def _split_heads(attn, *xs: Tensor) -> list[Tensor]:
