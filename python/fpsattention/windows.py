@@ -70,10 +70,11 @@ class WindowTable:
         if num_steps is not None and num_steps != self.num_steps:
             raise ValueError(f"num_steps: {num_steps!r} is not the table's, {self.num_steps}")
         step = as_int("step", step, 0, self.num_steps - 1)
-        return self._configs[step][as_int("layer", layer, 0, self.num_layers - 1)]
+        return self.configs[step][as_int("layer", layer, 0, self.num_layers - 1)]
 
     @cached_property
-    def _configs(self) -> tuple[tuple[AttentionConfig, ...], ...]:
+    def configs(self) -> tuple[tuple[AttentionConfig, ...], ...]:
+        """What `at` returns: [num_steps][num_layers]."""
         made: dict[tuple[Triple, ...], AttentionConfig] = {}
         for layers in self.windows:
             for heads in layers:

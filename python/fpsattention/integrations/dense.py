@@ -1,4 +1,4 @@
-"""What a host runs in each step: a schedule, and the steps and layers that keep the host's own attention."""
+"""What a host runs in each step: a schedule or table, and the steps and layers that keep the host's own attention."""
 
 from __future__ import annotations
 
@@ -7,25 +7,53 @@ from collections.abc import Collection
 from functools import lru_cache
 
 from ..config import AttentionConfig
+from ..geometry import Triple
 from ..schedule import StepSchedule
+from ..windows import WindowTable
+
+StepConfig = AttentionConfig | tuple[AttentionConfig, ...] | None
 
 
-@lru_cache(maxsize=64)
 def step_configs(
-    schedule: StepSchedule, dense_steps: tuple[int, ...], num_steps: int
-) -> tuple[AttentionConfig | None, ...]:
-    """The config of each step; None: the host's own attention. `dense_steps` is as from `as_dense_steps`.
+    schedule: StepSchedule | WindowTable, dense_steps: tuple[int, ...], num_steps: int
+) -> tuple[StepConfig, ...]:
+    """What each step runs: a config for all layers, or of a table one for each; None: the host's own attention.
+    `dense_steps` is as from `as_dense_steps`.
 
-    Raises ValueError when one of them is no step of the sampler; else as `StepSchedule.at`.
+    Raises ValueError when one of them is no step of the sampler; else as `at` of schedule or table.
     """
-    schedule.at(step=0, num_steps=num_steps)  # raises if num_steps is not legal
+    if isinstance(schedule, WindowTable):
+        schedule.at(step=0, layer=0, num_steps=num_steps)  # raises if num_steps is not the table's
+        configs = schedule.configs
+    else:
+        schedule.at(step=0, num_steps=num_steps)  # raises if num_steps is not legal
+        configs = _scheduled(schedule, num_steps)
     if dense_steps and dense_steps[-1] >= num_steps:
         raise ValueError(
             f"dense_steps: {dense_steps[-1]} is not a step of the sampler's {num_steps}, from 0 to {num_steps - 1}"
         )
-    return tuple(
-        None if i in dense_steps else schedule.at(step=i, num_steps=num_steps) for i in range(num_steps)
-    )
+    return tuple(None if i in dense_steps else config for i, config in enumerate(configs))
+
+
+@lru_cache(maxsize=64)
+def _scheduled(schedule: StepSchedule, num_steps: int) -> tuple[AttentionConfig, ...]:
+    return tuple(schedule.at(step=i, num_steps=num_steps) for i in range(num_steps))
+
+
+def check_schedule(schedule: StepSchedule | WindowTable, host: str, **sizes: int | Triple) -> None:
+    """Raises TypeError for what is neither, ValueError for a table whose grid, num_layers or heads, whichever are given
+    as `sizes` of `host`, are others.
+    """
+    if isinstance(schedule, StepSchedule):
+        return
+    if not isinstance(schedule, WindowTable):
+        raise TypeError(f"schedule: {schedule!r} must be a StepSchedule or a WindowTable")
+    for name, value in sizes.items():
+        own = getattr(schedule, name)
+        if own != value:
+            raise ValueError(
+                f"schedule: the table's {name} is {own}, but must be that of {host}; nearest legal value {value}"
+            )
 
 
 def as_dense_layers(value: Collection[int], n_layers: int) -> tuple[int, ...]:

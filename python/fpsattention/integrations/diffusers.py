@@ -9,6 +9,7 @@ handle.remove()
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ..config import AttentionConfig, ResolvedConfig
 from ..geometry import Triple, as_grid
 from ..schedule import StepSchedule
+from ..windows import WindowTable
 
 try:
     import diffusers
@@ -33,13 +35,19 @@ if not Version(OLDEST) <= Version(diffusers.__version__) < Version(FIRST_UNTESTE
         f"install a version from {OLDEST} to below {FIRST_UNTESTED}: pip install 'fpsattention[diffusers]'"
     )
 
-from .dense import as_dense_layers, as_dense_steps, step_configs  # noqa: E402
+from .dense import (  # noqa: E402
+    StepConfig,
+    as_dense_layers,
+    as_dense_steps,
+    check_schedule,
+    step_configs,
+)
 from .diffusers_models import MODELS, Forward, Processor  # noqa: E402  (imports what the check above is for)
 
 
 def enable(
     model: diffusers.DiffusionPipeline | nn.Module,
-    schedule: StepSchedule,
+    schedule: StepSchedule | WindowTable,
     *,
     dense_layers: Collection[int] = (),
     dense_steps: int | Collection[int] = 0,
@@ -76,8 +84,7 @@ def enable(
     the host does what the processors do not know (parallelism, processors replaced, tokens outside of the grid, a
     timestep that is none of the scheduler's).
     """
-    if not isinstance(schedule, StepSchedule):
-        raise TypeError(f"schedule: {schedule!r} must be a StepSchedule")
+    check_schedule(schedule, "the model")
     dense_steps = as_dense_steps(dense_steps)
     if isinstance(model, diffusers.DiffusionPipeline):
         if shift is not None:
@@ -90,6 +97,11 @@ def enable(
             raise ValueError(f"model: {type(model).__name__} has no transformer")
         clock = _SchedulerClock(model, schedule, dense_steps)
     else:
+        if not isinstance(schedule, StepSchedule):
+            raise ValueError(
+                "schedule: a WindowTable is for a pipeline, whose scheduler tells the step; a transformer alone does "
+                "not know it; give a StepSchedule"
+            )
         if shift is None:
             raise ValueError(
                 "shift: must be given with a transformer, to know how far a noise level is from clean"
@@ -136,6 +148,7 @@ class Handle:
             tokens = host.forward.grid if grid is None else as_grid(grid)
             if tokens is None:
                 continue  # of Wan2.2's transformers one may not have run
+            check_schedule(self._clock.schedule, "the report", grid=tokens)
             rows += _rows(host, tokens, self._clock.configs(num_steps))
         if not rows:
             raise ValueError("grid: must be given, as no forward has run yet")
@@ -144,23 +157,31 @@ class Handle:
 
 @dataclass(frozen=True)
 class Row:
-    """Steps and layers of a transformer in which the same runs.
+    """Steps of a transformer in which the same runs, and layers: all that run FPSAttention, or all that do not.
 
     Attributes:
         transformer: its name in the pipeline.
         steps, layers: ascending.
-        config: fitted to the grid; None: the host's own dense attention.
+        configs: of each of these layers, alike in all these steps, fitted to the grid; None: the host's own dense
+            attention.
     """
 
     transformer: str
     steps: tuple[int, ...]
     layers: tuple[int, ...]
-    config: ResolvedConfig | None
+    configs: tuple[ResolvedConfig, ...] | None
 
     @property
     def density(self) -> float:
-        """Attended pairs of video tokens over all pairs."""
-        return 1.0 if self.config is None else self.config.density
+        """Attended pairs of video tokens over all pairs, mean over layers and heads."""
+        if self.configs is None:
+            return 1.0
+        share = Counter()
+        for config in self.configs:
+            for window in config.windows:
+                share[window] += 1 / len(config.windows)
+        geometry, border = self.configs[0].geometry, self.configs[0].border
+        return sum(n * geometry.density(window, border) for window, n in share.items()) / len(self.configs)
 
 
 @dataclass(frozen=True)
@@ -195,6 +216,8 @@ class _Host:
             raise ValueError(f"model: {name} is a {type(transformer).__name__}; it must be one of {known}")
         self.model = MODELS[type(transformer)]
         self.layers = self.model.layers(transformer)
+        self.heads = self.layers[0].heads
+        check_schedule(clock.schedule, name, num_layers=len(self.layers), heads=self.heads)
         self.dense_layers = as_dense_layers(dense_layers, len(self.layers))
         self.signature = inspect.signature(type(transformer).forward)
         self.forward = Forward(backend)
@@ -250,14 +273,18 @@ class _Host:
         inputs = self.signature.bind(module, *args, **kwargs).arguments
         forward = self.forward
         forward.grid = self.model.grid(module.config, inputs)
+        check_schedule(self.clock.schedule, f"{self.name}'s input", grid=forward.grid)
         forward.text_valid = self.model.text_valid(inputs)
-        forward.parts, forward.order = self.clock.parts(inputs["timestep"], self.model)
+        forward.parts, forward.order, windows = self.clock.parts(inputs["timestep"], self.model)
+        for i, processor in self.processors.items():
+            # Each has a tensor of its own, always of this shape, so that to a graph only what is in it changes.
+            processor.windows = None if windows is None else torch.tensor(windows[i], device="cpu")
 
 
 class _SchedulerClock:
     """Tells a pipeline's step by its scheduler."""
 
-    def __init__(self, pipe, schedule: StepSchedule, dense_steps: tuple[int, ...]):
+    def __init__(self, pipe, schedule: StepSchedule | WindowTable, dense_steps: tuple[int, ...]):
         self.pipe = pipe
         self.schedule = schedule
         self.dense_steps = dense_steps
@@ -265,6 +292,7 @@ class _SchedulerClock:
         self.steps: Tensor | None = None  # the timestep of each step, on the CPU
 
     def parts(self, timestep: Tensor, model: type[Processor]):
+        """`Forward`'s parts and order, and of a table the windows of each layer."""
         scheduler = self.pipe.scheduler
         if scheduler.timesteps is not self.timesteps:
             self.timesteps = scheduler.timesteps
@@ -282,7 +310,7 @@ class _SchedulerClock:
                 f"train, or to sample without the pipeline, enable the transformer alone, with shift="
             )
         if len({configs[i] for i in steps}) > 1:
-            # Rounding made neighbours equal, and a stage begins between them: the scheduler knows which one it is at.
+            # Rounding made neighbours equal that do not run the same: the scheduler knows which one it is at.
             index = scheduler.step_index
             if index is None:  # before its first step
                 index = scheduler.begin_index or 0
@@ -292,10 +320,14 @@ class _SchedulerClock:
                 )
             steps = [index]
         config = configs[steps[0]]
-        return (None if config is None else ((config, None),)), None
+        if config is None:
+            return None, None, None
+        if isinstance(config, AttentionConfig):
+            return ((config, None),), None, None
+        return ((self.schedule.config, None),), None, self.schedule.windows[steps[0]]
 
-    def configs(self, num_steps: int | None) -> Sequence[AttentionConfig | None]:
-        """What runs in each step; None: the host's own attention."""
+    def configs(self, num_steps: int | None) -> Sequence[StepConfig]:
+        """What runs in each step, as from `step_configs`."""
         if num_steps is None:
             if self.steps is None:
                 raise ValueError("num_steps: must be given, as the pipeline has not run yet")
@@ -314,11 +346,11 @@ class _NoiseClock:
         sigmas = model.sigma(_noisiest(timestep).float())
         groups = self.schedule.group_by_stage(sigmas, shift=self.shift)
         if len(groups) == 1:
-            return ((getattr(self.schedule, *groups), None),), None
+            return ((getattr(self.schedule, *groups), None),), None, None
         parts = tuple((getattr(self.schedule, stage), rows) for stage, rows in groups.items())
-        return parts, torch.cat([rows for _, rows in parts]).argsort()
+        return parts, torch.cat([rows for _, rows in parts]).argsort(), None
 
-    def configs(self, num_steps: int | None) -> Sequence[AttentionConfig]:
+    def configs(self, num_steps: int | None) -> Sequence[StepConfig]:
         if num_steps is None:
             raise ValueError("num_steps: must be given, as a transformer alone has no sampler")
         return step_configs(self.schedule, (), num_steps)
@@ -329,15 +361,24 @@ def _noisiest(timestep: Tensor) -> Tensor:
     return timestep.flatten(1).amax(1) if timestep.dim() > 1 else timestep.reshape(-1)
 
 
-def _rows(host: _Host, grid: Triple, configs: Sequence[AttentionConfig | None]) -> list[Row]:
-    steps_of: dict[AttentionConfig | None, list[int]] = {}
+def _rows(host: _Host, grid: Triple, configs: Sequence[StepConfig]) -> list[Row]:
+    layers = tuple(host.processors)
+    steps_of: dict[tuple[AttentionConfig, ...] | None, list[int]] = {}
     for step, config in enumerate(configs):
+        if isinstance(config, AttentionConfig):
+            config = (config,) * len(layers)
+        elif config is not None:
+            config = tuple(config[i] for i in layers)
         steps_of.setdefault(config, []).append(step)
-    heads = host.layers[0].heads
     rows = [
-        Row(host.name, tuple(steps), tuple(host.processors), config and config.resolve(grid, heads))
-        for config, steps in steps_of.items()
-        if host.processors
+        Row(
+            host.name,
+            tuple(steps),
+            layers,
+            of_layers and tuple(x.resolve(grid, host.heads) for x in of_layers),
+        )
+        for of_layers, steps in steps_of.items()
+        if layers
     ]
     if host.dense_layers:
         rows.append(Row(host.name, tuple(range(len(configs))), host.dense_layers, None))
@@ -346,12 +387,17 @@ def _rows(host: _Host, grid: Triple, configs: Sequence[AttentionConfig | None]) 
 
 def _cells(row: Row) -> tuple[str, ...]:
     start = (row.transformer, _ranges(row.steps), _ranges(row.layers))
-    if row.config is None:
+    if row.configs is None:
         return (*start, "the host's own", "-", "dense", "1.000", "-")
-    geometry, windows = row.config.geometry, row.config.windows
-    window = "dense" if windows == (geometry.tiles,) else str(windows[0]) if len(windows) == 1 else "per head"
-    kind = "FPSAttention, FP8" if row.config.quant == "fp8" else "FPSAttention, not rounded"
-    return (*start, kind, str(row.config.tile), window, f"{row.density:.3f}", f"{geometry.waste:.1%}")
+    first, geometry, windows = row.configs[0], row.configs[0].geometry, {x.windows for x in row.configs}
+    if len(windows) > 1:
+        window = "per layer"
+    elif len(first.windows) > 1:
+        window = "per head"
+    else:
+        window = "dense" if first.windows == (geometry.tiles,) else str(first.windows[0])
+    kind = "FPSAttention, FP8" if first.quant == "fp8" else "FPSAttention, not rounded"
+    return (*start, kind, str(first.tile), window, f"{row.density:.3f}", f"{geometry.waste:.1%}")
 
 
 def _ranges(numbers: Sequence[int]) -> str:

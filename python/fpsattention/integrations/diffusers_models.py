@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from ..api import attention
 from ..config import AttentionConfig
 from ..geometry import Triple
+from .windowed import attention_in_windows, in_windows
 
 TRAIN_TIMESTEPS = 1000  # num_train_timesteps of all these models' schedulers
 
@@ -61,6 +62,7 @@ class Processor:
     grid: tokens (T, H, W), from the transformer's configuration and the arguments of its forward.
     text_valid: see `Forward`, from the same arguments.
     sigma: the noise level, 1 at pure noise, of a timestep that the transformer's forward gets.
+    windows: of a `WindowTable`, those of this layer in the forward under way, int64 [H, 3] on the CPU; else None.
     unknown: arguments of `__call__` that the model's self-attention layers are never given.
     self_attention: what a layer returns, from the arguments of `__call__`.
     """
@@ -71,6 +73,7 @@ class Processor:
     def __init__(self, replaced, forward: Forward):
         self.replaced = replaced
         self.forward = forward
+        self.windows: Tensor | None = None
 
     # The host passes on by keyword only what the signature names.
     def __call__(
@@ -129,8 +132,13 @@ class Processor:
                 # The host may move its inputs to another device after the hook has seen them.
                 valid = forward.text_valid.to(q.device)
                 kwargs["suffix_valid"] = valid if rows is None else valid[rows]
+            run = attention
+            if self.windows is not None and torch.compiler.is_compiling():
+                run = partial(attention_in_windows, windows=self.windows)
+            elif self.windows is not None:
+                config = in_windows(config, self.windows)
             with torch.autocast(device, enabled=False):  # rounding is the config's business
-                outs.append(attention(*part, config=config, **kwargs))
+                outs.append(run(*part, config=config, **kwargs))
         out = outs[0] if len(outs) == 1 else torch.cat(outs)[forward.order]
         return out.flatten(2)
 

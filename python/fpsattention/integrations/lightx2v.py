@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..api import attention
 from ..schedule import StepSchedule
-from .dense import as_dense_layers, as_dense_steps, step_configs
+from ..windows import WindowTable
+from .dense import as_dense_layers, as_dense_steps, check_schedule, step_configs
 
 try:
     from lightx2v.common.ops.attn.template import AttnWeightTemplate
@@ -40,7 +41,7 @@ KNOWN = {
 
 
 def register(
-    schedule: StepSchedule,
+    schedule: StepSchedule | WindowTable,
     *,
     num_layers: int,
     dense_layers: Collection[int] = (),
@@ -52,7 +53,8 @@ def register(
     """Add FPSAttention to LightX2V's attention types. It is for self-attention (self_attn_1_type) of Wan's models.
 
     Args:
-        schedule: the config of each stage, by the scheduler's step_index and infer_steps.
+        schedule: the config of each stage, by the scheduler's step_index and infer_steps; or a table of windows for
+            each step, block and head, whose num_steps, num_layers, heads and grid must be LightX2V's.
         num_layers: blocks of the transformer, `num_layers` of its configuration.
         dense_layers: blocks that run `dense_type` instead; -1 is the last.
         dense_steps: steps that run it: so many from the first, or a collection of them.
@@ -66,8 +68,7 @@ def register(
     has not (masks, cross-attention, packed sequences, tokens in another order, anything unknown). It never runs dense
     attention unasked.
     """
-    if not isinstance(schedule, StepSchedule):
-        raise TypeError(f"schedule: {schedule!r} must be a StepSchedule")
+    check_schedule(schedule, "the model", num_layers=num_layers)
     dense_layers, dense_steps = as_dense_layers(dense_layers, num_layers), as_dense_steps(dense_steps)
     for argument, value, wanted in (("dense_type", dense_type, True), ("name", name, False)):
         if (value in ATTN_WEIGHT_REGISTER) is not wanted:
@@ -94,6 +95,8 @@ def register(
             config = step_configs(schedule, dense_steps, scheduler.infer_steps)[scheduler.step_index]
             if config is None or block in dense_layers:
                 return self.dense.apply(q, k, v, **kwargs)
+            if isinstance(config, tuple):
+                config = config[block]
             for key, value in kwargs.items():
                 if key in ("cu_seqlens_q", "cu_seqlens_kv"):
                     if value is not None and value.numel() > 2:
@@ -112,6 +115,8 @@ def register(
                     f"grid_sizes: {grid} has {math.prod(grid)} tokens, but q, k, v have shapes {tuple(q.shape)}, "
                     f"{tuple(k.shape)}, {tuple(v.shape)}"
                 )
+            check_schedule(schedule, "the video", grid=grid)
+            check_schedule(schedule, "the model", heads=q.shape[1])
             scale = kwargs.get("softmax_scale")
             out = attention(q[None], k[None], v[None], grid=grid, config=config, scale=scale, backend=backend)
             return out[0].flatten(1)

@@ -1,0 +1,59 @@
+"""Attention under windows that are data, so that `torch.compile` makes no graph for each set of them.
+
+In the ops of `fpsattention.ops` windows are integers, which a graph has fixed in it. Here they are a tensor, one of its
+inputs: the same graph then serves all steps and layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..api import attention
+from ..config import AttentionConfig
+
+
+def in_windows(config: AttentionConfig, windows: Tensor) -> AttentionConfig:
+    """`config`, which has no window, with these: int64 [H, 3] on the CPU, tiles (wt, wh, ww) of each head."""
+    return replace(config, window=tuple(map(tuple, windows.tolist())))
+
+
+def attention_in_windows(
+    q: Tensor, k: Tensor, v: Tensor, *, windows: Tensor, config: AttentionConfig, **kwargs
+) -> Tensor:
+    """`attention` with `in_windows(config, windows)`, as one op to trace, which has no gradient."""
+    rounding = config.border, config.quant, list(config.quant_tile or ()), config.smooth_k
+    kwargs["grid"] = list(kwargs["grid"])
+    return torch.ops.fpsattention.attention_in_windows(
+        q, k, v, windows, list(config.tile or ()), *rounding, **kwargs
+    )
+
+
+@torch.library.custom_op("fpsattention::attention_in_windows", mutates_args=())
+def _op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    windows: Tensor,
+    tile: list[int],
+    border: str,
+    quant: str,
+    quant_tile: list[int],
+    smooth_k: bool,
+    grid: list[int],
+    backend: str,
+    prefix_len: int = 0,
+    suffix_len: int = 0,
+    suffix_valid: Tensor | None = None,
+) -> Tensor:
+    config = AttentionConfig(tuple(tile) or None, None, border, quant, tuple(quant_tile) or None, smooth_k)
+    text = {"prefix_len": prefix_len, "suffix_len": suffix_len, "suffix_valid": suffix_valid}
+    out = attention(q, k, v, grid=grid, config=in_windows(config, windows), backend=backend, **text)
+    return out.contiguous()
+
+
+@_op.register_fake
+def _(q, k, v, *_, **__):
+    return q.new_empty(q.shape)
