@@ -29,10 +29,16 @@ class QuantizedQKV:
     Attributes:
         operands: on the sm90 backend the block images and what belongs to them (`fpsattention.ops.quantize`); on the
             reference backend Q, K and V as given, which it rounds again in every call.
-        grid, config, scale, tensor_layout: those of the `quantize_qkv` call.
+        grid: tokens (T, H, W), as in the `quantize_qkv` call.
+        config: that of the call.
+        scale: that of the call, or what None stood for.
+        tensor_layout: that of the call.
         dtype: of Q, K, V, and so of the output.
         backend: "sm90" or "reference".
-        prefix_len, suffix_len, prefix_valid, suffix_valid: those of the `quantize_qkv` call.
+        prefix_len: that of the call.
+        suffix_len: that of the call.
+        prefix_valid: that of the call.
+        suffix_valid: that of the call.
     """
 
     operands: tuple[Tensor, ...]

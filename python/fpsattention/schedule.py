@@ -43,7 +43,9 @@ class StepSchedule:
     inference too.
 
     Attributes:
-        early, mid, late: the config of each stage.
+        early: the config of the first stage, which begins at pure noise.
+        mid: the config of the second.
+        late: the config of the last, which ends clean.
         alpha: progress at which mid and late begin, 0 <= a <= b <= 1.
 
     Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value; so do

@@ -26,11 +26,11 @@ class WindowTable:
     Attributes:
         grid: tokens (T, H, W) the windows were chosen for.
         config: everything else of the attention: tile (which must be given), border, rounding. It has no window.
-        windows: triples of tiles (wt, wh, ww), [num_steps][num_layers][heads]; entries that cover their axis are cut
+        windows: triples of tiles (wt, wh, ww), `[num_steps][num_layers][heads]`; entries that cover their axis are cut
             to it.
 
     Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value; so do
-    all methods. A window's place is named as windows[step][layer][head].
+    all methods. A window's place is named as `windows[step][layer][head]`.
     """
 
     grid: Triple
@@ -49,14 +49,17 @@ class WindowTable:
 
     @property
     def num_steps(self) -> int:
+        """Steps of the sampler."""
         return len(self.windows)
 
     @property
     def num_layers(self) -> int:
+        """Layers of the transformer."""
         return len(self.windows[0])
 
     @property
     def heads(self) -> int:
+        """Heads of a layer."""
         return len(self.windows[0][0])
 
     def at(self, *, step: int, layer: int, num_steps: int | None = None) -> AttentionConfig:
@@ -74,7 +77,7 @@ class WindowTable:
 
     @cached_property
     def configs(self) -> tuple[tuple[AttentionConfig, ...], ...]:
-        """What `at` returns: [num_steps][num_layers]."""
+        """What `at` returns: `[num_steps][num_layers]`."""
         made: dict[tuple[Triple, ...], AttentionConfig] = {}
         for layers in self.windows:
             for heads in layers:
@@ -84,7 +87,7 @@ class WindowTable:
         return tuple(tuple(made[heads] for heads in layers) for layers in self.windows)
 
     def densities(self) -> list[list[float]]:
-        """Attended pairs over all pairs, mean over the heads: [num_steps][num_layers]."""
+        """Attended pairs over all pairs, mean over the heads: `[num_steps][num_layers]`."""
         geometry = tile_geometry(self.grid, self.config.tile)
         distinct = {window for layers in self.windows for heads in layers for window in heads}
         density = {window: geometry.density(window, self.config.border) for window in distinct}

@@ -66,11 +66,14 @@ def enable(
     for the GPU once, to read the timestep (Mochi's twice, to check its mask).
 
     Works with `transformer.compile()`, `torch.compile(transformer)` and `transformer.compile_repeated_blocks()`, before
-    or after: one graph per stage. Under gradient checkpointing, run the backward of a forward before the next forward.
+    or after: one graph per stage, or one for all windows of a table, and one for the host's own attention where steps
+    keep it. Under gradient checkpointing, run the backward of a forward before the next forward.
 
     Args:
         model: a pipeline, or one of its transformers.
-        schedule: the config of each stage.
+        schedule: the config of each stage. Or, of a pipeline, a table of windows for each step, layer (in the order they
+            run in) and head: its num_steps must be the sampler's, its num_layers and heads the transformer's, its grid
+            that of every forward. Compiled it has no gradient.
         dense_layers: layers that keep the host's own attention, counted in the order they run in; -1 is the last. Of
             HunyuanVideo the dual-stream blocks come first.
         dense_steps: steps that keep it: so many from the first, or a collection of them. Only of a pipeline.
@@ -82,7 +85,7 @@ def enable(
     Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value; RuntimeError
     when FPSAttention is on already or a layer's processor is not the host's own. During a forward: RuntimeError when
     the host does what the processors do not know (parallelism, processors replaced, tokens outside of the grid, a
-    timestep that is none of the scheduler's).
+    timestep that is none of the scheduler's); ValueError when the table is of another grid or number of steps.
     """
     check_schedule(schedule, "the model")
     dense_steps = as_dense_steps(dense_steps)

@@ -57,3 +57,10 @@ def _op(
 @_op.register_fake
 def _(q, k, v, *_, **__):
     return q.new_empty(q.shape)
+
+
+@_op.register_autograd
+def _(ctx, grad):
+    raise RuntimeError(
+        "a WindowTable has no gradient under torch.compile; leave the transformer as it is, or give a StepSchedule"
+    )
