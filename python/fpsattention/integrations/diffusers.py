@@ -71,9 +71,9 @@ def enable(
 
     Args:
         model: a pipeline, or one of its transformers.
-        schedule: the config of each stage. Or, of a pipeline, a table of windows for each step, layer (in the order they
-            run in) and head: its num_steps must be the sampler's, its num_layers and heads the transformer's, its grid
-            that of every forward. Compiled it has no gradient.
+        schedule: the config of each stage. Or, of a pipeline, a table of windows for each step, layer (in the order
+            they run in) and head: its num_steps must be the sampler's, its num_layers and heads the transformer's, its
+            grid that of every forward. Compiled it has no gradient.
         dense_layers: layers that keep the host's own attention, counted in the order they run in; -1 is the last. Of
             HunyuanVideo the dual-stream blocks come first.
         dense_steps: steps that keep it: so many from the first, or a collection of them. Only of a pipeline.
@@ -293,15 +293,18 @@ class _SchedulerClock:
         self.dense_steps = dense_steps
         self.timesteps: Tensor | None = None  # the scheduler's, to see when it makes new ones
         self.steps: Tensor | None = None  # the timestep of each step, on the CPU
+        self.step_of: list[int] = []  # the step of each of the scheduler's timesteps, and of the end
 
     def parts(self, timestep: Tensor, model: type[Processor]):
         """`Forward`'s parts and order, and of a table the windows of each layer."""
         scheduler = self.pipe.scheduler
         if scheduler.timesteps is not self.timesteps:
             self.timesteps = scheduler.timesteps
-            steps = scheduler.timesteps.cpu()
-            # A sampler of second order visits a noise level twice, to end a step and to begin the next.
-            self.steps = steps if scheduler.order == 1 else torch.unique_consecutive(steps)
+            self.steps = scheduler.timesteps.cpu()
+            step_of = torch.arange(len(self.steps))
+            if scheduler.order > 1:  # visits a noise level twice, to end a step and to begin the next
+                self.steps, step_of = torch.unique_consecutive(self.steps, return_inverse=True)
+            self.step_of = [*step_of.tolist(), len(self.steps)]
         configs = self.configs(len(self.steps))
         values = set(_noisiest(timestep).tolist())
         # The pipeline may have rounded the timestep on the way, from float32 to bfloat16 for example.
@@ -317,11 +320,12 @@ class _SchedulerClock:
             index = scheduler.step_index
             if index is None:  # before its first step
                 index = scheduler.begin_index or 0
-            if index not in steps:
+            step = self.step_of[index]
+            if step not in steps:
                 raise RuntimeError(
-                    f"timestep: {values.pop()} may be any of the steps {steps}, but the scheduler is at {index}"
+                    f"timestep: {values.pop()} may be any of the steps {steps}, but the scheduler is at {step}"
                 )
-            steps = [index]
+            steps = [step]
         config = configs[steps[0]]
         if config is None:
             return None, None, None
