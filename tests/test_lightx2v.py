@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
+from itertools import product
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 import fpsattention as fps
 
 NARROW = fps.AttentionConfig(tile=(1, 2, 2), window=(1, 1, 1), quant="none")
+NO_WINDOW = fps.AttentionConfig(tile=(1, 2, 2), quant="none")
 WIDE = fps.AttentionConfig(tile=(1, 2, 2), window=(1, 3, 3), quant="none")
 STAGES = fps.StepSchedule(NARROW, fps.AttentionConfig(tile=(2, 2, 2)), WIDE, alpha=(0.4, 0.8))
 GRID = (3, 4, 6)
@@ -121,6 +124,39 @@ def test_each_step_and_block_runs_what_the_schedule_says(register, registry, qkv
     } and "max_seqlen_q" in layer.dense.calls[0]
 
 
+def test_each_step_and_block_runs_the_windows_of_a_table(register, registry, qkv):
+    """5 steps, 4 blocks, 2 heads; no two blocks or steps alike."""
+    pairs = list(product(product((1, 3), (1, 2), (1, 3)), repeat=2))
+    windows = [[pairs[3 * (4 * step + block)] for block in range(4)] for step in range(5)]
+    register(fps.WindowTable(GRID, NO_WINDOW, windows), dense_layers=[-1], dense_steps=[1])
+    layer = registry["fps_attn"]()
+    batch = [x[None] for x in qkv]
+    for step in (0, 2, 3, 4):
+        for block in range(3):
+            config = replace(NO_WINDOW, window=windows[step][block])
+            expected = fps.attention(*batch, grid=GRID, config=config)[0].flatten(1)
+            assert torch.equal(call(layer, qkv, step=step, block=block), expected)
+    assert not layer.dense.calls
+    call(layer, qkv, step=1, block=0)
+    call(layer, qkv, step=0, block=3)
+    assert len(layer.dense.calls) == 2
+
+
+@pytest.mark.parametrize(
+    "grid, steps, heads, error",
+    [
+        ((3, 4, 8), 5, 2, r"table's grid is \(3, 4, 8\), .* the video; nearest legal value \(3, 4, 6\)"),
+        (GRID, 6, 2, "num_steps: 5 is not the table's, 6"),
+        (GRID, 5, 3, "table's heads is 3, .* the model; nearest legal value 2"),
+    ],
+)
+def test_table_of_another_run(register, qkv, grid, steps, heads, error):
+    """All windows are alike, so that the config would fit any number of heads."""
+    table = fps.WindowTable(grid, NO_WINDOW, [[[(1, 1, 1)] * heads] * 4] * steps)
+    with pytest.raises(ValueError, match=error):
+        call(register(table)(), qkv)
+
+
 def test_scale_goes_through(register, qkv):
     layer = register(STAGES)()
     expected = fps.attention(*(x[None] for x in qkv), grid=GRID, config=NARROW, scale=0.5)[0].flatten(1)
@@ -149,6 +185,10 @@ def test_what_it_cannot_do_raises(register, qkv, kwargs, error):
     "kwargs, error",
     [
         ({"schedule": NARROW}, "schedule: .* must be a StepSchedule"),
+        (
+            {"schedule": fps.WindowTable(GRID, NO_WINDOW, [[[(1, 1, 1)] * 2] * 3])},
+            "table's num_layers is 3, .* nearest legal value 4",
+        ),
         ({"dense_layers": [4]}, "dense_layers: 4 must be from -4 to 3"),
         ({"dense_type": "flash_attn9"}, r"dense_type: 'flash_attn9' must be one of \['torch_sdpa'\]"),
         ({"name": "torch_sdpa"}, r"name: 'torch_sdpa' must be none of \['torch_sdpa'\]"),

@@ -82,8 +82,7 @@ class WindowTable:
         for layers in self.windows:
             for heads in layers:
                 if heads not in made:
-                    window = heads if len(set(heads)) > 1 else heads[0]
-                    made[heads] = replace(self.config, window=window)
+                    made[heads] = with_windows(self.config, heads)
         return tuple(tuple(made[heads] for heads in layers) for layers in self.windows)
 
     def densities(self) -> list[list[float]]:
@@ -188,6 +187,11 @@ class WindowTable:
             return cls(grid, config or AttentionConfig(tile=STA_TILE), windows)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def with_windows(config: AttentionConfig, heads: tuple[Triple, ...]) -> AttentionConfig:
+    """`config` with the window of each head, or with the one that all have."""
+    return replace(config, window=heads if len(set(heads)) > 1 else heads[0])
 
 
 def write_json(path: str | Path, data: dict) -> None:

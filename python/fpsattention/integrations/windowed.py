@@ -6,18 +6,17 @@ inputs: the same graph then serves all steps and layers.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from ..api import attention
 from ..config import AttentionConfig
+from ..windows import with_windows
 
 
 def in_windows(config: AttentionConfig, windows: Tensor) -> AttentionConfig:
     """`config`, which has no window, with these: int64 [H, 3] on the CPU, tiles (wt, wh, ww) of each head."""
-    return replace(config, window=tuple(map(tuple, windows.tolist())))
+    return with_windows(config, tuple(map(tuple, windows.tolist())))
 
 
 def attention_in_windows(
