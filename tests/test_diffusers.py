@@ -154,10 +154,10 @@ def test_each_step_and_layer_runs_what_the_report_says(model, monkeypatch):
     assert set(recorder.ran.values()) == {model.passes}
 
     reported = {
-        (row.transformer, step, layer): row.config
+        (row.transformer, step, layer): row.configs and row.configs[i]
         for row in handle.report().rows
         for step in row.steps
-        for layer in row.layers
+        for i, layer in enumerate(row.layers)
     }
     assert len(reported) == len(model.names) * tiny.STEPS * model.layers
     for name, step, layer, config in recorder.ran:
