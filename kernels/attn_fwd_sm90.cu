@@ -266,12 +266,6 @@ __device__ void load_keys(const ForwardParams &p, FwdSmem<Cfg> &smem) {
     });
 }
 
-// Hides from the compiler that x is unchanged.
-__device__ __forceinline__ int opaque(int x) {
-    asm volatile("" : "+r"(x));
-    return x;
-}
-
 // A row lives in the four lanes of a quad.
 __device__ __forceinline__ float quad_sum(float x) {
     x += __shfl_xor_sync(~0u, x, 1);

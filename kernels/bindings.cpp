@@ -91,9 +91,12 @@ void set_call(Call &p, const Triple &grid, const Triple &tile, int prefix_len, i
 void bind_quantize(uintptr_t q, uintptr_t k, uintptr_t v, const StrideTriple &q_strides, const StrideTriple &k_strides,
                    const StrideTriple &v_strides, uintptr_t q_blocks, uintptr_t kv_blocks, uintptr_t v_amax,
                    uintptr_t norms, uintptr_t k_sum, uintptr_t k_mean, uintptr_t lse_shift, uintptr_t q_amax,
-                   uintptr_t k_amax, const Triple &grid, const Triple &tile, int prefix_len, int suffix_len,
-                   uintptr_t prefix_valid, uintptr_t suffix_valid, const Triple &brick, int batch, int heads,
-                   int head_dim, const std::string &dtype, float scale, uintptr_t stream) {
+                   uintptr_t k_amax, const std::array<uintptr_t, 2> &norm_weights,
+                   const std::array<uintptr_t, 2> &inverse_rms, bool norm_per_head, float norm_eps,
+                   const std::array<uintptr_t, 3> &rope, const Triple &rope_pairs, const Triple &grid,
+                   const Triple &tile, int prefix_len, int suffix_len, uintptr_t prefix_valid, uintptr_t suffix_valid,
+                   const Triple &brick, int batch, int heads, int head_dim, const std::string &dtype, float scale,
+                   uintptr_t stream) {
     QuantizeParams p{};
     p.q = pointer<void>(q), p.k = pointer<void>(k), p.v = pointer<void>(v);
     p.q_strides = strides_of(q_strides), p.k_strides = strides_of(k_strides), p.v_strides = strides_of(v_strides);
@@ -102,6 +105,13 @@ void bind_quantize(uintptr_t q, uintptr_t k, uintptr_t v, const StrideTriple &q_
     p.k_mean = pointer<float>(k_mean);
     p.lse_shift = pointer<float>(lse_shift), p.q_amax = pointer<float>(q_amax), p.k_amax = pointer<float>(k_amax);
     p.brick = int3(brick);
+    for (int i = 0; i < 2; ++i) {
+        p.norm_rope.weights[i] = pointer<float>(norm_weights[i]);
+        p.norm_rope.inverse_rms[i] = pointer<float>(inverse_rms[i]);
+    }
+    p.norm_rope.per_head = norm_per_head, p.norm_rope.eps = norm_eps;
+    std::transform(rope.begin(), rope.end(), p.norm_rope.rope, pointer<float2>);
+    p.norm_rope.pairs = int3(rope_pairs);
     set_call(p, grid, tile, prefix_len, suffix_len, prefix_valid, suffix_valid, batch, heads, head_dim, dtype, scale);
     quantize(p, stream_of(stream));
 }
@@ -193,8 +203,9 @@ PYBIND11_MODULE(_C, m) {
     using namespace py::literals;
     m.def("quantize", &bind_quantize, py::kw_only(), "q"_a, "k"_a, "v"_a, "q_strides"_a, "k_strides"_a, "v_strides"_a,
           "q_blocks"_a, "kv_blocks"_a, "v_amax"_a, "norms"_a, "k_sum"_a, "k_mean"_a, "lse_shift"_a, "q_amax"_a,
-          "k_amax"_a, "grid"_a, "tile"_a, "prefix_len"_a, "suffix_len"_a, "prefix_valid"_a, "suffix_valid"_a, "brick"_a,
-          "batch"_a, "heads"_a, "head_dim"_a, "dtype"_a, "scale"_a, "stream"_a);
+          "k_amax"_a, "norm_weights"_a, "inverse_rms"_a, "norm_per_head"_a, "norm_eps"_a, "rope"_a, "rope_pairs"_a,
+          "grid"_a, "tile"_a, "prefix_len"_a, "suffix_len"_a, "prefix_valid"_a, "suffix_valid"_a, "brick"_a, "batch"_a,
+          "heads"_a, "head_dim"_a, "dtype"_a, "scale"_a, "stream"_a);
     m.def("attn_fwd", &bind_attn_fwd, py::kw_only(), "q_blocks"_a, "kv_blocks"_a, "v_amax"_a, "norms"_a, "lse_shift"_a,
           "out"_a, "lse"_a, "out_strides"_a, "next_item"_a, "grid"_a, "tile"_a, "prefix_len"_a, "suffix_len"_a,
           "prefix_valid"_a, "suffix_valid"_a, "windows"_a, "truncate"_a, "batch"_a, "heads"_a, "head_dim"_a, "dtype"_a,

@@ -1,5 +1,6 @@
 // Quantisation: raster-order bf16/fp16 Q, K, V to the FP8 block images that the forward loads with one bulk copy each.
 //
+//   row_rms         1 / RMS of the rows of Q and K, when they are to be normalised
 //   channel_stats   V's amax and K's sum per (batch, head, channel); a light pre-pass over all tokens
 //   finish_mean     K's mean from the partial sums
 //   brick_amax      amax of each brick of tiles, only when quant_tile is larger than the tile
@@ -65,6 +66,88 @@ __device__ __forceinline__ Place place_of(int linear, int heads, int count, cons
 
 __device__ __forceinline__ int chunks_of(int tokens) {
     return ceil_div(tokens, kChunk);
+}
+
+// grid (tokens / warps of a CTA, 2, batch), a warp to a row: blockIdx.y = 0 is Q, 1 is K.
+template <class T, int kHeadDim>
+__global__ void __launch_bounds__(kStatsThreads) row_rms(const __grid_constant__ QuantizeParams p) {
+    wait_for_previous();
+    constexpr int kLanes = kLanesPerRow<kHeadDim>, kHeads = 32 / kLanes;  // heads at a time
+    const NormRope &norm = p.norm_rope;
+    const void *base = blockIdx.y == 1 ? p.k : p.q;
+    const Strides &strides = blockIdx.y == 1 ? p.k_strides : p.q_strides;
+    const int token = blockIdx.x * (kStatsThreads / 32) + threadIdx.x / 32, tokens = p.geometry.tokens();
+    const int batch = blockIdx.z, lane = threadIdx.x % 32;
+    if (token >= tokens) {
+        return;
+    }
+    const auto add_up = [](float &sum, int lanes) {
+#pragma unroll
+        for (int offset = lanes / 2; offset > 0; offset /= 2) {
+            sum += __shfl_xor_sync(~0u, sum, offset);
+        }
+    };
+    float *to = norm.inverse_rms[blockIdx.y] + (int64_t(batch) * tokens + token) * (norm.per_head ? p.heads : 1);
+    float sum = 0;
+#pragma unroll 4
+    for (int first = 0; first < p.heads; first += kHeads) {
+        const int head = first + lane / kLanes;
+        const int64_t offset = element_offset(strides, batch, head, token) + lane % kLanes * kVec;
+        float x[kVec], squares = 0;
+        upcast_vec<T>(head < p.heads ? load_vec<T>(base, offset) : uint4{}, x);
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) {
+            squares = fmaf(x[i], x[i], squares);
+        }
+        if (norm.per_head) {
+            add_up(squares, kLanes);
+            if (lane % kLanes == 0 && head < p.heads) {
+                to[head] = rsqrtf(squares / kHeadDim + norm.eps);
+            }
+        }
+        sum += squares;
+    }
+    if (!norm.per_head) {
+        add_up(sum, 32);
+        if (lane == 0) {
+            *to = rsqrtf(sum / (p.heads * kHeadDim) + norm.eps);
+        }
+    }
+}
+
+// Channels from `channel` on of a row of Q or K (`is_k`), which is token `token` at these coordinates, normalised and
+// turned, rounded once.
+template <class T, int kHeadDim>
+__device__ __forceinline__ uint4 norm_and_turn(const QuantizeParams &p, bool is_k, int batch, int head, int token,
+                                               Int3 at, int channel, uint4 raw) {
+    const NormRope &norm = p.norm_rope;
+    float x[kVec];
+    upcast_vec<T>(raw, x);
+    if (norm.weights[0] != nullptr) {
+        const int64_t row = int64_t(batch) * p.geometry.tokens() + token;
+        const float inverse = __ldg(norm.inverse_rms[is_k] + (norm.per_head ? row * p.heads + head : row));
+        float weights[kVec];
+        load_floats(norm.weights[is_k] + (norm.per_head ? 0 : head * kHeadDim) + channel, weights);
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) {
+            x[i] *= inverse * weights[i];
+        }
+    }
+    if (norm.rope[0] != nullptr) {
+        const Int3 pairs = norm.pairs;
+#pragma unroll
+        for (int i = 0; i < kVec; i += 2) {
+            const int pair = (channel + i) / 2, in_hw = pair - pairs.t, in_w = in_hw - pairs.h;
+            const float2 *turn = in_hw < 0  ? norm.rope[0] + at.t * pairs.t + pair
+                                 : in_w < 0 ? norm.rope[1] + at.h * pairs.h + in_hw
+                                            : norm.rope[2] + at.w * pairs.w + in_w;
+            const float2 by = __ldg(turn);
+            const float even = x[i];
+            x[i] = even * by.x - x[i + 1] * by.y;
+            x[i + 1] = even * by.y + x[i + 1] * by.x;
+        }
+    }
+    return {downcast<T>(x[0], x[1]), downcast<T>(x[2], x[3]), downcast<T>(x[4], x[5]), downcast<T>(x[6], x[7])};
 }
 
 // grid (heads * chunks, 2, batch): blockIdx.y = 0 takes V's amax, 1 (only with smoothing) K's sum.
@@ -179,8 +262,9 @@ __device__ __forceinline__ float2 block_max(float x, float y) {
 }
 
 // grid (heads * tiles, 2, batch): blockIdx.y = 0 is Q, 1 is K. slot * head_dim / 64 threads, each holding eight
-// 16-byte vectors. With kBrickAmax only the amax is taken, into the brick's; a second launch then quantises.
-template <class T, int kHeadDim, bool kBrickAmax>
+// 16-byte vectors. With kBrickAmax only the amax is taken, into the brick's; a second launch then quantises. With
+// kNormRope, rows are normalised and turned first.
+template <class T, int kHeadDim, bool kBrickAmax, bool kNormRope>
 __global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64) quantize_qk(const __grid_constant__ QuantizeParams p) {
     wait_for_previous();
     constexpr int kLanes = kLanesPerRow<kHeadDim>;
@@ -204,6 +288,21 @@ __global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64) quantize_qk(const __g
     for (int i = 0; i < kVecsPerThread; ++i) {
         const int token = token_of_row[first_row + i * rows_per_pass];
         raw[i] = token < 0 ? uint4{} : load_vec<T>(base, element_offset(strides, batch, head, token) + channel);
+    }
+    if constexpr (kNormRope) {
+        __shared__ Int3 place_of_row[kMaxSlot];
+        for (int r = threadIdx.x; r < g.slot; r += blockDim.x) {
+            place_of_row[r] = coordinates(max(token_of_row[r], 0), g.grid);
+        }
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < kVecsPerThread; ++i) {
+            const int row = opaque(first_row) + i * rows_per_pass, token = token_of_row[row];
+            if (token >= 0) {
+                raw[i] =
+                    norm_and_turn<T, kHeadDim>(p, is_k, batch, head, token, place_of_row[row], opaque(channel), raw[i]);
+            }
+        }
     }
 
     const float *mean_of_k = p.k_mean == nullptr ? nullptr : p.k_mean + bh * kHeadDim + channel;
@@ -381,10 +480,18 @@ void quantize(const QuantizeParams &p, cudaStream_t stream) {
         }
         const dim3 tile_grid{heads * tiles, 2, batch};
         const int tile_threads = g.slot * kHeadDim / 64;
-        if (p.q_amax != nullptr) {
-            launch(quantize_qk<T, kHeadDim, true>, tile_grid, tile_threads, 0, stream, p);
+        if (p.norm_rope.weights[0] != nullptr) {
+            const unsigned rows = ceil_div(g.tokens(), kStatsThreads / 32);
+            launch(row_rms<T, kHeadDim>, {rows, 2, batch}, kStatsThreads, 0, stream, p);
         }
-        launch(quantize_qk<T, kHeadDim, false>, tile_grid, tile_threads, 0, stream, p);
+        const auto quantize_qk_of = [&](auto norm_rope) {
+            constexpr bool kNormRope = decltype(norm_rope)::value;
+            if (p.q_amax != nullptr) {
+                launch(quantize_qk<T, kHeadDim, true, kNormRope>, tile_grid, tile_threads, 0, stream, p);
+            }
+            launch(quantize_qk<T, kHeadDim, false, kNormRope>, tile_grid, tile_threads, 0, stream, p);
+        };
+        p.norm_rope.any() ? quantize_qk_of(std::true_type{}) : quantize_qk_of(std::false_type{});
         launch(quantize_v<T, kHeadDim>, {heads * g.blocks(), 1, batch}, kBlock * kHeadDim / 64, 0, stream, p);
     });
 }

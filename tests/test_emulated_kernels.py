@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from emulator import build
-from fpsattention import AttentionConfig, ops, reference
+from fpsattention import AttentionConfig, norm_rope, ops, reference
+from prologue_cases import inputs
 
 # Relative RMS. dQ and dK are of products of 16-bit numbers, which only their sums' order can change. A probability on
 # the edge between two E4M3 codes may fall to the other side, as exp2 differs by an ulp: then one element P of out's and
@@ -203,6 +204,24 @@ def depends_on_schedule(path, case: Case, monkeypatch) -> bool:
 def test_kernels_keep_the_contract(name, emulated, on_cpu, monkeypatch, seed):
     found = errors(emulated, CASES[name], seed, monkeypatch)
     assert all(found[x] <= LIMITS[x] for x in LIMITS), found
+
+
+def test_norm_and_rotation_ahead_of_rounding(emulated, on_cpu, monkeypatch, seed):
+    """The codes of Q and K are those of `norm_rope`, save a few that tip; V's are what they were."""
+    monkeypatch.setattr(ops, "_C", load(emulated))
+    grid, tile = (5, 7, 9), (2, 3, 4)
+    (q, k, v), given = inputs(grid, 3, 128, seed=seed, dtype=torch.bfloat16)
+    rest = {"eps": given["eps"], "rope": given["rope"]}
+    got = ops._norm_rope_quantize_cuda(
+        *(q, k, v, given["q_weight"], given["k_weight"], given["eps"], given["rope"]),
+        *(grid, tile, [], 0.1, "NHD"),
+    )
+    q, k = (norm_rope(x, given[f"{n}_weight"], grid=grid, **rest) for n, x in (("q", q), ("k", k)))
+    want = ops._quantize_cuda(q, k, v, grid, tile, [], False, 0.1, "NHD")
+    monkeypatch.undo()
+    for a, b in zip(*(ops.decode_blocks(*x[:3], grid, tile, 128) for x in (got, want)), strict=True):
+        assert (a - b).norm() <= 3e-3 * b.norm()
+    assert torch.equal(got[2], want[2])
 
 
 # In fp16, which shows more of the sums' last bits than bf16. Eight key blocks add to every dQ.

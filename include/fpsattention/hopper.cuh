@@ -157,6 +157,13 @@ __device__ __forceinline__ void claim_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
+// No instruction: hides from the compiler that x is unchanged. What follows from it is then worked out where it is
+// needed, not ahead, which would cost registers.
+__device__ __forceinline__ int opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // ex2.approx: 2^x, relative error 2^-22, 2^-inf = 0.
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;

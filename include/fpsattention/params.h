@@ -67,6 +67,20 @@ private:
     }
 };
 
+// What may be done to Q and K, of a grid without extra tokens, before they are quantised: each row times 1 / RMS and a
+// weight per channel, then channel pairs (2i, 2i + 1) turned by the angle of one axis, those of t first, then h, then
+// w.
+struct NormRope {
+    const float *weights[2];  // of Q and of K, [H, D] or [D]; or null: no norm
+    float *inverse_rms[2];    // [B, L, 1 or H], scratch
+    bool per_head;            // the mean square is of a head's channels, and so are the weights; not of all heads'
+    float eps;
+    const float2 *rope[3];  // by axis: cosine and sine, [tokens, pairs]; or null: no rotation
+    Int3 pairs;
+
+    FPS_HD bool any() const { return weights[0] != nullptr || rope[0] != nullptr; }
+};
+
 struct QuantizeParams : Call {
     const void *q, *k, *v;  // [B, H, L, D] bf16 or fp16, any strides that are multiples of 8 elements
     Strides q_strides, k_strides, v_strides;
@@ -79,6 +93,7 @@ struct QuantizeParams : Call {
     float *lse_shift;        // [B, H, L], q . k_mean * scale, or null
     float *q_amax, *k_amax;  // [B, H, bricks], zeroed by the caller, or null: each tile has its own
     Int3 brick;              // tiles that share one scale, per axis; a run of extra tokens has its own
+    NormRope norm_rope;
 };
 
 // Of a launch that attends.

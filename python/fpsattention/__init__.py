@@ -7,6 +7,7 @@ from . import integrations, reference
 from .api import QuantizedQKV, attention, backend_for, quantize_qkv
 from .config import AttentionConfig
 from .planning import Plan, plan
+from .prologue import norm_rope, norm_rope_quantize
 from .schedule import StepSchedule
 from .windows import WindowTable
 
@@ -19,6 +20,8 @@ __all__ = [
     "attention",
     "backend_for",
     "integrations",
+    "norm_rope",
+    "norm_rope_quantize",
     "plan",
     "quantize_qkv",
     "reference",

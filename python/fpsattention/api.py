@@ -82,7 +82,7 @@ def quantize_qkv(
     if config.quant != "fp8":
         raise ValueError(f'config: quant={config.quant!r} rounds nothing; use quant="fp8"')
     extra = (prefix_len, suffix_len, prefix_valid, suffix_valid)
-    name, scale = _set_up(q, k, v, grid, config, scale, tensor_layout, backend, *extra)
+    name, scale = set_up(q, k, v, grid, config, scale, tensor_layout, backend, *extra)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise RuntimeError(
             "q, k, v: a gradient is required, but there is none of quantised tensors; call it under torch.no_grad(), "
@@ -164,7 +164,7 @@ def attention(
     config = _DEFAULT_CONFIG if config is None else config
     tensor_layout = "NHD" if tensor_layout is None else tensor_layout
     lengths, counts = (prefix_len, suffix_len), (prefix_valid, suffix_valid)
-    name, scale = _set_up(q, k, v, grid, config, scale, tensor_layout, backend, *lengths, *counts)
+    name, scale = set_up(q, k, v, grid, config, scale, tensor_layout, backend, *lengths, *counts)
     call = {
         "grid": grid,
         "config": config,
@@ -195,7 +195,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def _set_up(q, k, v, grid, config, scale, tensor_layout, backend, *extra) -> tuple[str, float]:
+def set_up(q, k, v, grid, config, scale, tensor_layout, backend, *extra) -> tuple[str, float]:
     """(what runs, scale) of a call whose arguments have been checked, with a notice where that is the slow path."""
     head_dim = reference.check_inputs(q, k, v, grid, tensor_layout, *extra)[0].shape[3]
     scale = _checked_scale(scale, head_dim)

@@ -213,8 +213,9 @@ def _quantize_shapes(q: Tensor, k: Tensor, v: Tensor, resolved: ResolvedConfig, 
 
 def _quantize_cuda(
     q, k, v, grid, tile, quant_tile, smooth_k, scale, tensor_layout, prefix_len=0, suffix_len=0, prefix_valid=None,
-    suffix_valid=None
+    suffix_valid=None, *, weights=None, eps=0.0, rope=None
 ) -> Images:  # fmt: skip
+    """weights (of Q and of K), eps and rope: as in `norm_rope_quantize`; all there is to `_norm_rope_quantize_cuda`."""
     heads_first = [_heads_first(x, tensor_layout) for x in (q, k, v)]
     batch, heads, tokens, head_dim = heads_first[0].shape
     resolved = _resolve(
@@ -232,6 +233,8 @@ def _quantize_cuda(
         return (q.new_zeros if zero else q.new_empty)(shape, dtype=torch.float32)
 
     k_sum = q_amax = k_amax = scratch(0)
+    per_head = weights is not None and weights[0].numel() == head_dim
+    inverse_rms = [scratch(batch, tokens, heads if per_head else 1) for _ in weights or ()]
     if smooth_k:
         k_sum = scratch(batch, heads, _C.quantize_chunks(tokens), head_dim)
     if resolved.brick != (1, 1, 1):
@@ -251,6 +254,12 @@ def _quantize_cuda(
             q_amax=q_amax.data_ptr(),
             k_amax=k_amax.data_ptr(),
             brick=resolved.brick,
+            norm_weights=[x.data_ptr() for x in weights] if weights else (0, 0),
+            inverse_rms=[x.data_ptr() for x in inverse_rms] if weights else (0, 0),
+            norm_per_head=per_head,
+            norm_eps=eps,
+            rope=[x.data_ptr() for x in rope] if rope else (0, 0, 0),
+            rope_pairs=[x.shape[1] for x in rope] if rope else (0, 0, 0),
             **_launch(resolved, batch, heads, head_dim, q.dtype, scale, prefix_valid, suffix_valid),
         )
     return images
@@ -265,6 +274,25 @@ def _quantize_fake(
         grid, tile, heads, quant_tile, smooth_k=smooth_k, prefix_len=prefix_len, suffix_len=suffix_len
     )
     return _quantize_shapes(q, k, v, resolved, tensor_layout)
+
+
+def _norm_rope_quantize_cuda(
+    q, k, v, q_weight, k_weight, eps, rope, grid, tile, quant_tile, scale, tensor_layout
+) -> Images:  # fmt: skip
+    def fp32(x):
+        return x.to(torch.float32).contiguous()
+
+    weights = None if q_weight is None else [fp32(q_weight), fp32(k_weight)]
+    rope = [fp32(x) for x in rope]
+    return _quantize_cuda(
+        q, k, v, grid, tile, quant_tile, False, scale, tensor_layout, weights=weights, eps=eps, rope=rope
+    )
+
+
+def _norm_rope_quantize_fake(
+    q, k, v, q_weight, k_weight, eps, rope, grid, tile, quant_tile, scale, tensor_layout
+) -> Images:  # fmt: skip
+    return _quantize_fake(q, k, v, grid, tile, quant_tile, False, scale, tensor_layout)
 
 
 def _attend_shapes(
@@ -461,6 +489,11 @@ _library.define(
     f"str tensor_layout, {_EXTRA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
+    "norm_rope_quantize(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, float eps, Tensor[] rope, "
+    "int[] grid, int[] tile, int[] quant_tile, float scale, str tensor_layout) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
     "attend(Tensor q_blocks, Tensor kv_blocks, Tensor v_amax, Tensor norms, Tensor lse_shift, Tensor k_mean, "
     "int[] grid, int[] tile, int[] windows, bool truncate, float scale, str tensor_layout, ScalarType dtype, "
     f"{_EXTRA}) -> (Tensor, Tensor)"
@@ -477,6 +510,7 @@ _library.define(
 )
 for _name, _cuda, _fake in (
     ("quantize", _quantize_cuda, _quantize_fake),
+    ("norm_rope_quantize", _norm_rope_quantize_cuda, _norm_rope_quantize_fake),
     ("attend", _attend_cuda, _attend_fake),
     ("attention", _attention(_quantize_cuda, _attend_cuda), _attention(_quantize_fake, _attend_fake)),
     ("attention_backward", _attention_backward_cuda, _attention_backward_fake),

@@ -130,6 +130,9 @@ inline float __int_as_float(int x) {
 inline float __uint_as_float(uint32_t x) {
     return emulator::bits<float>(x);
 }
+inline float rsqrtf(float x) {
+    return 1.0f / std::sqrt(x);
+}
 inline float __fdiv_rn(float a, float b) {
     return a / b;
 }

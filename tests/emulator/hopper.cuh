@@ -89,6 +89,10 @@ template <int kRegisters>
 void claim_registers() {
 }
 
+inline int opaque(int x) {
+    return x;
+}
+
 inline float exp2_approx(float x) {
     const float y = std::exp2(x);
     return y < 0x1p-126f ? 0.0f : y;  // NaN stays

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from ..api import attention
 from ..config import AttentionConfig
 from ..geometry import Triple
+from ..prologue import norm_rope_quantize
 from .windowed import attention_in_windows, in_windows
 
 TRAIN_TIMESTEPS = 1000  # num_train_timesteps of all these models' schedulers
@@ -106,8 +107,29 @@ class Processor:
     def sigma(timestep: Tensor) -> Tensor:
         return timestep / TRAIN_TIMESTEPS
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, prefix_len: int = 0, suffix_len: int = 0) -> Tensor:
-        """q, k, v: [B, L, H, D], text before or after the video's tokens. Returns [B, L, H * D]."""
+    def fuses(self, *qkv: Tensor) -> bool:
+        """Whether `attend` can take projections that are not normalised and turned yet, with a prologue."""
+        compiled_windows = self.windows is not None and torch.compiler.is_compiling()
+        needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in qkv)
+        configs = [config for config, _ in self.forward.parts]
+        return not (
+            compiled_windows or needs_gradient or torch.is_autocast_enabled(qkv[0].device.type)
+        ) and all(config.quant == "fp8" and not config.smooth_k for config in configs)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        prefix_len: int = 0,
+        suffix_len: int = 0,
+        prologue: dict | None = None,
+    ) -> Tensor:
+        """q, k, v: [B, L, H, D], text before or after the video's tokens. Returns [B, L, H * D].
+
+        prologue: norm and rotary embedding still to be applied, as `norm_rope_quantize` takes them.
+        """
         forward = self.forward
         if not forward.parts:
             raise RuntimeError(
@@ -137,6 +159,8 @@ class Processor:
                 run = partial(attention_in_windows, windows=self.windows)
             elif self.windows is not None:
                 config = in_windows(config, self.windows)
+            if prologue is not None:
+                part = (norm_rope_quantize(*part, config=config, **kwargs, **prologue),)
             with torch.autocast(device, enabled=False):  # rounding is the config's business
                 outs.append(run(*part, config=config, **kwargs))
         out = outs[0] if len(outs) == 1 else torch.cat(outs)[forward.order]
@@ -162,10 +186,15 @@ class Wan(Processor):
             q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        q, k, v = _split_heads(attn, attn.norm_q(q), attn.norm_k(k), v)
         # The host stores each angle's cosine and sine twice, for both channels of a pair.
         cos, sin = image_rotary_emb[0][..., 0::2], image_rotary_emb[1][..., 1::2]
-        out = self.attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v)
+        if self.fuses(q, k, v):
+            norms = {"q_weight": attn.norm_q.weight, "k_weight": attn.norm_k.weight, "eps": attn.norm_q.eps}
+            rope = _axis_tables(cos, sin, self.forward.grid)
+            out = self.attend(*_split_heads(attn, q, k, v), prologue={**norms, "rope": rope})
+        else:
+            q, k, v = _split_heads(attn, attn.norm_q(q), attn.norm_k(k), v)
+            out = self.attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v)
         return _project_out(attn, out)
 
 
@@ -341,6 +370,20 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn channel pairs (2i, 2i + 1) of x [B, L, H, D]; cos and sin broadcast to [B, L, H, D / 2]."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+
+
+def _axis_tables(cos: Tensor, sin: Tensor, grid: Triple) -> list[Tensor]:
+    """Wan's angles, [1, L, 1, D / 2] each, by axis as `norm_rope_quantize` takes them: of D channels, 2 * (D // 6) are
+    turned by h, as many by w, the others by t.
+    """
+    pairs = cos.shape[3]
+    of_hw = 2 * pairs // 6
+
+    def by_axis(x: Tensor) -> list[Tensor]:
+        t, h, w = x.view(*grid, pairs).split([pairs - 2 * of_hw, of_hw, of_hw], dim=3)
+        return [t[:, 0, 0], h[0, :, 0], w[0, 0]]
+
+    return [torch.stack(pair, dim=-1) for pair in zip(by_axis(cos), by_axis(sin), strict=True)]
 
 
 def _project_out(attn, x: Tensor) -> Tensor:

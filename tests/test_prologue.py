@@ -1,0 +1,120 @@
+"""`norm_rope` and `norm_rope_quantize` on the CPU: the definition, the reference backend, and bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fpsattention as fps
+from prologue_cases import expected, inputs
+
+GRID = (2, 3, 4)
+CONFIG = fps.AttentionConfig(tile=(2, 2, 2), window=(1, 1, 1))
+
+
+@pytest.mark.parametrize("rope", [True, False])
+@pytest.mark.parametrize("norm", ["all heads", "each head", None])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_norm_rope(head_dim, norm, rope, seed):
+    (q, _, _), given = inputs(GRID, 3, head_dim, norm=norm, rope=rope, batch=2, seed=seed)
+    weight, eps, tables = given.get("q_weight"), given["eps"], given.get("rope")
+    got = fps.norm_rope(q, weight, grid=GRID, eps=eps, rope=tables)
+    torch.testing.assert_close(got, expected(q, weight, GRID, eps, tables).float(), rtol=1e-5, atol=1e-5)
+    heads_first = fps.norm_rope(
+        q.transpose(1, 2), weight, grid=GRID, eps=eps, rope=tables, tensor_layout="HND"
+    )
+    assert torch.equal(heads_first, got.transpose(1, 2))
+    half = fps.norm_rope(q.bfloat16(), weight, grid=GRID, eps=eps, rope=tables)
+    assert torch.equal(
+        half, fps.norm_rope(q.bfloat16().float(), weight, grid=GRID, eps=eps, rope=tables).bfloat16()
+    )
+
+
+def test_mutations_of_the_definition_show(seed):
+    """Axes or signs swapped, a norm of the other kind, a weight left out: none is near the definition."""
+    (q, _, _), given = inputs(GRID, 3, 64, seed=seed)
+    weight, eps, rope = given["q_weight"], given["eps"], given["rope"]
+    want = expected(q, weight, GRID, eps, rope)
+    flipped = [x * torch.tensor([1.0, -1.0]) for x in rope]
+    moved = [rope[0], rope[1], rope[2].roll(1, dims=0)]
+    for mutation in (
+        fps.norm_rope(q, weight, grid=GRID, eps=eps, rope=flipped),
+        fps.norm_rope(q, weight, grid=GRID, eps=eps, rope=moved),
+        fps.norm_rope(q, weight[:64], grid=GRID, eps=eps, rope=rope),
+        fps.norm_rope(q, torch.ones_like(weight), grid=GRID, eps=eps, rope=rope),
+        fps.norm_rope(q, weight, grid=GRID, eps=10 * eps, rope=rope),
+        fps.norm_rope(q, None, grid=GRID, eps=eps, rope=rope),
+    ):
+        assert (mutation - want).norm() > 1e-3 * want.norm()
+
+
+@pytest.mark.parametrize("tensor_layout", ["NHD", "HND"])
+def test_reference_backend(tensor_layout, seed):
+    """What it gives is the attention of what was normalised and turned, to the bit."""
+    (q, k, v), given = inputs(GRID, 2, 64, seed=seed)
+    layout = {"grid": GRID, "tensor_layout": tensor_layout}
+    if tensor_layout == "HND":
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    about = {**layout, "config": CONFIG, "scale": 0.1, "backend": "reference"}
+    quantized = fps.norm_rope_quantize(q, k, v, **about, **given)
+    rest = {"eps": given["eps"], "rope": given["rope"]}
+    q, k = (fps.norm_rope(x, given[f"{n}_weight"], **layout, **rest) for n, x in (("q", q), ("k", k)))
+    assert torch.equal(fps.attention(quantized), fps.attention(q, k, v, **about))
+
+
+def test_fake(seed):
+    """The op's shapes, as torch.compile sees them."""
+    with FakeTensorMode():
+        q = torch.zeros(2, 24, 3, 64, dtype=torch.bfloat16)
+        weight = torch.zeros(192)
+        rope = [torch.zeros(n, p, 2) for n, p in zip(GRID, (12, 10, 10), strict=True)]
+        images = torch.ops.fpsattention.norm_rope_quantize(
+            q, q, q, weight, weight, 1e-6, rope, list(GRID), [2, 2, 2], [], 0.125, "NHD"
+        )
+        plain = torch.ops.fpsattention.quantize(q, q, q, list(GRID), [2, 2, 2], [], False, 0.125, "NHD")
+        assert [x.shape for x in images] == [x.shape for x in plain]
+
+
+def wrong(**kwargs):
+    (q, k, v), given = inputs(GRID, 2, 64)
+    return {"q": q, "k": k, "v": v, "grid": GRID, "backend": "reference"} | given | kwargs
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"q_weight": None}, ValueError, "q_weight: is missing"),
+        ({"k_weight": torch.ones(64)}, ValueError, "k_weight: has 64 elements, q_weight 128"),
+        ({"q_weight": torch.ones(65)}, ValueError, r"q_weight: shape \[65\] must be \[64\].*or \[128\]"),
+        (
+            {"q_weight": torch.ones(128).int()},
+            ValueError,
+            "q_weight: torch.int32 on cpu must be floating-point",
+        ),
+        ({"eps": -1.0}, ValueError, "eps: -1.0 must be a float of at least 0"),
+        ({"eps": None}, ValueError, "eps: None must be"),
+        ({"rope": [torch.ones(2, 32, 2)]}, ValueError, "rope: 1 tables must be three"),
+        (
+            {"rope": [torch.ones(n, 10, 2) for n in GRID]},
+            ValueError,
+            r"rope: \[10, 10, 10\] pairs must be 32 in all",
+        ),
+        (
+            {"rope": [torch.ones(n, p, 2) for n, p in zip((2, 4, 3), (12, 10, 10), strict=True)]},
+            ValueError,
+            r"rope: shape \[4, 10, 2\] on axis h must be \[3, pairs, 2\]",
+        ),
+        (
+            {"config": fps.AttentionConfig(smooth_k=True)},
+            ValueError,
+            "config: smooth_k=True needs the mean of K",
+        ),
+        ({"config": fps.AttentionConfig(quant="none")}, ValueError, "config: quant='none' rounds nothing"),
+        ({"grid": (2, 3, 5)}, ValueError, "grid"),
+        ({"q": torch.ones(1, 24, 2, 64, requires_grad=True)}, RuntimeError, "a gradient is required"),
+    ],
+)
+def test_errors(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        fps.norm_rope_quantize(**wrong(**kwargs))

@@ -1,0 +1,94 @@
+"""`norm_rope_quantize` on the Hopper kernels, against `norm_rope` and then `quantize_qkv`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fpsattention as fps
+from fpsattention import ops
+from inputs import poisoned
+from prologue_cases import inputs
+from test_attention_gpu import BOTH_DTYPES, BOTH_HEAD_DIMS
+
+pytestmark = pytest.mark.gpu
+
+GRID = (7, 11, 13)  # ragged on every axis
+CONFIGS = {
+    "tile": fps.AttentionConfig(tile=(3, 4, 5)),
+    "slot of 512": fps.AttentionConfig(tile=(7, 8, 9), window=(1, 1, 1)),
+    "brick": fps.AttentionConfig(tile=(3, 4, 5), quant_tile=(6, 8, 10)),
+}
+
+
+def values(x: fps.QuantizedQKV, tile, head_dim):
+    return ops.decode_blocks(*x.operands[:3], GRID, tile, head_dim)
+
+
+@BOTH_HEAD_DIMS
+@BOTH_DTYPES
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("rope", [True, False], ids=["rope", "no rope"])
+@pytest.mark.parametrize("norm", ["all heads", "each head", None])
+def test_contract(norm, rope, config, dtype, head_dim, seed):
+    """The same codes, but for the few whose values lie where rounding tips: the norm's sum has an order of its own."""
+    about = {"norm": norm, "rope": rope, "batch": 2, "seed": seed, "device": "cuda", "dtype": dtype}
+    (q, k, v), given = inputs(GRID, 3, head_dim, **about)
+    call = {"grid": GRID, "config": config, "backend": "sm90"}
+    with poisoned():
+        got = fps.norm_rope_quantize(q, k, v, **call, **given)
+    rest = {"grid": GRID, "eps": given["eps"], "rope": given.get("rope")}
+    q, k = (fps.norm_rope(x, given.get(f"{n}_weight"), **rest) for n, x in (("q", q), ("k", k)))
+    want = fps.quantize_qkv(q, k, v, **call)
+    for a, b in zip(values(got, config.tile, head_dim), values(want, config.tile, head_dim), strict=True):
+        assert a.isfinite().all() and (a - b).norm() <= 3e-3 * b.norm()
+        assert ((a - b).abs() > 1e-2 * b.abs()).float().mean() <= 5e-3
+    torch.testing.assert_close(got.operands[2], want.operands[2], rtol=0, atol=0)
+    torch.testing.assert_close(got.operands[3], want.operands[3], rtol=5e-3, atol=0)  # norms: of rounded rows
+    out, expected = fps.attention(got).float(), fps.attention(want).float()
+    assert (out - expected).norm() <= 5e-3 * expected.norm()
+
+
+def test_layouts_and_strides(seed):
+    (q, k, v), given = inputs(GRID, 3, 128, seed=seed, device="cuda", dtype=torch.bfloat16)
+    call = {"grid": GRID, "config": CONFIGS["tile"], "backend": "sm90"} | given
+    want = fps.norm_rope_quantize(q, k, v, **call)
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    hnd = fps.norm_rope_quantize(*heads_first, **call, tensor_layout="HND")
+    packed = torch.stack((q, k, v), dim=2).unbind(2)
+    strided = fps.norm_rope_quantize(*packed, **call)
+    for got in (hnd, strided):
+        assert all(torch.equal(a, b) for a, b in zip(got.operands, want.operands, strict=True))
+
+
+def test_compiled(seed):
+    (q, k, v), given = inputs(GRID, 3, 128, seed=seed, device="cuda", dtype=torch.bfloat16)
+
+    def layer(q, k, v):
+        return fps.attention(
+            fps.norm_rope_quantize(q, k, v, grid=GRID, config=CONFIGS["tile"], backend="sm90", **given)
+        )
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, v), layer(q, k, v))
+
+
+def test_opcheck(seed):
+    (q, k, v), given = inputs(GRID, 3, 128, seed=seed, device="cuda", dtype=torch.bfloat16)
+    args = (
+        q,
+        k,
+        v,
+        given["q_weight"],
+        given["k_weight"],
+        1e-6,
+        given["rope"],
+        list(GRID),
+        [3, 4, 5],
+        [],
+        0.1,
+        "NHD",
+    )
+    torch.library.opcheck(
+        torch.ops.fpsattention.norm_rope_quantize.default, args, test_utils=("test_schema", "test_faketensor")
+    )
