@@ -24,6 +24,7 @@ import torch
 import fpsattention as fps
 from bench_backward import bench_training
 from bench_block import bench_block
+from bench_text import bench_text
 from common import (
     COPY_BYTES,
     CUDNN,
@@ -258,6 +259,8 @@ def bench_shape(
     timed = (clock, monitor, rounds, burst_ms, seed_of(shape.name))
     if shape.training:
         records += bench_training(shape, (q, k, v), work_of, *timed)
+    if any(shape.text):
+        records += bench_text(shape, (q, k, v), work_of, *timed)
     if shape.mlp:
         del q, k, v
         records += bench_block(shape, work_of, *timed)
@@ -341,6 +344,9 @@ TARGETS = (
     Target("backward, dense 16x32x32, 40 heads: x cuDNN", _our(BACKWARD_DENSE, _cudnn_speedup), 1.15),
     Target("backward, window 3,3,9: of the dense one's TFLOP/s", _backward_window_over_dense, 0.85),
     Target("forward and backward, window 3,3,9: x dense cuDNN", _our(TRAINING_WINDOW, _cudnn_speedup), 6),
+    Target(
+        "text tokens: time beyond their share of work", _worst(lambda r: r.text_cost), 0.02, at_least=False
+    ),
     Target(
         "error against exact, worst: x the emulation's",
         _worst(lambda r: r.error_over_emulation),

@@ -23,11 +23,8 @@ from fpsattention.timing import CudaClock, Timing, time_interleaved
 
 OURS, CUDNN, FLASH, FLEX = "fpsattention", "sdpa-cudnn", "sdpa-flash", "flexattention"  # Record.op
 TORCH_DENSE = (CUDNN, FLASH)
-BACKWARD, TRAINING, STEP = (
-    "backward",
-    "training",
-    "block step",
-)  # the last words of Record.case, but for forwards
+# The last words of Record.case, but for forwards.
+BACKWARD, TRAINING, STEP, ALONE, TEXT = "backward", "training", "block step", "alone", "with text"
 
 COPY_BYTES = 1 << 30
 GRAPH_REPLAYS = 10
@@ -148,7 +145,9 @@ class Record:
     """One contender on one case. Times in ms, bandwidths in GB/s (1e9), errors are relative RMS.
 
     A case that ends in "backward" is the backward alone, one in "training" forward and backward, one in "block step" a
-    training step of a transformer block, which alone has a `peak_gib`; the others are forwards. `tflops` is useful
+    training step of a transformer block, which alone has a `peak_gib`; one in "alone" or "with text" is a forward of the
+    pair that tells what text tokens cost: `text_cost` is by how much the time grows beyond the work's growth, as a
+    fraction of the time without. The others are forwards. `tflops` is useful
     work, 4 * head_dim * attended pairs * heads * batch, over `attn_ms`; `tflops_total` the same over `ms`, quantisation
     included (2.5 times that work in a backward, 3.5 times in training); `tflops_computed` is what the kernel computes,
     padding inside its blocks included, over `attn_ms`. `speedup` is baseline_ms / ms. `graph_gap_us` is the largest gap
@@ -189,6 +188,7 @@ class Record:
     attn_l2_bytes: int | None = None
     graph_gap_us: float | None = None
     peak_gib: float | None = None
+    text_cost: float | None = None
     sm_clock_mhz: float | None = None
     power_w: float | None = None
     note: str = ""
@@ -196,7 +196,7 @@ class Record:
 
     @property
     def is_forward(self) -> bool:
-        return not self.case.endswith((BACKWARD, TRAINING, STEP))
+        return not self.case.endswith((BACKWARD, TRAINING, STEP, ALONE, TEXT))
 
     def fail(self, message: str) -> None:
         self.error = f"{self.error}; {message}" if self.error else message

@@ -22,6 +22,7 @@ class Shape:
         graph: windows whose call is also replayed as a CUDA graph, for the gaps between its kernels.
         training: windows whose backward, and forward with backward, are also measured.
         mlp: hidden channels of a transformer block's MLP, of which a training step is also measured; 0: it is not.
+        text: tokens before and after the video's, whose cost under the first window is also measured.
         suite: "core" is in every run, the others in full runs; each can be asked for by its name.
     """
 
@@ -39,6 +40,7 @@ class Shape:
     graph: tuple[Window, ...] = ()
     training: tuple[Window, ...] = ()
     mlp: int = 0
+    text: tuple[int, int] = (0, 0)
     suite: str = "more"
 
     @property
@@ -116,7 +118,16 @@ SHAPES = (
         suite="core",
     ),
     # CogVideoX1.5 at 768 x 1360, 81 frames. The tile divides the grid: ragged ones cost more than their padding.
-    Shape("cogvideox1.5-768p", (11, 48, 85), 48, (11, 2, 17), (None,), head_dim=64, suite="core"),
+    Shape(
+        "cogvideox1.5-768p",
+        (11, 48, 85),
+        48,
+        (11, 2, 17),
+        (None,),
+        head_dim=64,
+        text=(226, 0),
+        suite="core",
+    ),
     Shape(
         "hunyuan-720p",
         (33, 45, 80),
@@ -125,6 +136,7 @@ SHAPES = (
         ((3, 3, 3),),
         sweep=(None,),
         flex=((3, 3, 3),),
+        text=(0, 256),
         suite="core",
     ),
     # Of which a tenth of the pairs are attended.
