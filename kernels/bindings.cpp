@@ -92,11 +92,10 @@ void bind_quantize(uintptr_t q, uintptr_t k, uintptr_t v, const StrideTriple &q_
                    const StrideTriple &v_strides, uintptr_t q_blocks, uintptr_t kv_blocks, uintptr_t v_amax,
                    uintptr_t norms, uintptr_t k_sum, uintptr_t k_mean, uintptr_t lse_shift, uintptr_t q_amax,
                    uintptr_t k_amax, const std::array<uintptr_t, 2> &norm_weights,
-                   const std::array<uintptr_t, 2> &inverse_rms, bool norm_per_head, float norm_eps,
-                   const std::array<uintptr_t, 3> &rope, const Triple &rope_pairs, const Triple &grid,
-                   const Triple &tile, int prefix_len, int suffix_len, uintptr_t prefix_valid, uintptr_t suffix_valid,
-                   const Triple &brick, int batch, int heads, int head_dim, const std::string &dtype, float scale,
-                   uintptr_t stream) {
+                   const std::array<uintptr_t, 2> &inverse_rms, bool norm_per_head, float norm_eps, uintptr_t rope,
+                   const Triple &rope_pairs, const Triple &grid, const Triple &tile, int prefix_len, int suffix_len,
+                   uintptr_t prefix_valid, uintptr_t suffix_valid, const Triple &brick, int batch, int heads,
+                   int head_dim, const std::string &dtype, float scale, uintptr_t stream) {
     QuantizeParams p{};
     p.q = pointer<void>(q), p.k = pointer<void>(k), p.v = pointer<void>(v);
     p.q_strides = strides_of(q_strides), p.k_strides = strides_of(k_strides), p.v_strides = strides_of(v_strides);
@@ -110,7 +109,7 @@ void bind_quantize(uintptr_t q, uintptr_t k, uintptr_t v, const StrideTriple &q_
         p.norm_rope.inverse_rms[i] = pointer<float>(inverse_rms[i]);
     }
     p.norm_rope.per_head = norm_per_head, p.norm_rope.eps = norm_eps;
-    std::transform(rope.begin(), rope.end(), p.norm_rope.rope, pointer<float2>);
+    p.norm_rope.rope = pointer<float2>(rope);
     p.norm_rope.pairs = int3(rope_pairs);
     set_call(p, grid, tile, prefix_len, suffix_len, prefix_valid, suffix_valid, batch, heads, head_dim, dtype, scale);
     quantize(p, stream_of(stream));

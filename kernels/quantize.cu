@@ -115,40 +115,55 @@ __global__ void __launch_bounds__(kStatsThreads) row_rms(const __grid_constant__
     }
 }
 
-// Channels from `channel` on of a row of Q or K (`is_k`), which is token `token` at these coordinates, normalised and
-// turned, rounded once.
-template <class T, int kHeadDim>
-__device__ __forceinline__ uint4 norm_and_turn(const QuantizeParams &p, bool is_k, int batch, int head, int token,
-                                               Int3 at, int channel, uint4 raw) {
-    const NormRope &norm = p.norm_rope;
-    float x[kVec];
-    upcast_vec<T>(raw, x);
-    if (norm.weights[0] != nullptr) {
-        const int64_t row = int64_t(batch) * p.geometry.tokens() + token;
-        const float inverse = __ldg(norm.inverse_rms[is_k] + (norm.per_head ? row * p.heads + head : row));
-        float weights[kVec];
-        load_floats(norm.weights[is_k] + (norm.per_head ? 0 : head * kHeadDim) + channel, weights);
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) {
-            x[i] *= inverse * weights[i];
-        }
-    }
-    if (norm.rope[0] != nullptr) {
-        const Int3 pairs = norm.pairs;
-#pragma unroll
-        for (int i = 0; i < kVec; i += 2) {
-            const int pair = (channel + i) / 2, in_hw = pair - pairs.t, in_w = in_hw - pairs.h;
-            const float2 *turn = in_hw < 0  ? norm.rope[0] + at.t * pairs.t + pair
-                                 : in_w < 0 ? norm.rope[1] + at.h * pairs.h + in_hw
-                                            : norm.rope[2] + at.w * pairs.w + in_w;
-            const float2 by = __ldg(turn);
-            const float even = x[i];
-            x[i] = even * by.x - x[i + 1] * by.y;
-            x[i + 1] = even * by.y + x[i + 1] * by.x;
-        }
-    }
-    return {downcast<T>(x[0], x[1]), downcast<T>(x[2], x[3]), downcast<T>(x[4], x[5]), downcast<T>(x[6], x[7])};
+// Where a token's angles are in `rope`: pair i of D / 2 is i further on than this, by the axis that turns it.
+__device__ __forceinline__ Int3 angles_of(int token, Int3 grid, Int3 pairs) {
+    const Int3 at = coordinates(token, grid);
+    const int of_h = grid.t * pairs.t, of_w = of_h + grid.h * pairs.h;
+    return {at.t * pairs.t, of_h + at.h * pairs.h - pairs.t, of_w + at.w * pairs.w - pairs.t - pairs.h};
 }
+
+// What the rows of a tile are normalised and turned by, in shared memory.
+template <int kRows, int kLanes>
+struct Prologue {
+    static constexpr int kPairs = kVec / 2;
+    Int3 angles[kRows];
+    float inverse[kRows];            // 1 / RMS
+    float2 weights[kPairs][kLanes];  // of pair i of each vector of a row: no bank conflicts
+
+    __device__ void fill(const QuantizeParams &p, bool is_k, int batch, int head, const int *token_of_row) {
+        const NormRope &norm = p.norm_rope;
+        const bool weighs = norm.weights[0] != nullptr;
+        for (int r = threadIdx.x; r < p.geometry.slot; r += blockDim.x) {
+            const int token = max(token_of_row[r], 0);
+            const int64_t at = int64_t(batch) * p.geometry.tokens() + token;
+            angles[r] = angles_of(token, p.geometry.grid, norm.pairs);
+            inverse[r] = weighs ? norm.inverse_rms[is_k][norm.per_head ? at * p.heads + head : at] : 1.0f;
+        }
+        for (int i = threadIdx.x; i < kPairs * kLanes; i += blockDim.x) {
+            const float *from = norm.weights[is_k] + (norm.per_head ? 0 : head * (kLanes * kVec));
+            weights[i % kPairs][i / kPairs] = weighs ? reinterpret_cast<const float2 *>(from)[i] : float2{1, 1};
+        }
+    }
+
+    // Vector `vec` of a row, normalised and turned, rounded once.
+    template <class T>
+    __device__ __forceinline__ uint4 apply(uint4 raw, const NormRope &norm, int row, int vec) const {
+        const Int3 from = angles[row];
+        uint32_t words[kPairs] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) {
+            const float2 x = upcast<T>(words[i]), weight = weights[i][vec];
+            const float even = x.x * inverse[row] * weight.x, odd = x.y * inverse[row] * weight.y;
+            float2 turn{1, 0};
+            if (norm.rope != nullptr) {
+                const int pair = vec * kPairs + i, of_h = norm.pairs.t, of_w = of_h + norm.pairs.h;
+                turn = __ldg(norm.rope + (pair + (pair < of_h ? from.t : pair < of_w ? from.h : from.w)));
+            }
+            words[i] = downcast<T>(even * turn.x - odd * turn.y, even * turn.y + odd * turn.x);
+        }
+        return {words[0], words[1], words[2], words[3]};
+    }
+};
 
 // grid (heads * chunks, 2, batch): blockIdx.y = 0 takes V's amax, 1 (only with smoothing) K's sum.
 template <class T, int kHeadDim>
@@ -283,6 +298,10 @@ __global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64) quantize_qk(const __g
 
     const int first_row = threadIdx.x / kLanes, rows_per_pass = blockDim.x / kLanes;
     const int channel = threadIdx.x % kLanes * kVec;
+    __shared__ Prologue<kNormRope ? kMaxSlot : 1, kLanes> prologue;
+    if constexpr (kNormRope) {  // ahead of the loads, whose registers it would need
+        prologue.fill(p, is_k, batch, head, token_of_row);
+    }
     uint4 raw[kVecsPerThread];
 #pragma unroll
     for (int i = 0; i < kVecsPerThread; ++i) {
@@ -290,22 +309,18 @@ __global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64) quantize_qk(const __g
         raw[i] = token < 0 ? uint4{} : load_vec<T>(base, element_offset(strides, batch, head, token) + channel);
     }
     if constexpr (kNormRope) {
-        __shared__ Int3 place_of_row[kMaxSlot];
-        for (int r = threadIdx.x; r < g.slot; r += blockDim.x) {
-            place_of_row[r] = coordinates(max(token_of_row[r], 0), g.grid);
-        }
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < kVecsPerThread; ++i) {
-            const int row = opaque(first_row) + i * rows_per_pass, token = token_of_row[row];
-            if (token >= 0) {
-                raw[i] =
-                    norm_and_turn<T, kHeadDim>(p, is_k, batch, head, token, place_of_row[row], opaque(channel), raw[i]);
+            const int row = opaque(first_row) + i * rows_per_pass;
+            if (row < valid) {
+                raw[i] = prologue.template apply<T>(raw[i], p.norm_rope, row, opaque(channel) / kVec);
             }
         }
     }
 
-    const float *mean_of_k = p.k_mean == nullptr ? nullptr : p.k_mean + bh * kHeadDim + channel;
+    // Rows that are normalised here come without smoothing.
+    const float *mean_of_k = kNormRope || p.k_mean == nullptr ? nullptr : p.k_mean + bh * kHeadDim + channel;
     // A vector of row i, with K's mean taken off (padding stays zero).
     const auto values = [&](int i, float (&x)[kVec]) {
         upcast_vec<T>(raw[i], x);
@@ -362,7 +377,7 @@ __global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64) quantize_qk(const __g
         const int row = first_row + i * rows_per_pass;
         float x[kVec];
         values(i, x);
-        if (!is_k && p.lse_shift != nullptr) {
+        if (!is_k && mean_of_k != nullptr) {
             float mean[kVec], dot = 0;
             load_floats(mean_of_k, mean);
 #pragma unroll

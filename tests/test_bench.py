@@ -535,18 +535,20 @@ def test_targets():
     backward = make_record(shapes.BACKWARD_DENSE, speedup=1.2, tflops_total=700.0, **cudnn)
     windowed_backward = make_record(shapes.BACKWARD_WINDOW, tflops_total=600.0, **cudnn)
     training = make_record(shapes.TRAINING_WINDOW, speedup=6.1, **cudnn)
-    records = [paper, wan, windowed, cog, hunyuan, small, backward, windowed_backward, training]
-    assert judged(records) == [True] * 14
-    assert judged([]) == [None] * 14
+    text = make_record("hunyuan-720p/3,3,3 with text", text_cost=0.01)
+    records = [paper, wan, windowed, cog, hunyuan, small, backward, windowed_backward, training, text]
+    assert judged(records) == [True] * 15
+    assert judged([]) == [None] * 15
     assert bench.TARGETS[0].value(records) == 2.0 and bench.TARGETS[3].value(records) == 0.94
 
     wan.attn_ms, wan.speedup, paper.speedup, windowed.tflops = 110.0, 1.8, 10.9, 920.0
     hunyuan.speedup, cog.baseline, wan.quant_gbps, small.graph_gap_us = 9.9, common.FLASH, 2300.0, 11.0
     backward.speedup, windowed_backward.tflops_total, training.speedup = 1.1, 590.0, 5.9
-    assert judged(records) == [False] * 5 + [None] + [False] * 5 + [True] * 3
+    text.text_cost = 0.03
+    assert judged(records) == [False] * 5 + [None] + [False] * 6 + [True] * 3
     paper.error_over_emulation, paper.rms_to_emulation = 1.2, 6e-3
     wan.fail("relative RMS error")
-    assert judged(records) == [None, None, False, None, False, None, None] + [False] * 7
+    assert judged(records) == [None, None, False, None, False, None, None] + [False] * 8
 
 
 def test_table_and_target_lines_fit():

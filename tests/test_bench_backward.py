@@ -1,6 +1,7 @@
 """The bench of the backward without a GPU: stand-ins for the contenders, on small tensors."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 import bench_backward
 import bench_block
 import bench_forward
+import bench_text
 import common
 import contenders
 import fpsattention as fps
@@ -139,3 +141,26 @@ def test_the_block_attends_in_its_own_layout():
     out = block(x, angles, lambda q, k, v: v)
     order = torch.randperm(192)
     torch.testing.assert_close(block(x[:, order], angles, lambda q, k, v: v), out[:, order])
+
+
+def test_text_is_timed_against_the_video_alone(monkeypatch):
+    """Bursts take 1 and 2 ms: with text the call takes twice as long, for less than twice the work."""
+
+    def attention(*qkv, backend, **call):
+        calls.append((qkv[0].shape[1], call.get("prefix_len", 0), call.get("suffix_len", 0)))
+        return fps.attention(*qkv, backend="reference", **call)
+
+    calls = []
+    monkeypatch.setattr(bench_text, "fps", SimpleNamespace(attention=attention))
+    shape = replace(SHAPE, windows=(WINDOW,), training=(), text=(5, 9))
+    clock = Clock()
+    clock.burst = lambda fn, n: [float(fn().shape[1] > shape.tokens) + 1] * n
+    qkv = bench_forward.random_qkv(shape, "cpu")
+    with common.GpuMonitor("none") as monitor:
+        alone, text = bench_text.bench_text(shape, qkv, bench_forward.work_of, clock, monitor, 2, 1.0, 0)
+    assert set(calls) == {(shape.tokens, 0, 0), (shape.tokens + 14, 5, 9)}
+    assert (alone.case, text.case) == ("t/1,1,1 alone", "t/1,1,1 with text") and not text.is_forward
+    assert text.baseline_ms == alone.ms and alone.text_cost is None and not (alone.error or text.error)
+    # Window 1,1,1 over 2 x 2 x 2 tiles: a query sees 24 tokens; with text 14 more, and 14 queries see all 206.
+    work = (192 * (24 + 14) + 14 * (192 + 14)) / (192 * 24)
+    assert text.text_cost == pytest.approx(2 - work)

@@ -75,10 +75,10 @@ struct NormRope {
     float *inverse_rms[2];    // [B, L, 1 or H], scratch
     bool per_head;            // the mean square is of a head's channels, and so are the weights; not of all heads'
     float eps;
-    const float2 *rope[3];  // by axis: cosine and sine, [tokens, pairs]; or null: no rotation
+    const float2 *rope;  // cosine and sine, [tokens, pairs] of each axis, one after the other; or null: no rotation
     Int3 pairs;
 
-    FPS_HD bool any() const { return weights[0] != nullptr || rope[0] != nullptr; }
+    FPS_HD bool any() const { return weights[0] != nullptr || rope != nullptr; }
 };
 
 struct QuantizeParams : Call {

@@ -234,6 +234,7 @@ def _quantize_cuda(
 
     k_sum = q_amax = k_amax = scratch(0)
     per_head = weights is not None and weights[0].numel() == head_dim
+    tables = torch.cat([x.to(torch.float32).flatten() for x in rope]) if rope else None
     inverse_rms = [scratch(batch, tokens, heads if per_head else 1) for _ in weights or ()]
     if smooth_k:
         k_sum = scratch(batch, heads, _C.quantize_chunks(tokens), head_dim)
@@ -258,7 +259,7 @@ def _quantize_cuda(
             inverse_rms=[x.data_ptr() for x in inverse_rms] if weights else (0, 0),
             norm_per_head=per_head,
             norm_eps=eps,
-            rope=[x.data_ptr() for x in rope] if rope else (0, 0, 0),
+            rope=0 if tables is None else tables.data_ptr(),
             rope_pairs=[x.shape[1] for x in rope] if rope else (0, 0, 0),
             **_launch(resolved, batch, heads, head_dim, q.dtype, scale, prefix_valid, suffix_valid),
         )
@@ -279,11 +280,9 @@ def _quantize_fake(
 def _norm_rope_quantize_cuda(
     q, k, v, q_weight, k_weight, eps, rope, grid, tile, quant_tile, scale, tensor_layout
 ) -> Images:  # fmt: skip
-    def fp32(x):
-        return x.to(torch.float32).contiguous()
-
-    weights = None if q_weight is None else [fp32(q_weight), fp32(k_weight)]
-    rope = [fp32(x) for x in rope]
+    weights = None
+    if q_weight is not None:
+        weights = [x.to(torch.float32).contiguous() for x in (q_weight, k_weight)]
     return _quantize_cuda(
         q, k, v, grid, tile, quant_tile, False, scale, tensor_layout, weights=weights, eps=eps, rope=rope
     )
