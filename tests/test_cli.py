@@ -266,8 +266,8 @@ def test_schedule_counts_text(capsys):
         capsys, "schedule", "--grid", 13, 30, 45, "--heads", 48, "--head-dim", 64, "--early", 1, 3, 3
     )
     assert result["steps"][0]["density"] > alone["steps"][0]["density"]
-    assert dense["expected_ms"] == alone["steps"][20]["expected_ms"]
-    assert "226 text tokens come first in the same sequence; all are counted, but the expected" in text
+    assert 1.02 < dense["expected_ms"] / alone["steps"][20]["expected_ms"] < 1.04
+    assert "226 text tokens come first in the same sequence; all are counted" in text
 
 
 def test_the_picture_is_the_rule():
