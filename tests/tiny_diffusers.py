@@ -69,7 +69,7 @@ def wan_transformer(seed: int = 0, **kwargs) -> diffusers.WanTransformer3DModel:
         "freq_dim": 32,
         "ffn_dim": 64,
     }
-    return diffusers.WanTransformer3DModel(**sizes, num_layers=2, rope_max_seq_len=32, **kwargs).eval()
+    return diffusers.WanTransformer3DModel(**sizes | {"num_layers": 2, "rope_max_seq_len": 32} | kwargs).eval()
 
 
 def wan_vae() -> diffusers.AutoencoderKLWan:

@@ -69,6 +69,9 @@ def enable(
     or after: one graph per stage, or one for all windows of a table, and one for the host's own attention where steps
     keep it. Under gradient checkpointing, run the backward of a forward before the next forward.
 
+    So does `transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=...))` of Wan and LTX-Video, if
+    all its processes get the same inputs.
+
     Args:
         model: a pipeline, or one of its transformers.
         schedule: the config of each stage. Or, of a pipeline, a table of windows for each step, layer (in the order
@@ -84,7 +87,7 @@ def enable(
     Returns the `Handle` that reports and takes it off again.
     Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value; RuntimeError
     when FPSAttention is on already or a layer's processor is not the host's own. During a forward: RuntimeError when
-    the host does what the processors do not know (parallelism, processors replaced, tokens outside of the grid, a
+    the host does what the processors do not know (other parallelism, processors replaced, tokens outside of the grid, a
     timestep that is none of the scheduler's); ValueError when the table is of another grid or number of steps.
     """
     check_schedule(schedule, "the model")
@@ -262,11 +265,6 @@ class _Host:
             self.forward.parts = ()
 
     def before_forward(self, module, args, kwargs):
-        if module._parallel_config is not None:
-            raise RuntimeError(
-                f"{self.name}: parallelism is switched on (enable_parallelism), which hands a layer a part of the "
-                f"tokens or heads only; FPSAttention cannot attend those"
-            )
         for i, processor in self.processors.items():
             if self.layers[i].processor is not processor:
                 raise RuntimeError(
@@ -275,6 +273,7 @@ class _Host:
                 )
         inputs = self.signature.bind(module, *args, **kwargs).arguments
         forward = self.forward
+        forward.group = self.group(module)
         forward.grid = self.model.grid(module.config, inputs)
         check_schedule(self.clock.schedule, f"{self.name}'s input", grid=forward.grid)
         forward.text_valid = self.model.text_valid(inputs)
@@ -282,6 +281,29 @@ class _Host:
         for i, processor in self.processors.items():
             # Each has a tensor of its own, always of this shape, so that to a graph only what is in it changes.
             processor.windows = None if windows is None else torch.tensor(windows[i], device="cpu")
+
+    def group(self, module) -> torch.distributed.ProcessGroup | None:
+        """The processes among which the host has split the tokens; None: it has not."""
+        if module._parallel_config is None:
+            return None
+        config = module._parallel_config.context_parallel_config
+        if config is None:
+            raise RuntimeError(
+                f"{self.name}: tensor parallelism is switched on, which hands a layer a part of the heads only; "
+                f"FPSAttention knows context parallelism: ContextParallelConfig(ulysses_degree=...)"
+            )
+        if not self.model.context_parallel:
+            known = ", ".join(sorted(x.__name__ for x, model in MODELS.items() if model.context_parallel))
+            raise RuntimeError(
+                f"{self.name}: context parallelism is switched on, but how it splits the text of a "
+                f"{type(self.transformer).__name__} is unknown to FPSAttention; it can be on in {known}"
+            )
+        if config.ring_degree != 1:
+            raise RuntimeError(
+                f"{self.name}: ring_degree={config.ring_degree}, but FPSAttention exchanges heads only; nearest legal: "
+                f"ContextParallelConfig(ulysses_degree={config.ring_degree * config.ulysses_degree})"
+            )
+        return config._ulysses_mesh.get_group()
 
 
 class _SchedulerClock:

@@ -25,10 +25,12 @@ from diffusers.models.transformers import transformer_ltx
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from ..api import attention
 from ..config import AttentionConfig
 from ..geometry import Triple
+from ..parallel import ulysses_attention
 from ..prologue import norm_rope_quantize
 from .windowed import attention_in_windows, in_windows
 
@@ -46,6 +48,8 @@ class Forward:
         parts: the configs to run, each with the samples it is for (int64; None: all). None: the host's own attention.
             Empty between forwards.
         order: int64 [B], where each sample is in the parts put one after the other; None with a single part.
+        group: the processes that hold a share of the tokens each (`fpsattention.parallel.ulysses_attention`); None:
+            this one holds all.
     """
 
     backend: str
@@ -53,6 +57,7 @@ class Forward:
     text_valid: Tensor | None = None
     parts: tuple[tuple[AttentionConfig, Tensor | None], ...] | None = ()
     order: Tensor | None = None
+    group: ProcessGroup | None = None
 
 
 class Processor:
@@ -66,10 +71,12 @@ class Processor:
     windows: of a `WindowTable`, those of this layer in the forward under way, int64 [H, 3] on the CPU; else None.
     unknown: arguments of `__call__` that the model's self-attention layers are never given.
     self_attention: what a layer returns, from the arguments of `__call__`.
+    context_parallel: whether the host can split the tokens of its self-attention among processes.
     """
 
     stock: type
     unknown: tuple[str, ...] = ()
+    context_parallel = False
 
     def __init__(self, replaced, forward: Forward):
         self.replaced = replaced
@@ -99,6 +106,15 @@ class Processor:
     def _attention_backend(self, value):
         self.replaced._attention_backend = value
 
+    @property
+    def _parallel_config(self):
+        """The host's splitting of tokens among processes (`enable_parallelism`) holds for the dense steps too."""
+        return self.replaced._parallel_config
+
+    @_parallel_config.setter
+    def _parallel_config(self, value):
+        self.replaced._parallel_config = value
+
     @staticmethod
     def text_valid(inputs: dict) -> Tensor | None:
         return None
@@ -109,12 +125,16 @@ class Processor:
 
     def fuses(self, *qkv: Tensor) -> bool:
         """Whether `attend` can take projections that are not normalised and turned yet, with a prologue."""
-        compiled_windows = self.windows is not None and torch.compiler.is_compiling()
-        needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in qkv)
-        configs = [config for config, _ in self.forward.parts]
-        return not (
-            compiled_windows or needs_gradient or torch.is_autocast_enabled(qkv[0].device.type)
-        ) and all(config.quant == "fp8" and not config.smooth_k for config in configs)
+        forward = self.forward
+        if not forward.parts or forward.group is not None or qkv[0].shape[1] != math.prod(forward.grid):
+            return False
+        if self.windows is not None and torch.compiler.is_compiling():
+            return False
+        if torch.is_autocast_enabled(qkv[0].device.type):
+            return False
+        if torch.is_grad_enabled() and any(x.requires_grad for x in qkv):
+            return False
+        return all(config.quant == "fp8" and not config.smooth_k for config, _ in forward.parts)
 
     def attend(
         self,
@@ -126,7 +146,8 @@ class Processor:
         suffix_len: int = 0,
         prologue: dict | None = None,
     ) -> Tensor:
-        """q, k, v: [B, L, H, D], text before or after the video's tokens. Returns [B, L, H * D].
+        """q, k, v: [B, L, H, D], text before or after the video's tokens, or this process's share of them all. Returns
+        [B, L, H * D].
 
         prologue: norm and rotary embedding still to be applied, as `norm_rope_quantize` takes them.
         """
@@ -136,7 +157,8 @@ class Processor:
                 "a layer was called outside of its transformer's forward, where neither the token grid nor the step is "
                 "known; call the transformer itself (not .forward, which skips hooks)"
             )
-        if q.shape[1] != prefix_len + math.prod(forward.grid) + suffix_len:
+        alone = forward.group is None
+        if alone and q.shape[1] != prefix_len + math.prod(forward.grid) + suffix_len:
             raise RuntimeError(
                 f"the transformer's input has the token grid {forward.grid}, but a layer got {q.shape[1]} tokens, of "
                 f"which {prefix_len + suffix_len} are text; FPSAttention cannot tell where the others are in the video"
@@ -145,6 +167,8 @@ class Processor:
         if torch.is_autocast_enabled(device):  # as torch's own attention does there
             q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
         kwargs = {"grid": forward.grid, "backend": forward.backend}
+        if not alone:
+            kwargs["group"] = forward.group
         if prefix_len or suffix_len:
             kwargs |= {"prefix_len": prefix_len, "suffix_len": suffix_len}
         outs = []
@@ -154,8 +178,13 @@ class Processor:
                 # The host may move its inputs to another device after the hook has seen them.
                 valid = forward.text_valid.to(q.device)
                 kwargs["suffix_valid"] = valid if rows is None else valid[rows]
-            run = attention
+            run = attention if alone else ulysses_attention
             if self.windows is not None and torch.compiler.is_compiling():
+                if not alone:
+                    raise RuntimeError(
+                        "a WindowTable under both torch.compile and context parallelism: switch one of the two off, or "
+                        "give a StepSchedule"
+                    )
                 run = partial(attention_in_windows, windows=self.windows)
             elif self.windows is not None:
                 config = in_windows(config, self.windows)
@@ -172,6 +201,7 @@ class Wan(Processor):
 
     stock = WanAttnProcessor
     unknown = ("encoder_hidden_states", "attention_mask")
+    context_parallel = True
 
     @staticmethod
     def layers(transformer: WanTransformer3DModel) -> list[nn.Module]:
@@ -203,6 +233,7 @@ class LTXVideo(Processor):
 
     stock = transformer_ltx.LTXVideoAttnProcessor
     unknown = ("encoder_hidden_states", "attention_mask")
+    context_parallel = True
 
     @staticmethod
     def layers(transformer: LTXVideoTransformer3DModel) -> list[nn.Module]:

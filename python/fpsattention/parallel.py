@@ -1,0 +1,248 @@
+"""Attention over tokens that several processes hold, on `torch.distributed`: gloo on CPUs, NCCL on GPUs.
+
+`ulysses_attention` trades tokens for heads, attends, and trades back (arXiv 2309.14509). Heads do not know of each
+other, in the rounding no more than in the softmax, so it computes what one process would, whatever the window.
+`ring_attention` leaves the queries where they are and sends keys and values round (arXiv 2310.01889). One collective
+serves both: an all-to-all, whose gradient is the all-to-all back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import _functional_collectives as collectives
+
+from .api import attention
+from .config import AXES, AttentionConfig
+from .geometry import Triple, as_grid, as_int
+from .reference import to_heads_first
+
+
+def ulysses_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    grid: Sequence[int],
+    config: AttentionConfig | None = None,
+    group: dist.ProcessGroup | None = None,
+    return_lse: bool = False,
+    tensor_layout: str = "NHD",
+    prefix_len: int = 0,
+    suffix_len: int = 0,
+    **options,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` over the tokens of all P processes of a group, H / P heads in each (Ulysses, arXiv 2309.14509).
+
+    Every process holds consecutive tokens with all heads, and gets their output. In between it holds all tokens of its
+    heads, and runs `attention` on them under the windows of those heads. Differentiable as `attention` is: when every
+    process runs the backward, the gradients are those of the sum of what they differentiate.
+
+    All processes of the group call it, with arguments that differ in the tokens only. Q, K, V and the output cross the
+    network once, and their gradients once more.
+
+    Args:
+        q, k, v: [B, l, H, D] ("NHD") or [B, H, l, D] ("HND"), this process's share of the L = prefix_len + T * H * W +
+            suffix_len tokens, in the order of ranks: `x.tensor_split(P, dim)[rank]` of all of them, so the first L % P
+            processes hold one token more. The heads are a multiple of P.
+        group: None: the default one.
+        grid, config, return_lse, tensor_layout, prefix_len, suffix_len: as in `attention`, of the whole.
+        options: scale, prefix_valid, suffix_valid, backend and deterministic, as in `attention`.
+
+    Returns out, like q; with return_lse, (out, lse), lse fp32 [B, H, l].
+    Raises TypeError or ValueError as `attention` does, when q, k, v are no such share, and when the heads do not divide;
+    ValueError when torch.distributed is not initialised, or this process is not in the group. Where one process raises,
+    the others wait for it: end them all, as torchrun does.
+    """
+    rank, ranks = _place(group)
+    tokens = math.prod(as_grid(grid)) + as_int("prefix_len", prefix_len, 0) + as_int("suffix_len", suffix_len, 0)
+    shares = [tokens // ranks + (i < tokens % ranks) for i in range(ranks)]
+    heads = _checked_heads(q, k, v, tensor_layout, shares[rank], f"{tokens} tokens, process {rank} of {ranks}")
+    options |= {"grid": grid, "config": _own_windows(config, heads, rank, ranks), "return_lse": return_lse}
+    options |= {"prefix_len": prefix_len, "suffix_len": suffix_len}
+
+    result = attention(*(_to_heads(_as_nhd(x, tensor_layout), shares, group) for x in (q, k, v)), **options)
+    if not return_lse:
+        return _as_nhd(_to_tokens(result, shares[rank], shares, group), tensor_layout)
+    out, lse = result
+    lse = lse.transpose(1, 2)[..., None]  # [B, L, H / P, 1]
+    out, lse = (_to_tokens(x, shares[rank], shares, group) for x in (out, lse))
+    return _as_nhd(out, tensor_layout), lse[..., 0].transpose(1, 2)
+
+
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    grid: Sequence[int],
+    config: AttentionConfig | None = None,
+    group: dist.ProcessGroup | None = None,
+    return_lse: bool = False,
+    tensor_layout: str = "NHD",
+    **options,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` over the tokens of all P processes of a group, whatever the number of heads (ring, arXiv 2310.01889).
+
+    Every process holds a slab of T / P frames, whole tiles of them, and attends it to one slab after another, while the
+    keys and values of the next are on their way; `merge_states` puts the parts together. So windows are the whole axis
+    on t, and anything on h and w. Differentiable as `attention` is; for that, each process keeps what P calls keep.
+
+    In exact arithmetic it gives what one process gives. What rounding takes from all tokens it takes from each slab:
+    V's scales, K's mean under smooth_k, and the scales of a quant_tile longer than the slab.
+
+    All processes of the group call it, with arguments that differ in the tokens only.
+
+    Args:
+        q, k, v: [B, l, H, D] ("NHD") or [B, H, l, D] ("HND"), the l = T / P * H * W tokens of this process's slab, in
+            the order of ranks.
+        group: None: the default one.
+        grid, config, return_lse, tensor_layout: as in `attention`, of the whole. There are no tokens beside the grid's.
+        options: scale, backend and deterministic, as in `attention`.
+
+    Returns out, like q; with return_lse, (out, lse), lse fp32 [B, H, l].
+    Raises as `ulysses_attention` does, save that any number of heads will do, and ValueError when T / P is not a whole
+    number of tiles or a window is narrower than the axis t.
+    """
+    rank, ranks = _place(group)
+    grid = as_grid(grid)
+    tokens, where = math.prod(grid) // ranks, f"grid {grid}, process {rank} of {ranks}"
+    heads = _checked_heads(q, k, v, tensor_layout, tokens, where)
+    slab, config = _slab(grid, AttentionConfig() if config is None else config, heads, ranks)
+    options |= {"grid": slab, "config": config, "tensor_layout": tensor_layout, "return_lse": True}
+
+    merged = None
+    for hop in range(ranks):
+        # Under way while these are attended: a collective's result is waited for where it is first read.
+        following = [_from_previous(x, rank, ranks, group) for x in (k, v)] if hop < ranks - 1 else None
+        part = attention(q, k, v, **options)
+        merged = merge_states(*zip(merged, part, strict=True), tensor_layout) if merged else part
+        k, v = following or (k, v)
+    out, lse = merged
+    return (out.to(q.dtype), lse) if return_lse else out.to(q.dtype)
+
+
+def merge_states(
+    outs: Sequence[Tensor], lses: Sequence[Tensor], tensor_layout: str = "NHD"
+) -> tuple[Tensor, Tensor]:
+    """Attention over all keys, from the same queries' attention over parts of them (arXiv 2205.14135, section 3.1).
+
+    lse = ln(sum_i exp(lse_i)), out = sum_i exp(lse_i - lse) out_i. Differentiable.
+
+    Args:
+        outs: each [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), of any floating dtypes.
+        lses: fp32, each [B, H, L], natural logarithm; -inf where a query saw none of the part's keys.
+
+    Returns out, fp32 (fp64 when an out is), and lse, fp32; 0 and -inf where a query saw no key at all.
+    Raises ValueError when there is no part, or not one lse for each out.
+    """
+    if not outs or len(outs) != len(lses):
+        raise ValueError(f"lses: {len(lses)} for {len(outs)} outs; there must be one for each, and at least one")
+    lses = torch.stack(tuple(lses))
+    shift = lses.detach().amax(0)
+    shift = shift.masked_fill(shift == -math.inf, 0.0)
+    weights = (lses - shift).exp()
+    total = weights.sum(0)
+    unseen = total == 0
+    total = total.masked_fill(unseen, 1.0)
+    heads_first = [to_heads_first(out, tensor_layout) for out in outs]
+    out = sum(x * w[..., None] for x, w in zip(heads_first, weights / total, strict=True))
+    return to_heads_first(out, tensor_layout), (shift + total.log()).masked_fill(unseen, -math.inf)
+
+
+def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """(rank, size) of this process in the group."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    if rank < 0:
+        raise ValueError(f"group: process {dist.get_rank()} is not in it; only those that are can call this")
+    return rank, ranks
+
+
+def _as_nhd(x: Tensor, tensor_layout: str) -> Tensor:
+    """A view of `x` as [B, L, H, D], or back."""
+    return to_heads_first(x, tensor_layout).transpose(1, 2)
+
+
+def _checked_heads(q, k, v, tensor_layout: str, tokens: int, where: str) -> int:
+    """How many heads q, k, v have, once they are known to be alike and to have so many tokens."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or x.dim() != 4:
+            what = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name}: must be a tensor with 4 dimensions, got {what}")
+        held = _as_nhd(x, tensor_layout).shape[1]
+        if held != tokens:
+            raise ValueError(f"{name}: has {held} tokens in layout {tensor_layout}, must have {tokens} ({where})")
+        if x.shape != q.shape:
+            raise ValueError(f"{name}: shape {list(x.shape)} must be that of q, {list(q.shape)}")
+    return _as_nhd(q, tensor_layout).shape[2]
+
+
+def _own_windows(config: AttentionConfig | None, heads: int, rank: int, ranks: int) -> AttentionConfig | None:
+    """The config of this process's heads."""
+    if heads % ranks:
+        legal = [n for n in range(1, heads + 1) if heads % n == 0]
+        near = [n for n in legal if n < ranks][-1:] + [n for n in legal if n > ranks][:1]
+        raise ValueError(
+            f"q: {heads} heads do not divide among {ranks} processes; nearest legal numbers of processes: "
+            f"{', '.join(map(str, near))}"
+        )
+    if config is None or config.window is None or isinstance(config.window[0], int) or len(config.window) == 1:
+        return config
+    if len(config.window) != heads:
+        raise ValueError(
+            f"window: {len(config.window)} windows of single heads for {heads} heads; give one triple, or {heads}"
+        )
+    own = heads // ranks
+    return replace(config, window=config.window[rank * own : (rank + 1) * own])
+
+
+def _slab(grid: Triple, config: AttentionConfig, heads: int, ranks: int) -> tuple[Triple, AttentionConfig]:
+    """The grid of a process's frames, and the config with the tile that the whole grid has."""
+    resolved = config.resolve(grid, heads)
+    frames, (tile, *_), (tiles, *_) = grid[0], resolved.tile, resolved.geometry.tiles
+    for window in resolved.windows:
+        if window[0] < tiles:
+            raise ValueError(
+                f"window: {window} has {window[0]} on axis {AXES[0]}, which has {tiles} tiles; a ring needs the whole "
+                f"axis, {tiles} (ulysses_attention takes any window)"
+            )
+    if ranks > 1 and frames % (ranks * tile):
+        advice = [f"{n} processes" for n in range(ranks - 1, 0, -1) if frames % (n * tile) == 0][:1]
+        advice += [f"a tile of {n} frames" for n in range(tile - 1, 0, -1) if frames % (ranks * n) == 0][:1]
+        raise ValueError(
+            f"grid: {frames} frames are not {ranks} slabs, one for each process, of whole tiles of {tile} frames; "
+            f"nearest legal: {' or '.join(advice) or '1 process'}"
+        )
+    return (frames // ranks, *grid[1:]), replace(config, tile=resolved.tile)
+
+
+def _to_heads(x: Tensor, shares: list[int], group) -> Tensor:
+    """[B, L, H / P, D], all tokens of this process's heads, from [B, l, H, D], all heads of its tokens."""
+    by_process = x.unflatten(2, (len(shares), -1)).permute(2, 1, 0, 3, 4)  # [P, l, B, H / P, D]
+    sent = [x.shape[1]] * len(shares)
+    return _all_to_all(by_process.flatten(0, 1), sent, shares, group).transpose(0, 1)
+
+
+def _to_tokens(x: Tensor, own: int, shares: list[int], group) -> Tensor:
+    """[B, l, H, D] from [B, L, H / P, D]: what undoes `_to_heads`."""
+    received = _all_to_all(x.transpose(0, 1), shares, [own] * len(shares), group)
+    by_process = received.unflatten(0, (len(shares), own)).transpose(1, 2)  # [P, B, l, H / P, D]
+    return torch.cat(by_process.unbind(), dim=2)
+
+
+def _from_previous(x: Tensor, rank: int, ranks: int, group) -> Tensor:
+    """What the process before this one in the ring gives for `x`."""
+    following, previous = (rank + 1) % ranks, (rank - 1) % ranks
+    sent, received = ([len(x) * (i == other) for i in range(ranks)] for other in (following, previous))
+    return _all_to_all(x, sent, received, group)
+
+
+def _all_to_all(x: Tensor, sent: list[int], received: list[int], group) -> Tensor:
+    """Rows for and from each process, in the order of ranks. Differentiable; the result is waited for when read."""
+    group = dist.group.WORLD if group is None else group
+    return collectives.all_to_all_single_autograd(x.contiguous(), received, sent, group)
