@@ -69,7 +69,9 @@ def wan_transformer(seed: int = 0, **kwargs) -> diffusers.WanTransformer3DModel:
         "freq_dim": 32,
         "ffn_dim": 64,
     }
-    return diffusers.WanTransformer3DModel(**sizes | {"num_layers": 2, "rope_max_seq_len": 32} | kwargs).eval()
+    return diffusers.WanTransformer3DModel(
+        **sizes | {"num_layers": 2, "rope_max_seq_len": 32} | kwargs
+    ).eval()
 
 
 def wan_vae() -> diffusers.AutoencoderKLWan:
@@ -120,14 +122,14 @@ def wan_i2v() -> Tiny:
     return Tiny(pipe, text(512) | kwargs, (3, 4, 6), passes=2)
 
 
-def ltx() -> Tiny:
+def ltx(heads: int = 2) -> Tiny:
     torch.manual_seed(0)
     transformer = diffusers.LTXVideoTransformer3DModel(
         in_channels=8,
         out_channels=8,
-        num_attention_heads=2,
+        num_attention_heads=heads,
         attention_head_dim=64,
-        cross_attention_dim=128,
+        cross_attention_dim=64 * heads,
         num_layers=2,
         caption_channels=TEXT_DIM,
     ).eval()

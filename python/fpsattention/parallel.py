@@ -55,14 +55,18 @@ def ulysses_attention(
         options: scale, prefix_valid, suffix_valid, backend and deterministic, as in `attention`.
 
     Returns out, like q; with return_lse, (out, lse), lse fp32 [B, H, l].
-    Raises TypeError or ValueError as `attention` does, when q, k, v are no such share, and when the heads do not divide;
-    ValueError when torch.distributed is not initialised, or this process is not in the group. Where one process raises,
-    the others wait for it: end them all, as torchrun does.
+    Raises TypeError or ValueError as `attention` does, when q, k, v are no such share, and when the heads do not
+    divide; ValueError when torch.distributed is not initialised, or this process is not in the group. Where one process
+    raises, the others wait for it: end them all, as torchrun does.
     """
     rank, ranks = _place(group)
-    tokens = math.prod(as_grid(grid)) + as_int("prefix_len", prefix_len, 0) + as_int("suffix_len", suffix_len, 0)
+    tokens = (
+        math.prod(as_grid(grid)) + as_int("prefix_len", prefix_len, 0) + as_int("suffix_len", suffix_len, 0)
+    )
     shares = [tokens // ranks + (i < tokens % ranks) for i in range(ranks)]
-    heads = _checked_heads(q, k, v, tensor_layout, shares[rank], f"{tokens} tokens, process {rank} of {ranks}")
+    heads = _checked_heads(
+        q, k, v, tensor_layout, shares[rank], f"{tokens} tokens, process {rank} of {ranks}"
+    )
     options |= {"grid": grid, "config": _own_windows(config, heads, rank, ranks), "return_lse": return_lse}
     options |= {"prefix_len": prefix_len, "suffix_len": suffix_len}
 
@@ -142,7 +146,9 @@ def merge_states(
     Raises ValueError when there is no part, or not one lse for each out.
     """
     if not outs or len(outs) != len(lses):
-        raise ValueError(f"lses: {len(lses)} for {len(outs)} outs; there must be one for each, and at least one")
+        raise ValueError(
+            f"lses: {len(lses)} for {len(outs)} outs; there must be one for each, and at least one"
+        )
     lses = torch.stack(tuple(lses))
     shift = lses.detach().amax(0)
     shift = shift.masked_fill(shift == -math.inf, 0.0)
@@ -176,7 +182,9 @@ def _checked_heads(q, k, v, tensor_layout: str, tokens: int, where: str) -> int:
             raise TypeError(f"{name}: must be a tensor with 4 dimensions, got {what}")
         held = _as_nhd(x, tensor_layout).shape[1]
         if held != tokens:
-            raise ValueError(f"{name}: has {held} tokens in layout {tensor_layout}, must have {tokens} ({where})")
+            raise ValueError(
+                f"{name}: has {held} tokens in layout {tensor_layout}, must have {tokens} ({where})"
+            )
         if x.shape != q.shape:
             raise ValueError(f"{name}: shape {list(x.shape)} must be that of q, {list(q.shape)}")
     return _as_nhd(q, tensor_layout).shape[2]
@@ -191,7 +199,12 @@ def _own_windows(config: AttentionConfig | None, heads: int, rank: int, ranks: i
             f"q: {heads} heads do not divide among {ranks} processes; nearest legal numbers of processes: "
             f"{', '.join(map(str, near))}"
         )
-    if config is None or config.window is None or isinstance(config.window[0], int) or len(config.window) == 1:
+    if (
+        config is None
+        or config.window is None
+        or isinstance(config.window[0], int)
+        or len(config.window) == 1
+    ):
         return config
     if len(config.window) != heads:
         raise ValueError(

@@ -1,0 +1,527 @@
+"""fpsattention.parallel over 2 and 4 processes on gloo, held against one process."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from unittest.mock import Mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fpsattention as fps
+import many_gpus
+from fpsattention import parallel
+from fpsattention.api import as_lists
+from processes import Processes
+
+GRID = (4, 5, 6)
+TILE = (1, 2, 2)
+HEADS = 4
+WINDOWS = ((1, 1, 3), (3, 3, 1), (1, 3, 3), (4, 1, 1))  # one for each head, all different
+TEXT = {"prefix_len": 3, "suffix_len": 4}
+HOST_WINDOWS = ((1, 1, 3), (3, 1, 1), (1, 1, 1), (3, 3, 3))
+COUNTS = {"prefix_valid": [1, 3], "suffix_valid": [4, 0]}  # of two samples
+
+CONFIGS = {
+    "dense": fps.AttentionConfig(TILE),
+    "planned": None,
+    "window of each head": fps.AttentionConfig(TILE, WINDOWS),
+    "smooth, coarse": fps.AttentionConfig(TILE, (1, 3, 3), smooth_k=True, quant_tile=(2, 2, 4)),
+    "truncate": fps.AttentionConfig(TILE, (3, 3, 3), border="truncate", quant="none"),
+}
+RING = {
+    "dense": fps.AttentionConfig(TILE),
+    "window of each head": fps.AttentionConfig(TILE, ((5, 1, 1), (4, 3, 1), (9, 3, 3), (4, 1, 3))),
+    "smooth, coarse": fps.AttentionConfig(TILE, (4, 3, 3), smooth_k=True, quant_tile=(2, 2, 4)),
+}
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def pools(tmp_path_factory):
+    """Of 2 and of 4 processes, started when they are first asked for."""
+    made: dict[int, Processes] = {}
+
+    def get(size: int) -> Processes:
+        if size not in made:
+            made[size] = Processes(size, tmp_path_factory.mktemp("store"))
+        return made[size]
+
+    yield get
+    for pool in made.values():
+        pool.stop()
+
+
+@pytest.fixture(params=[2, 4])
+def processes(request, pools) -> Processes:
+    return pools(request.param)
+
+
+@pytest.fixture
+def two(pools) -> Processes:
+    return pools(2)
+
+
+@pytest.fixture
+def four(pools) -> Processes:
+    return pools(4)
+
+
+def tensors(tokens: int, dtype=torch.float32, heads: int = HEADS) -> list[torch.Tensor]:
+    """q, k, v, dout [B, L, H, D] and dlse [B, H, L], the same in every process."""
+    g = torch.Generator().manual_seed(0)
+    *qkvd, dlse = (torch.randn(2, tokens, heads, n, generator=g) for n in (16, 16, 16, 16, 1))
+    return [*(x.to(dtype) for x in qkvd), dlse[..., 0].transpose(1, 2)]
+
+
+def attended(attend, tensors, tensor_layout: str = "NHD", **options) -> list[torch.Tensor]:
+    """out, lse and the gradients of q, k, v under `attend`: all [B, L, ...], whatever the layout."""
+    *qkvd, dlse = tensors
+    q, k, v, dout = (x if tensor_layout == "NHD" else x.transpose(1, 2) for x in qkvd)
+    q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fpsattention runs its reference")
+        out, lse = attend(q, k, v, return_lse=True, tensor_layout=tensor_layout, **options)
+    assert type(out) is type(lse) is torch.Tensor
+    gradients = torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
+    results = (out.detach(), *gradients)
+    out, *gradients = (x if tensor_layout == "NHD" else x.transpose(1, 2) for x in results)
+    return [out, lse.detach().transpose(1, 2), *gradients]
+
+
+def share_of(x: torch.Tensor, group=None, dim: int = 1) -> torch.Tensor:
+    return x.tensor_split(dist.get_world_size(group), dim)[dist.get_rank(group)]
+
+
+def shares_of(tensors, group=None) -> list[torch.Tensor]:
+    *nhd, dlse = tensors
+    return [*(share_of(x, group) for x in nhd), share_of(dlse, group, 2)]
+
+
+# What the processes run; they return what differs, so that a process's assertion is a test's.
+
+
+def ulysses_against_one(config, layout, dtype, text, counts, groups=1) -> list[tuple[bool, float]]:
+    """Of out, lse and the gradients of q, k, v: whether they are what one process makes of as many heads at a time, bit
+    for bit, and how far from what it makes of all, relative to the largest. (How many matrices are multiplied at once
+    may change the last bit of each.)
+    """
+    size = dist.get_world_size() // groups
+    made = [dist.new_group(range(i * size, (i + 1) * size)) for i in range(groups)] if groups > 1 else [None]
+    group = made[dist.get_rank() // size]
+    everything = tensors(math.prod(GRID) + sum(text.values()), dtype)
+    counts = {name: torch.tensor(x, dtype=torch.int32) for name, x in counts.items()}
+    options = {"grid": GRID, "config": config, "tensor_layout": layout, **text, **counts}
+    expected = attended(fps.attention, everything, **options)
+    ours = attended(parallel.ulysses_attention, shares_of(everything, group), group=group, **options)
+
+    by_heads = []
+    for heads in torch.arange(HEADS).chunk(size):
+        *nhd, dlse = everything
+        if config and config.window and not isinstance(config.window[0], int):
+            options["config"] = replace(config, window=[config.window[h] for h in heads])
+        by_heads.append(attended(fps.attention, [*(x[:, :, heads] for x in nhd), dlse[:, heads]], **options))
+    exactly = [torch.cat(parts, dim=2) for parts in zip(*by_heads, strict=True)]
+    return [
+        (
+            torch.equal(x, share_of(y, group)),
+            ((x - share_of(z, group)).nan_to_num().abs().max() / z[z.isfinite()].abs().max()).item(),
+        )
+        for x, y, z in zip(ours, exactly, expected, strict=True)
+    ]
+
+
+def ring_errors(config, layout, dtype) -> list[tuple[float, float]]:
+    """Of out, lse and the gradients: relative RMS errors of the ring and of one process, against exact attention."""
+    everything = tensors(math.prod(GRID), dtype)
+    options = {"grid": GRID, "tensor_layout": layout}
+    exact_config = replace(config, quant="none", quant_tile=None, smooth_k=False)
+    exact = attended(fps.attention, [x.double() for x in everything], config=exact_config, **options)
+    one = attended(fps.attention, everything, config=config, **options)
+    ours = attended(parallel.ring_attention, shares_of(everything), config=config, **options)
+    errors = []
+    for x, y, reference in zip(ours, one, exact, strict=True):
+        reference = share_of(reference)
+        errors.append(tuple(((z - reference).norm() / reference.norm()).item() for z in (x, share_of(y))))
+    return errors
+
+
+def message_of(name: str, shapes, options) -> str:
+    """The error of a call with q, k, v of these shapes."""
+    with pytest.raises((TypeError, ValueError)) as raised:
+        getattr(parallel, name)(*(torch.zeros(2, *shape) for shape in shapes), **{"grid": GRID} | options)
+    return str(raised.value)
+
+
+def outsiders_message() -> str | None:
+    group = dist.new_group([0, 1])
+    if dist.get_rank() < 2:
+        return None
+    with pytest.raises(ValueError) as raised:
+        parallel.ulysses_attention(*tensors(60)[:3], grid=GRID, group=group)
+    return str(raised.value)
+
+
+@torch.library.custom_op("fpsattention_test::attention_of_heads", mutates_args=())
+def opaque(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: list[int], tile: list[int], windows: list[int]
+) -> torch.Tensor:
+    """Stands for the attention, as one op does on the sm90 backend; tracing the reference would break the graph."""
+    assert type(q) is type(k) is type(v) is torch.Tensor  # what the kernels take pointers of
+    triples = [windows[i : i + 3] for i in range(0, len(windows), 3)]
+    config = fps.AttentionConfig(tile, triples or None, quant="none")
+    return fps.attention(q, k, v, grid=grid, config=config)
+
+
+opaque.register_fake(lambda q, *_: torch.empty(q.shape))
+opaque.register_autograd(lambda ctx, d: (d, 2 * d, 3 * d, None, None, None))
+
+
+def attend_opaquely(q, k, v, *, grid, config, **_):
+    tile, _, windows, _ = as_lists(config)
+    return torch.ops.fpsattention_test.attention_of_heads(q, k, v, list(grid), tile, windows)
+
+
+def compiled_ulysses() -> tuple[int, bool, bool]:
+    """(graphs, whether the output is that of eager mode, whether the gradients are)"""
+    config = replace(CONFIGS["window of each head"], quant="none")
+    q, k, v, dout, _ = shares_of(tensors(math.prod(GRID)))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+
+    def call(q, k, v):
+        return parallel.ulysses_attention(q, k, v, grid=GRID, config=config)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "attention", attend_opaquely)
+        torch.compiler.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(call, backend=counter, fullgraph=True)
+        results = []
+        for function in (call, compiled, compiled):
+            out = function(q, k, v)
+            results.append((out, *torch.autograd.grad(out, (q, k, v), dout)))
+    eager, _, again = results
+    same = [torch.equal(x, y) for x, y in zip(eager, again, strict=True)]
+    return counter.frame_count, same[0], all(same[1:])
+
+
+def share_tokens(transformer) -> None:
+    """The host's context parallelism over all processes."""
+    from diffusers import ContextParallelConfig
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.accelerator, "device_count", lambda: 1)  # the host divides by it
+        transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=dist.get_world_size()))
+
+
+def pipeline_against_one(first: str) -> tuple[float, float, int]:
+    """(largest difference, largest value, steps in which `ulysses_attention` ran)"""
+    import tiny_diffusers as tiny
+    from fpsattention.integrations import diffusers_models
+    from fpsattention.integrations.diffusers import enable
+
+    sparse = fps.AttentionConfig(TILE, HOST_WINDOWS, quant="none")
+    schedule = fps.StepSchedule(sparse, fps.AttentionConfig(TILE), sparse)
+    on = {"dense_layers": [-1], "dense_steps": [1]}
+    one, model = (tiny.wan(transformer=tiny.wan_transformer(num_attention_heads=HEADS)) for _ in range(2))
+    enable(one.pipe, schedule, **on)
+    if first == "enable":
+        enable(model.pipe, schedule, **on)
+    share_tokens(model.pipe.transformer)
+    if first != "enable":
+        enable(model.pipe, schedule, **on)
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fpsattention runs its reference")
+        ulysses = Mock(side_effect=parallel.ulysses_attention)
+        patch.setattr(diffusers_models, "ulysses_attention", ulysses)
+        expected, ours = (x.run(output_type="latent") for x in (one, model))
+    difference = (ours - expected).abs().max().item()
+    return difference, expected.abs().max().item(), ulysses.call_count // model.passes
+
+
+def ltx_against_one() -> tuple[float, float]:
+    """(largest difference, largest value) of a forward. In the pipeline, and in a backward, the host's own parallel
+    cross-attention fails, over the text's mask and its length.
+    """
+    import tiny_diffusers as tiny
+    from fpsattention.integrations.diffusers import enable
+
+    g = tiny.noise(1)
+    inputs = {
+        "hidden_states": torch.randn(1, 72, 8, generator=g),
+        "encoder_hidden_states": torch.randn(1, 8, tiny.TEXT_DIM, generator=g),
+        "encoder_attention_mask": None,
+        "timestep": torch.tensor([500.0]),
+        "rope_interpolation_scale": (1.0, 1.0, 1.0),
+    }
+    config = fps.AttentionConfig(TILE, HOST_WINDOWS, quant="none")
+    outs = []
+    for shared in (False, True):
+        model = tiny.ltx(HEADS).pipe.transformer
+        enable(model, fps.StepSchedule(config, config, config), shift=3.0)
+        if shared:
+            share_tokens(model)
+        with torch.no_grad():
+            outs.append(model(**inputs, num_frames=3, height=4, width=6, return_dict=False)[0])
+    one, ours = outs
+    return (ours - one).abs().max().item(), one.abs().max().item()
+
+
+def wan_against_one(compiled: bool) -> tuple[int, float, float]:
+    """(graphs, largest difference of a gradient summed over the processes, its largest value)"""
+    import tiny_diffusers as tiny
+    from fpsattention.integrations.diffusers import enable
+
+    g = tiny.noise(1)
+    inputs = {
+        "hidden_states": torch.randn(1, 16, 3, 8, 12, generator=g),
+        "encoder_hidden_states": torch.randn(1, 8, tiny.TEXT_DIM, generator=g),
+        "timestep": torch.full((1, 72), 500.0),
+    }
+    config = fps.AttentionConfig(TILE, HOST_WINDOWS, quant="none")
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def gradient(shared: bool) -> torch.Tensor:
+        model = tiny.wan_transformer(num_attention_heads=HEADS)
+        enable(model, fps.StepSchedule(config, config, config), shift=3.0)
+        if shared:
+            share_tokens(model)
+            if compiled:
+                model(**inputs, return_dict=False)  # the host reads signatures first, which breaks the graph
+                model.compile(backend=counter, fullgraph=True)
+        model(**inputs, return_dict=False)[0].square().sum().backward()
+        return model.blocks[0].attn1.to_q.weight.grad
+
+    with pytest.MonkeyPatch.context() as patch:
+        if compiled:
+            torch.compiler.reset()
+            patch.setattr(parallel, "attention", attend_opaquely)
+        ours = gradient(shared=True)
+        dist.all_reduce(ours)
+    expected = gradient(shared=False)
+    return counter.frame_count, (ours - expected).abs().max().item(), expected.abs().max().item()
+
+
+def example_differences() -> list[float]:
+    device = torch.device("cpu")
+    rows = [*many_gpus.compare_attention(device, **many_gpus.ON_CPU)]
+    rows += many_gpus.compare_training(device, **many_gpus.ON_CPU)
+    return [difference for *_, difference in rows]
+
+
+def check_ulysses(results, tolerance: float):
+    for process in results:
+        for exactly, error in process:
+            assert exactly and error < tolerance
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_ulysses_is_one_process(processes, name):
+    text = {} if name == "truncate" else TEXT
+    check_ulysses(processes.run(ulysses_against_one, CONFIGS[name], "NHD", torch.float32, text, {}), 1e-6)
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_ulysses_with_text_of_different_lengths(processes, layout):
+    """127 tokens, of which the processes hold unequal shares, in bfloat16."""
+    call = CONFIGS["window of each head"], layout, torch.bfloat16, TEXT, COUNTS
+    check_ulysses(processes.run(ulysses_against_one, *call), 1e-2)
+
+
+def test_ulysses_in_two_groups(four):
+    call = CONFIGS["window of each head"], "NHD", torch.float32, TEXT, {}, 2
+    check_ulysses(four.run(ulysses_against_one, *call), 1e-6)
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("name", RING)
+def test_ring_unrounded_is_one_process(processes, name, layout):
+    config = replace(RING[name], quant="none", quant_tile=None, smooth_k=False)
+    for errors in processes.run(ring_errors, config, layout, torch.float32):
+        assert max(ours for ours, _ in errors) < 1e-6
+
+
+@pytest.mark.parametrize("name", RING)
+def test_rounding_in_a_ring_is_no_worse_than_in_one_process(processes, name):
+    """V's scales, K's mean and a coarse tile's scales are those of a slab, so the codes are others."""
+    for errors in processes.run(ring_errors, RING[name], "NHD", torch.bfloat16):
+        for ours, one in errors:
+            assert ours < 1.1 * one
+        assert max(one for _, one in errors) < 0.1
+
+
+SHARE = (30, 4, 16)  # of one of four processes
+ODD = {"config": fps.AttentionConfig((2, 2, 2))}
+
+
+@pytest.mark.parametrize(
+    "shapes, options, error",
+    [
+        (
+            [(30, 6, 16)] * 3,
+            {},
+            r"q: 6 heads do not divide among 4 processes; nearest legal numbers of processes: 3, 6$",
+        ),
+        ([(30, 2, 16)] * 3, {}, r"q: 2 heads do not divide among 4 processes; nearest .*: 2$"),
+        ([(29, 4, 16)] * 3, {}, r"q: has 29 tokens .* NHD, must have 30 \(120 tokens, process . of 4\)"),
+        (
+            [(4, 30, 16)] * 3,
+            {"tensor_layout": "HND", "prefix_len": 8},
+            r"q: has 30 tokens in layout HND, must have 32 \(128 tokens, ",
+        ),
+        ([SHARE, SHARE, (30, 8, 16)], {}, r"v: shape \[2, 30, 8, 16\] must be that of q, \[2, 30, 4, 16\]"),
+        ([SHARE[1:]] * 3, {}, r"q: must be a tensor with 4 dimensions, got shape \[2, 4, 16\]"),
+        (
+            [SHARE] * 3,
+            {"config": fps.AttentionConfig(TILE, WINDOWS[:3])},
+            r"window: 3 windows of single heads for 4 heads; give one triple, or 4",
+        ),
+        ([SHARE] * 3, {"suffix_len": -1}, r"suffix_len: -1 must be an integer, at least 0; nearest"),
+        ([SHARE] * 3, {"tensor_layout": "LHD"}, r"tensor_layout: 'LHD' must be"),
+    ],
+)
+def test_bad_arguments_of_ulysses(four, shapes, options, error):
+    """Every process raises, before any waits for another."""
+    for message in four.run(message_of, "ulysses_attention", shapes, options):
+        assert re.match(error, message), message
+
+
+@pytest.mark.parametrize(
+    "shapes, options, error",
+    [
+        (
+            [SHARE] * 3,
+            {"config": CONFIGS["window of each head"]},
+            r"window: \(1, 1, 3\) has 1 on axis t, which has 4 tiles; a ring needs the whole axis, 4 \(ulysses",
+        ),
+        (
+            [SHARE] * 3,
+            ODD,
+            r"grid: 4 frames are not 4 slabs, .* of 2 frames; nearest legal: 2 processes or a tile of 1 frames",
+        ),
+        (
+            [(45, 4, 16)] * 3,
+            ODD | {"grid": (6, 5, 6)},
+            r"grid: 6 frames .* of 2 .*; nearest legal: 3 processes$",
+        ),
+        ([(29, 4, 16)] * 3, {}, r"q: has 29 tokens .*, must have 30 \(grid \(4, 5, 6\), process . of 4\)"),
+    ],
+)
+def test_bad_arguments_of_a_ring(four, shapes, options, error):
+    for message in four.run(message_of, "ring_attention", shapes, options):
+        assert re.match(error, message), message
+
+
+def test_a_process_outside_of_the_group(four):
+    messages = four.run(outsiders_message)
+    assert messages[:2] == [None, None]
+    assert [re.match(r"group: process (\d) is not in it", x)[1] for x in messages[2:]] == ["2", "3"]
+
+
+def attention_of_parts(q, k, v, parts):
+    """(outs, lses), HND: the same queries over each of the parts of the keys; an empty part has none."""
+    outs, lses = [], []
+    for part in parts:
+        scores = q @ k[:, :, part].mT
+        lses.append(scores.logsumexp(-1))
+        outs.append(scores.softmax(-1) @ v[:, :, part])
+    return outs, lses
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_merged_states_are_attention_over_all_keys(layout):
+    q, k, v = (x.transpose(1, 2).double() for x in tensors(24)[:3])
+    parts = [slice(0, 7), slice(7, 8), slice(8, 8), slice(8, 24)]
+    outs, lses = attention_of_parts(10 * q, k, v, parts)
+    (expected,), (expected_lse,) = attention_of_parts(10 * q, k, v, [slice(None)])
+    in_layout = outs if layout == "HND" else [x.transpose(1, 2) for x in outs]
+    out, lse = parallel.merge_states(in_layout, lses, layout)
+    torch.testing.assert_close(out if layout == "HND" else out.transpose(1, 2), expected)
+    torch.testing.assert_close(lse, expected_lse)
+
+
+def test_merged_states_of_queries_that_saw_nothing():
+    outs = [torch.randn(1, 2, 1, 4, dtype=torch.bfloat16), torch.randn(1, 2, 1, 4, dtype=torch.bfloat16)]
+    lses = [torch.tensor([[[1.0, -math.inf]]]), torch.tensor([[[-math.inf, -math.inf]]])]
+    for x in (*outs, *lses):
+        x.requires_grad_()
+    out, lse = parallel.merge_states(outs, lses)
+    assert out.dtype == torch.float32
+    assert torch.equal(out[0, 0], outs[0][0, 0].float()) and out[0, 1].eq(0).all()
+    assert lse.tolist() == [[[1.0, -math.inf]]]
+    (out.sum() + lse[..., :1].sum()).backward()
+    assert outs[0].grad[0, :, 0, 0].tolist() == [1, 0] and not outs[1].grad.any()
+    assert lses[0].grad.tolist() == [[[1.0, 0.0]]] and not lses[1].grad.any()
+
+
+def test_gradient_of_merged_states():
+    g = torch.Generator().manual_seed(0)
+    outs = [torch.randn(1, 3, 2, 2, generator=g, dtype=torch.double, requires_grad=True) for _ in range(3)]
+    lses = [torch.randn(1, 2, 3, generator=g, dtype=torch.double, requires_grad=True) for _ in range(3)]
+    assert torch.autograd.gradcheck(lambda *x: parallel.merge_states(x[:3], x[3:]), (*outs, *lses))
+
+
+def test_merged_states_must_be_pairs():
+    with pytest.raises(ValueError, match="lses: 0 for 1 outs; there must be one for each, and at least one"):
+        parallel.merge_states([torch.zeros(1, 1, 1, 1)], [])
+
+
+def test_one_graph_under_compile(two):
+    assert two.run(compiled_ulysses) == [(1, True, True)] * 2
+
+
+@pytest.mark.parametrize("first", ["enable", "enable_parallelism"])
+def test_diffusers_pipeline(processes, first):
+    """Windows of each head, FP8, and the host's own attention in a step and in a layer."""
+    for error, size, steps in processes.run(pipeline_against_one, first):
+        assert error < 1e-4 * size
+        assert steps == 4  # of 5, in one layer
+
+
+def test_ltx_in_diffusers(processes):
+    for error, size in processes.run(ltx_against_one):
+        assert error < 1e-4 * size
+
+
+def test_training_in_diffusers(processes):
+    for _, error, size in processes.run(wan_against_one, False):
+        assert error < 1e-4 * size
+
+
+def test_one_graph_of_a_transformer(two):
+    for graphs, *_ in two.run(wan_against_one, True):
+        assert graphs == 1
+
+
+@pytest.mark.filterwarnings("ignore:fpsattention runs its reference")
+def test_example(processes):
+    """examples/many_gpus.py: attention, and training under FSDP2."""
+    for ulysses, ring, training in processes.run(example_differences):
+        assert ulysses < 1e-5
+        assert 0 < ring < 0.1  # other roundings to FP8
+        assert training < 1e-2
+
+
+def test_example_under_torchrun():
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", many_gpus.__file__]
+    done = subprocess.run(
+        run, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    title, header, *rows = done.stdout.splitlines()
+    assert title == "2 processes, gloo" and len(rows) == 3
+
+
+def test_example_wants_torchrun(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(SystemExit, match="torchrun --nproc-per-node 4 examples/many_gpus.py"):
+        many_gpus.main()
