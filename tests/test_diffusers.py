@@ -453,11 +453,32 @@ def test_a_processor_replaced_by_the_host_is_no_silent_fallback():
     model.run()
 
 
-def test_parallelism_is_no_silent_fallback(wan):
-    enable(wan.pipe, STAGES)
-    wan.pipe.transformer._parallel_config = object()
-    with pytest.raises(RuntimeError, match="parallelism is switched on"):
-        wan.run()
+@pytest.mark.parametrize(
+    "name, config, error",
+    [
+        (
+            "wan",
+            {"tensor_parallel_config": diffusers.TensorParallelConfig(tp_degree=2)},
+            "transformer: tensor parallelism is switched on",
+        ),
+        (
+            "wan",
+            {"context_parallel_config": diffusers.ContextParallelConfig(ring_degree=2, ulysses_degree=2)},
+            r"ring_degree=2, .* nearest legal: ContextParallelConfig\(ulysses_degree=4\)",
+        ),
+        (
+            "hunyuan",
+            {"context_parallel_config": diffusers.ContextParallelConfig(ulysses_degree=2)},
+            "the text of a HunyuanVideoTransformer3DModel is unknown .* in LTXVideoTransformer3DModel, WanTransformer",
+        ),
+    ],
+)
+def test_parallelism_is_no_silent_fallback(name, config, error):
+    model = tiny.MODELS[name]()
+    enable(model.pipe, STAGES)
+    model.pipe.transformer._parallel_config = diffusers.ParallelConfig(**config)
+    with pytest.raises(RuntimeError, match=error):
+        model.run()
 
 
 def test_dense_steps_beyond_the_sampler(wan):

@@ -3,7 +3,7 @@
 out = fpsattention.attention(q, k, v, grid=(21, 45, 80), config=AttentionConfig(tile=(7, 9, 2), window=(3, 3, 9)))
 """
 
-from . import integrations, reference
+from . import integrations, parallel, reference
 from .api import QuantizedQKV, attention, backend_for, quantize_qkv
 from .config import AttentionConfig
 from .planning import Plan, plan
@@ -22,6 +22,7 @@ __all__ = [
     "integrations",
     "norm_rope",
     "norm_rope_quantize",
+    "parallel",
     "plan",
     "quantize_qkv",
     "reference",
