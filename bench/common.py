@@ -145,13 +145,13 @@ class Record:
     """One contender on one case. Times in ms, bandwidths in GB/s (1e9), errors are relative RMS.
 
     A case that ends in "backward" is the backward alone, one in "training" forward and backward, one in "block step" a
-    training step of a transformer block, which alone has a `peak_gib`. One in "alone" or "with text" is a forward of the
-    pair that tells what text tokens cost: `text_cost` is by how much the time grows beyond the work, as a fraction of
-    the time without. The others are forwards. `tflops` is useful
-    work, 4 * head_dim * attended pairs * heads * batch, over `attn_ms`; `tflops_total` the same over `ms`, quantisation
-    included (2.5 times that work in a backward, 3.5 times in training); `tflops_computed` is what the kernel computes,
-    padding inside its blocks included, over `attn_ms`. `speedup` is baseline_ms / ms. `graph_gap_us` is the largest gap
-    between the kernels of one call under a CUDA graph. A record with an `error` is used in no comparison.
+    training step of a transformer block, which alone has a `peak_gib`. One in "alone" or "with text" is a forward of
+    the pair that tells what text tokens cost: `text_cost` is by how much the time grows beyond the work, as a fraction
+    of the time without. The others are forwards. `tflops` is useful work, 4 * head_dim * attended pairs * heads *
+    batch, over `attn_ms`; `tflops_total` the same over `ms`, quantisation included (2.5 times that work in a backward,
+    3.5 times in training); `tflops_computed` is what the kernel computes, padding inside its blocks included, over
+    `attn_ms`. `speedup` is baseline_ms / ms. `graph_gap_us` is the largest gap between the kernels of one call under a
+    CUDA graph. A record with an `error` is used in no comparison.
     """
 
     case: str

@@ -63,7 +63,21 @@ def main() -> None:
                 assert none.any() == bool(extra), f"lse of invalid tokens is not -inf: {case}"
                 assert all(x.isfinite().all() for x in grads), f"a gradient is not finite: {case}"
                 launches += 1
+                if not extra and not config.smooth_k:
+                    check_prologue(grid, config, *(x.detach() for x in leaves), tensor_layout)
     print(f"{launches} calls and their backwards, all finite")
+
+
+def check_prologue(grid, config, q, k, v, tensor_layout) -> None:
+    """The same call with a norm and a rotation ahead of it."""
+    head_dim = q.shape[3]
+    weight = torch.ones(2 * head_dim, device="cuda")
+    pairs = (head_dim // 2 - 20, 10, 10)
+    rope = [torch.ones(n, p, 2, device="cuda") for n, p in zip(grid, pairs, strict=True)]
+    about = {"grid": grid, "config": config, "tensor_layout": tensor_layout, "backend": "sm90"}
+    norm_rope = {"q_weight": weight, "k_weight": weight, "rope": rope}
+    out = fps.attention(fps.norm_rope_quantize(q, k, v, **about, **norm_rope))
+    assert out.isfinite().all(), f"out is not finite after a prologue: {grid}, {config}"
 
 
 if __name__ == "__main__":

@@ -290,6 +290,45 @@ def test_noise_level_of_mochi_runs_backwards():
     assert model.sigma(torch.tensor([0.0, 250.0, 1000.0])).tolist() == [1.0, 0.75, 0.0]
 
 
+def test_norm_and_rotation_are_fused_where_nobody_else_needs_them(monkeypatch):
+    """FP8 layers of a Wan forward without gradients go through `norm_rope_quantize`, to the same end but for a code
+    here and there. With a gradient, under autocast and unrounded they do not.
+    """
+    transformer = tiny.wan_transformer()
+    for layer in diffusers_models.Wan.layers(transformer):
+        for norm in (layer.norm_q, layer.norm_k):
+            torch.nn.init.uniform_(norm.weight, 0.5, 2.0)
+    ran = []
+
+    def record(*args, **kwargs):
+        ran.append(kwargs["config"])
+        return norm_rope_quantize(*args, **kwargs)
+
+    norm_rope_quantize = diffusers_models.norm_rope_quantize
+    monkeypatch.setattr(diffusers_models, "norm_rope_quantize", record)
+
+    def forward():
+        return transformer(**inputs(), timestep=torch.tensor([500.0])).sample
+
+    handle = enable(transformer, fps.StepSchedule(FP8, FP8, FP8), shift=1.0)
+    with torch.no_grad():
+        fused = forward()
+        assert ran == [FP8, FP8]
+        with torch.autocast("cpu", torch.bfloat16):
+            forward()
+        with monkeypatch.context() as patch:
+            patch.setattr(diffusers_models.Wan, "fuses", lambda *_: False)
+            apart = forward()
+    forward()
+    handle.remove()
+    enable(transformer, SAME, shift=1.0)
+    with torch.no_grad():
+        unrounded = forward()
+    assert ran == [FP8, FP8]
+    distance = (fused - apart).norm() / apart.norm()
+    assert distance < 0.1 * (unrounded - apart).norm() / apart.norm()
+
+
 def test_autocast():
     """float32 weights, bfloat16 arithmetic: the usual training. The difference is bfloat16's."""
     transformer = tiny.wan_transformer()

@@ -11,6 +11,20 @@ __device__ __forceinline__ uint32_t smem_address(const void *p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+template <class F>
+__device__ __forceinline__ void spin_until(F &&done) {
+#ifdef FPS_DEBUG
+    // A deadlock becomes a launch failure within seconds.
+    for (int tries = 0; !done(); ++tries) {
+        if (tries > (1 << 22)) {
+            __trap();
+        }
+    }
+#else
+    while (!done()) {}
+#endif
+}
+
 // An mbarrier in shared memory. Waiters pass the parity of the phase they wait for.
 struct Barrier {
     uint64_t state;
@@ -37,16 +51,7 @@ struct Barrier {
         return done;
     }
     __device__ void wait(uint32_t parity) {
-#ifdef FPS_DEBUG
-        // A deadlock becomes a launch failure within seconds.
-        for (int tries = 0; !try_wait(parity); ++tries) {
-            if (tries > (1 << 22)) {
-                __trap();
-            }
-        }
-#else
-        while (!try_wait(parity)) {}
-#endif
+        spin_until([&] { return try_wait(parity); });
     }
 };
 
@@ -128,20 +133,11 @@ __device__ __forceinline__ void bulk_wait() {
 
 // Acquire and release at GPU scope, for turns taken between CTAs: until a counter that grows has reached a value.
 __device__ __forceinline__ void wait_for(const int *counter, int value) {
-    const auto reached = [&] {
+    spin_until([&] {
         int x;
         asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(counter) : "memory");
         return x >= value;
-    };
-#ifdef FPS_DEBUG
-    for (int tries = 0; !reached(); ++tries) {
-        if (tries > (1 << 24)) {
-            __trap();
-        }
-    }
-#else
-    while (!reached()) {}
-#endif
+    });
 }
 __device__ __forceinline__ void store_release(int *to, int x) {
     asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(to), "r"(x) : "memory");

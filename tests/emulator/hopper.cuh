@@ -12,6 +12,13 @@ inline uint32_t smem_address(const void *p) {
     return emulator::shared_address(p);
 }
 
+template <class F>
+void spin_until(F &&done) {
+    while (!done()) {
+        emulator::yield();
+    }
+}
+
 struct Barrier {
     uint64_t state;
 
@@ -20,9 +27,7 @@ struct Barrier {
     void arrive() { emulator::mbarrier_arrive(this); }
     bool try_wait(uint32_t parity) { return emulator::mbarrier_completed(this, parity); }
     void wait(uint32_t parity) {
-        while (!try_wait(parity)) {
-            emulator::yield();
-        }
+        spin_until([&] { return try_wait(parity); });
     }
 };
 
@@ -73,9 +78,7 @@ inline void bulk_wait() {
 }
 
 inline void wait_for(const int *counter, int value) {
-    while (*counter < value) {
-        emulator::yield();
-    }
+    spin_until([&] { return *counter >= value; });
 }
 inline void store_release(int *to, int x) {
     *to = x;
