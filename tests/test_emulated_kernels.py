@@ -281,14 +281,11 @@ TURN_MUTATIONS = {
 def test_a_broken_backward_is_noticed(name, emulated, tmp_path, on_cpu, monkeypatch):
     path = build.build(tmp_path, MUTATIONS[name], base=emulated.parent)
     case = Case((5, 9, 9), AttentionConfig(tile=(3, 5, 8)), ctas=2)
-    for seed in range(3, 9):  # a race need not be lost under every schedule
-        try:
-            found = errors(path, case, seed, monkeypatch)
-        except RuntimeError:  # the emulator's own checks
-            return
-        if any(not found[x] <= LIMITS[x] for x in ("dq", "dk", "dv")):
-            return
-    pytest.fail(f"not noticed under any schedule: {found}")
+    try:
+        found = errors(path, case, 3, monkeypatch)
+    except RuntimeError:  # the emulator's own checks
+        return
+    assert any(not found[x] <= LIMITS[x] for x in ("dq", "dk", "dv")), found
 
 
 @pytest.mark.parametrize("name", TURN_MUTATIONS)

@@ -476,6 +476,10 @@ void mbarrier_arrive(void *barrier) {
     Mbarrier &mbarrier = mbarrier_of(*current->cta, barrier);
     --mbarrier.pending;
     complete_phase(mbarrier);
+    // Whoever has arrived may be late with what comes next, and find that others went on without it.
+    for (int late = random_number() % 8 == 0 ? 64 : 0; late > 0; --late) {
+        yield();
+    }
 }
 
 bool mbarrier_completed(void *barrier, uint32_t parity) {
@@ -589,8 +593,10 @@ void run(dim3 grid, int threads, size_t shared_bytes, std::function<void()> body
             return;
         }
         Cta &cta = *live[random_number() % live.size()];
-        // All threads from a random one on, or 32 of them.
-        const int first = int(random_number() % threads), count = random_number() % 2 ? 32 : threads;
+        // All threads from a random one on, or 32 of them, or a few: then a warp is torn apart in the middle of what no
+        // barrier protects.
+        const int counts[] = {threads, 32, 8};
+        const int first = int(random_number() % threads), count = counts[random_number() % 3];
         for (int i = 0; i < count; ++i) {
             Thread &thread = cta.threads[(first + i) % threads];
             if (!thread.done) {
