@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 import fpsattention as fps
@@ -20,6 +22,8 @@ def bench_text(
     text = {"prefix_len": prefix_len, "suffix_len": suffix_len}
     geometry = config.resolve(shape.grid, shape.heads, **text).geometry
     pairs = geometry.attended_pairs(work.resolved.windows[0], work.resolved.border)
+    axis = 1 if shape.layout == "NHD" else 2
+    call = {"grid": shape.grid, "config": config, "tensor_layout": shape.layout, "backend": "sm90"}
     records, entries = [], {}
     for name, extra, tokens in ((ALONE, {}, shape.tokens), (TEXT, text, geometry.n_tokens)):
         record = Record(
@@ -29,12 +33,8 @@ def bench_text(
         )
         records.append(record)
         try:
-            axis = 1 if shape.layout == "NHD" else 2
             own = [torch.cat([x, x.narrow(axis, 0, tokens - shape.tokens)], dim=axis) for x in qkv]
-            call = {"grid": shape.grid, "config": config, "tensor_layout": shape.layout, "backend": "sm90"}
-            entries[f"{record.case} {OURS}"] = lambda own=own, extra=extra, call=call: fps.attention(
-                *own, **call, **extra
-            )
+            entries[f"{record.case} {OURS}"] = partial(fps.attention, *own, **call, **extra)
         except Exception as error:  # a line in the results
             record.fail(first_line(error))
             clock.check(record.case)

@@ -117,7 +117,7 @@ SHAPES = (
         emulated=(None,),
         suite="core",
     ),
-    # CogVideoX1.5 at 768 x 1360, 81 frames. The tile divides the grid: ragged ones cost more than their padding.
+    # CogVideoX1.5 at 768 x 1360, 81 frames.
     Shape(
         "cogvideox1.5-768p",
         (11, 48, 85),
