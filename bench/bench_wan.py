@@ -4,10 +4,10 @@ The transformer is diffusers' own, whole, with random weights: time does not dep
 are timed one by one, in one process on one GPU, and weighted by their share of the steps. Contenders:
 
     stock                  BF16, dense attention by cuDNN, eager
-    stock, compiled        the same under torch.compile
+    stock, compiled        the same, each block under torch.compile
     fps                    FPSAttention by `fpsattention.integrations.diffusers.enable`, eager
-    fps, compiled          the same under torch.compile
-    fps, compiled, fp8     and FP8 linear layers of torchao (scaled by row, activations on the fly)
+    fps, compiled          the same, each block under torch.compile
+    fps, compiled, fp8     and FP8 linear layers of torchao, by `use_fp8_linears` of the same module
 
     python bench/bench_wan.py --output bench/results/h100_wan.json     # needs pip install 'fpsattention[bench]'
 """
@@ -15,6 +15,7 @@ are timed one by one, in one process on one GPU, and weighted by their share of 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fpsattention as fps
-from fpsattention.integrations.diffusers import enable
+from fpsattention.integrations.diffusers import enable, use_fp8_linears
 
 # Config of Wan-AI/Wan2.1-T2V-14B-Diffusers, transformer/config.json.
 WAN_14B = {
@@ -57,13 +58,22 @@ SCHEDULE = fps.StepSchedule(
 )
 
 
+CONTENDERS = ("stock", "fps", "stock, compiled", "fps, compiled", "fps, compiled, fp8")
+# Inductor may keep a whole row of 5,120 or 13,824 values in registers where it finds that faster (some 1 % in all).
+# torch 2.11 fails to load what that compiles to from its cache of graphs.
+INDUCTOR = {"triton.multi_kernel": 1, "fx_graph_cache": False}
+
+
 @dataclass
 class Result:
-    """Of one contender: seconds of a forward, by stage and weighted by the steps; peak memory of the card."""
+    """Of one contender: seconds of a forward, by stage and weighted by the steps; of the first of each stage together,
+    with compilation; peak memory of the card.
+    """
 
     name: str
     seconds: dict[str, float]
     weighted: float
+    warm_up: float
     peak_gib: float
     speedup: float = float("nan")  # over the first contender
 
@@ -106,42 +116,47 @@ def build(layers: int, seed: int) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def prepare(name: str, layers: int, seed: int) -> nn.Module:
+    model = build(layers, seed)
+    if name.startswith("fps"):
+        enable(model, SCHEDULE, shift=SHIFT, backend="sm90")
+    if name.endswith("fp8"):
+        use_fp8_linears(model)
+    if "compiled" in name:
+        model.compile_repeated_blocks(fullgraph=True, options=INDUCTOR)
+    return model
+
+
 def measure(
     name: str, model: nn.Module, stages: dict[str, float], inputs: dict[str, Tensor], repeats: int
 ) -> Result:
     """Median of `repeats` forwards of each stage, after one that is not timed and compiles what is to be compiled."""
     dense = sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if name.startswith("stock") else nullcontext()
-    seconds = {}
+    seconds, warm_up = {}, 0.0
     with dense, torch.no_grad():
         torch.cuda.reset_peak_memory_stats()
         for stage, sigma in stages.items():
             timestep = torch.tensor([1000 * sigma], device="cuda")
             times = []
-            for i in range(repeats + 1):
+            for _ in range(repeats + 1):
                 torch.cuda.synchronize()
                 start = time.perf_counter()
                 (out,) = model(timestep=timestep, return_dict=False, **inputs)
                 torch.cuda.synchronize()
-                if i > 0:
-                    times.append(time.perf_counter() - start)
+                times.append(time.perf_counter() - start)
             if not out.isfinite().all():
                 raise RuntimeError(f"{name}, {stage}: the output is not finite")
+            warm_up += times.pop(0)
             seconds[stage] = statistics.median(times)
     steps = {"all": STEPS} if "all" in stages else steps_of_stage()
     weighted = sum(seconds[stage] * n for stage, n in steps.items()) / STEPS
     peak = torch.cuda.max_memory_allocated() / 2**30
     stage_times = ", ".join(f"{stage} {s:.3f} s" for stage, s in seconds.items())
-    print(f"{name:20s} {weighted:7.3f} s a step ({stage_times}), {peak:.1f} GiB", flush=True)
-    return Result(name, seconds, weighted, peak)
-
-
-def use_fp8_linears(model: nn.Module) -> None:
-    """Linear layers of the blocks multiply in FP8: weights converted once, activations in every forward."""
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
-
-    # torchao would have Inductor try many variants of every kernel, on tensors of this size for many minutes.
-    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
-    quantize_(model.blocks, config)
+    print(
+        f"{name:20s} {weighted:7.3f} s a step ({stage_times}), {peak:.1f} GiB, warm-up {warm_up:.0f} s",
+        flush=True,
+    )
+    return Result(name, seconds, weighted, warm_up, peak)
 
 
 def main() -> None:
@@ -158,7 +173,6 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(1, "bench_wan.py: needs a Hopper GPU\n")
-    model = build(args.layers, args.seed)
     generator = torch.Generator("cuda").manual_seed(args.seed + 1)
 
     def random(*size):
@@ -177,27 +191,17 @@ def main() -> None:
         "tile": TILE,
     }
 
-    def run(name: str, stages: dict[str, float]) -> None:
-        results.append(measure(name, model, stages, inputs, args.repeats))
+    for name in CONTENDERS[:: len(CONTENDERS) - 1] if args.quick else CONTENDERS:
+        torch.compiler.reset()
+        model = prepare(name, args.layers, args.seed)
+        chosen = stages if name.startswith("fps") else any_stage
+        results.append(measure(name, model, chosen, inputs, args.repeats))
+        del model
+        gc.collect()  # modules and their hooks refer to each other
         results[-1].speedup = results[0].weighted / results[-1].weighted
         if args.output:  # after each, so that a run cut short leaves what it has
             rows = [asdict(r) for r in results]
             args.output.write_text(json.dumps({**about, "results": rows}, indent=1) + "\n")
-
-    run("stock", any_stage)
-    if not args.quick:
-        handle = enable(model, SCHEDULE, shift=SHIFT, backend="sm90")
-        run("fps", stages)
-        handle.remove()
-    model.compile_repeated_blocks(fullgraph=True)
-    if not args.quick:
-        run("stock, compiled", any_stage)
-    enable(model, SCHEDULE, shift=SHIFT, backend="sm90")
-    if not args.quick:
-        run("fps, compiled", stages)
-    use_fp8_linears(model)
-    torch.compiler.reset()
-    run("fps, compiled, fp8", stages)
 
     print(f"\n{'':20s}  s a step  speed-up  peak GiB")
     for r in results:

@@ -368,12 +368,6 @@ __device__ void math(const BackwardParams &p, BwdSmem<Cfg> &smem, int warpgroup)
     const auto access_ds = [&](int ds, auto &a, auto access) {
         for_each_four_matrices(smem.ds[ds], a, warpgroup * Cfg::kKeys, thread, access);
     };
-    const auto arrive = [&](Barrier &barrier) {  // for this warp
-        __syncwarp();
-        if (thread % 32 == 0) {
-            barrier.arrive();
-        }
-    };
     // dK and dQ of step `before`, its dS in buffer `ds`; and where dQ goes.
     const auto issue_dk = [&](RingState<Cfg::kStages> before) {
         smem.q_full[before.stage()].wait(before.full_parity());
@@ -392,12 +386,12 @@ __device__ void math(const BackwardParams &p, BwdSmem<Cfg> &smem, int warpgroup)
         for (int i = 0; i < size(rdQ); i += 4) {
             *reinterpret_cast<float4 *>(to + i * 128) = {rdQ(i), rdQ(i + 1), rdQ(i + 2), rdQ(i + 3)};
         }
-        arrive(smem.dq_full[warpgroup]);
+        smem.dq_full[warpgroup].arrive_as_warp();
     };
     // Before the first step there is no dS; zeros, times the first q, do for it.
     clear(rA);
     access_ds(1, rA, kStore);
-    arrive(smem.ds_full);
+    smem.ds_full.arrive_as_warp();
     RingState<Cfg::kStages> ring, before;
     int left;
     {
@@ -451,7 +445,7 @@ __device__ void math(const BackwardParams &p, BwdSmem<Cfg> &smem, int warpgroup)
         warpgroup_fence_operand(rdQ);
         if (ring.count > 0) {
             hand_over_dq({before.count});
-            arrive(smem.q_empty[before.stage()]);
+            smem.q_empty[before.stage()].arrive_as_warp();
             before.next();
         }
         issue(mma_dp, true, rV, rdO(_, _, _, s), rdP);
@@ -475,10 +469,10 @@ __device__ void math(const BackwardParams &p, BwdSmem<Cfg> &smem, int warpgroup)
         Tensor rdST = make_fragment_like(rA);  // rA is in use, by dV
         pack(rdP, rdST, [](float x) { return x; });
         access_ds(ds, rdST, kStore);
-        arrive(smem.ds_full);
+        smem.ds_full.arrive_as_warp();
         warpgroup_wait<0>();
         warpgroup_fence_operand(rdV);
-        arrive(smem.empty[s]);
+        smem.empty[s].arrive_as_warp();
         ring.next();
     }
     access_ds(ring.count % 2 ^ 1, rA, kLoad);

@@ -218,14 +218,6 @@ __device__ __forceinline__ void for_each_task(const ForwardParams &p, FwdSmem<Cf
     }
 }
 
-// This warp is done with what is behind the barrier.
-__device__ __forceinline__ void arrive_as_warp(Barrier &barrier) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) {
-        barrier.arrive();
-    }
-}
-
 // A warp walks every item's keys and keeps the ring of key blocks full.
 template <class Cfg>
 __device__ void load_keys(const ForwardParams &p, FwdSmem<Cfg> &smem) {
@@ -235,7 +227,7 @@ __device__ void load_keys(const ForwardParams &p, FwdSmem<Cfg> &smem) {
     RingState<Cfg::kStages> ring;
     for_each_task(p, smem, [&](const Task &task, int q_stage) {
         const WorkItem item(p, __shfl_sync(~0u, task.index, 0));  // so that ptxas knows it all to be warp-uniform
-        arrive_as_warp(smem.q_empty[q_stage]);
+        smem.q_empty[q_stage].arrive_as_warp();
         const auto bring = [&](int block) {
             Barrier &full = smem.full[ring.stage()];
             smem.empty[ring.stage()].wait(ring.empty_parity());
@@ -501,7 +493,7 @@ __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int warpgroup) 
         };
 
         if (!task.queries[warpgroup].exists) {
-            arrive_as_warp(smem.q_empty[q_stage]);
+            smem.q_empty[q_stage].arrive_as_warp();
             for (; left > 0; --left, ring.next()) {
                 smem.full[ring.stage()].wait(ring.full_parity());
                 // No wgmma keeps the four warps together here; without this one might fall a lap of the ring behind.
@@ -534,7 +526,7 @@ __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int warpgroup) 
         release(smem.empty[ring.stage()]);
         ring.next();
         store<Cfg, T>(p, task.item, task.queries[warpgroup], rO, row);
-        arrive_as_warp(smem.q_empty[q_stage]);
+        smem.q_empty[q_stage].arrive_as_warp();
     });
 }
 

@@ -388,9 +388,26 @@ def opaque_attention(monkeypatch):
     monkeypatch.setattr(diffusers_models, "attention", attention)
 
 
-@pytest.mark.parametrize(
+WAYS_TO_COMPILE = pytest.mark.parametrize(
     "how", ["module.compile", "torch.compile", "compile_repeated_blocks", "enable first"]
 )
+
+
+def compile_transformer(pipe, how: str) -> CompileCounter:
+    """Counts the graphs."""
+    torch.compiler.reset()
+    counter = CompileCounter()
+    options = {"backend": counter, "fullgraph": True}
+    if how == "torch.compile":
+        pipe.transformer = torch.compile(pipe.transformer, **options)
+    elif how == "compile_repeated_blocks":
+        pipe.transformer.compile_repeated_blocks(**options)
+    else:
+        pipe.transformer.compile(**options)
+    return counter
+
+
+@WAYS_TO_COMPILE
 def test_one_graph_per_stage_under_compile(wan, opaque_attention, how):
     schedule = fps.StepSchedule(NARROW, EXACT, WIDE, alpha=(0.4, 0.8))
     eager = enable(wan.pipe, schedule, dense_steps=1)
@@ -398,15 +415,7 @@ def test_one_graph_per_stage_under_compile(wan, opaque_attention, how):
     if how != "enable first":
         eager.remove()
 
-    torch.compiler.reset()
-    counter = CompileCounter()
-    options = {"backend": counter, "fullgraph": True}
-    if how == "torch.compile":
-        wan.pipe.transformer = torch.compile(wan.pipe.transformer, **options)
-    elif how == "compile_repeated_blocks":
-        wan.pipe.transformer.compile_repeated_blocks(**options)
-    else:
-        wan.pipe.transformer.compile(**options)
+    counter = compile_transformer(wan.pipe, how)
     if how != "enable first":
         enable(wan.pipe, schedule, dense_steps=1)
     for _ in range(2):
@@ -419,9 +428,7 @@ def test_one_graph_per_stage_of_the_other_models(opaque_attention, name):
     model = tiny.MODELS[name]()
     enable(model.pipe, fps.StepSchedule(NARROW, EXACT, WIDE, alpha=(0.4, 0.8)))
     expected = model.run()
-    torch.compiler.reset()
-    counter = CompileCounter()
-    model.pipe.transformer.compile(backend=counter, fullgraph=True)
+    counter = compile_transformer(model.pipe, "module.compile")
     torch.testing.assert_close(model.run(), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
     assert counter.frame_count == 3
 

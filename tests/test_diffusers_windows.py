@@ -6,11 +6,19 @@ from itertools import product
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
 
 import fpsattention as fps
 from fpsattention.integrations import windowed
-from test_diffusers import Recorder, diffusers, diffusers_models, enable, inputs, tiny  # skips all without
+from test_diffusers import (  # skips all without diffusers
+    WAYS_TO_COMPILE,
+    Recorder,
+    compile_transformer,
+    diffusers,
+    diffusers_models,
+    enable,
+    inputs,
+    tiny,
+)
 
 HEADS = LAYERS = 2
 CONFIG = fps.AttentionConfig(tile=(1, 2, 2), quant="none")  # 3 x 2 x 3 tiles of the grid 3 x 4 x 6
@@ -210,9 +218,7 @@ def test_timestep_rounded_to_that_of_its_neighbour(wan, monkeypatch, second_orde
 # torch.compile
 
 
-@pytest.mark.parametrize(
-    "how", ["module.compile", "torch.compile", "compile_repeated_blocks", "enable first"]
-)
+@WAYS_TO_COMPILE
 def test_one_graph_for_all_windows_under_compile(wan, how):
     """20 layers of steps have windows of their own; one step keeps the host's own attention, in a graph of its own."""
     table = table_of(steps=10)
@@ -221,15 +227,7 @@ def test_one_graph_for_all_windows_under_compile(wan, how):
     if how != "enable first":
         handle.remove()
 
-    torch.compiler.reset()
-    counter = CompileCounter()
-    options = {"backend": counter, "fullgraph": True}
-    if how == "torch.compile":
-        wan.pipe.transformer = torch.compile(wan.pipe.transformer, **options)
-    elif how == "compile_repeated_blocks":
-        wan.pipe.transformer.compile_repeated_blocks(**options)
-    else:
-        wan.pipe.transformer.compile(**options)
+    counter = compile_transformer(wan.pipe, how)
     if how != "enable first":
         enable(wan.pipe, table, dense_steps=1)
     for _ in range(2):
@@ -242,9 +240,7 @@ def test_one_graph_of_models_with_text(name):
     model = tiny.MODELS[name]()
     enable(model.pipe, table_of())
     expected = model.run()
-    torch.compiler.reset()
-    counter = CompileCounter()
-    model.pipe.transformer.compile(backend=counter, fullgraph=True)
+    counter = compile_transformer(model.pipe, "module.compile")
     torch.testing.assert_close(model.run(), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
     assert counter.frame_count == 1
 

@@ -234,7 +234,7 @@ def test_deterministic_gradients_do_not_depend_on_the_schedule(emulated, on_cpu,
     assert not depends_on_schedule(emulated, TURNS, monkeypatch)
 
 
-Q_EMPTY = "            arrive(smem.q_empty[before.stage()]);\n"
+Q_EMPTY = "            smem.q_empty[before.stage()].arrive_as_warp();\n"
 DK = "        issue_dk(before);\n\n        const QueryRows"
 DP_DONE = "        warpgroup_wait<1>();\n        warpgroup_fence_operand(rdP);\n"
 MUTATIONS = {
@@ -258,12 +258,12 @@ MUTATIONS = {
         DK: DK.replace("\n\n", "\n        if (ring.count > 0) {\n" + Q_EMPTY + "        }\n\n"),
     },
     "dO released before dV has read it": {
-        DP_DONE: DP_DONE + "        arrive(smem.empty[s]);\n",
-        "        arrive(smem.empty[s]);\n        ring.next();\n": "        ring.next();\n",
+        DP_DONE: DP_DONE + "        smem.empty[s].arrive_as_warp();\n",
+        "        smem.empty[s].arrive_as_warp();\n        ring.next();\n": "        ring.next();\n",
     },
     "rows released before minus_delta was read": {
-        DP_DONE: DP_DONE.replace("<1>", "<0>") + "        arrive(smem.empty[s]);\n",
-        "        arrive(smem.empty[s]);\n        ring.next();\n": "        ring.next();\n",
+        DP_DONE: DP_DONE.replace("<1>", "<0>") + "        smem.empty[s].arrive_as_warp();\n",
+        "        smem.empty[s].arrive_as_warp();\n        ring.next();\n": "        ring.next();\n",
     },
     "dQ handed over while the one before is read": {
         "        smem.dq_empty[warpgroup].wait(before.empty_parity());\n": "",
@@ -281,11 +281,14 @@ TURN_MUTATIONS = {
 def test_a_broken_backward_is_noticed(name, emulated, tmp_path, on_cpu, monkeypatch):
     path = build.build(tmp_path, MUTATIONS[name], base=emulated.parent)
     case = Case((5, 9, 9), AttentionConfig(tile=(3, 5, 8)), ctas=2)
-    try:
-        found = errors(path, case, 3, monkeypatch)
-    except RuntimeError:  # the emulator's own checks
-        return
-    assert any(not found[x] <= LIMITS[x] for x in ("dq", "dk", "dv")), found
+    for seed in range(3, 9):  # a race need not be lost under every schedule
+        try:
+            found = errors(path, case, seed, monkeypatch)
+        except RuntimeError:  # the emulator's own checks
+            return
+        if any(not found[x] <= LIMITS[x] for x in ("dq", "dk", "dv")):
+            return
+    pytest.fail(f"not noticed under any schedule: {found}")
 
 
 @pytest.mark.parametrize("name", TURN_MUTATIONS)

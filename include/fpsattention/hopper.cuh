@@ -41,6 +41,13 @@ struct Barrier {
     __device__ void arrive() {
         asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(this)) : "memory");
     }
+    // One arrival, once all threads of this warp are here.
+    __device__ void arrive_as_warp() {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) {
+            arrive();
+        }
+    }
     // mbarrier.try_wait: true once the phase of this parity has completed.
     __device__ bool try_wait(uint32_t parity) {
         uint32_t done;

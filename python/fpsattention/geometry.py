@@ -162,6 +162,11 @@ class TileGeometry:
         out[self.slot_tokens[self.slot_tokens >= 0]] = tile_of_row
         return out
 
+    def n_bricks(self, quant_tile: Sequence[int]) -> int:
+        """How many bricks `brick_of_tile` tells apart."""
+        per_axis = (-(-n // (b // t)) for n, b, t in zip(self.tiles, quant_tile, self.tile, strict=True))
+        return math.prod(per_axis) + self.n_tiles - self.n_video_tiles
+
     def brick_of_tile(self, quant_tile: Sequence[int]) -> torch.Tensor:
         """int64 [n_tiles]: the brick each tile is in; `quant_tile` is a whole multiple of the tile. A run of extra
         tokens is a brick of its own; these come after the grid's.

@@ -239,7 +239,7 @@ def _quantize_cuda(
     if smooth_k:
         k_sum = scratch(batch, heads, _C.quantize_chunks(tokens), head_dim)
     if resolved.brick != (1, 1, 1):
-        bricks = int(resolved.geometry.brick_of_tile(resolved.quant_tile)[-1]) + 1
+        bricks = resolved.geometry.n_bricks(resolved.quant_tile)
         q_amax, k_amax = (scratch(batch, heads, bricks, zero=True) for _ in "qk")
     with torch.cuda.device(q.device), torch.cuda.nvtx.range("fpsattention::quantize"):
         _C.quantize(
@@ -326,7 +326,7 @@ def _attend_cuda(
     resolved = _resolve(
         grid, tile, heads, windows=windows, truncate=truncate, prefix_len=prefix_len, suffix_len=suffix_len
     )
-    counts = prefix_valid, suffix_valid = _contiguous(prefix_valid, suffix_valid)
+    counts = _contiguous(prefix_valid, suffix_valid)
     out, lse = _attend_shapes(v_amax, resolved, tensor_layout, dtype)
     if out.numel() == 0:
         return out, lse

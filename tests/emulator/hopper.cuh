@@ -25,6 +25,12 @@ struct Barrier {
     void init(int arrivals) { emulator::mbarrier_init(this, arrivals); }
     void expect(int bytes) { emulator::mbarrier_expect(this, bytes); }
     void arrive() { emulator::mbarrier_arrive(this); }
+    void arrive_as_warp() {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) {
+            arrive();
+        }
+    }
     bool try_wait(uint32_t parity) { return emulator::mbarrier_completed(this, parity); }
     void wait(uint32_t parity) {
         spin_until([&] { return try_wait(parity); });

@@ -42,7 +42,10 @@ from .dense import (  # noqa: E402
     check_schedule,
     step_configs,
 )
+from .diffusers_linears import use_fp8_linears  # noqa: E402
 from .diffusers_models import MODELS, Forward, Processor  # noqa: E402  (imports what the check above is for)
+
+__all__ = ["Handle", "Report", "Row", "enable", "use_fp8_linears"]
 
 
 def enable(

@@ -32,6 +32,7 @@ from ..config import AttentionConfig
 from ..geometry import Triple
 from ..parallel import ulysses_attention
 from ..prologue import norm_rope_quantize
+from .fp8_linear import apply_all
 from .windowed import attention_in_windows, in_windows
 
 TRAIN_TIMESTEPS = 1000  # num_train_timesteps of all these models' schedulers
@@ -215,7 +216,7 @@ class Wan(Processor):
         if attn.fused_projections:
             q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
-            q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+            q, k, v = apply_all(hidden_states, attn.to_q, attn.to_k, attn.to_v)
         # The host stores each angle's cosine and sine twice, for both channels of a pair.
         cos, sin = image_rotary_emb[0][..., 0::2], image_rotary_emb[1][..., 1::2]
         if self.fuses(q, k, v):
@@ -250,9 +251,10 @@ class LTXVideo(Processor):
         return grid
 
     def self_attention(self, attn, hidden_states, encoder_hidden_states, image_rotary_emb) -> Tensor:
-        q = transformer_ltx.apply_rotary_emb(attn.norm_q(attn.to_q(hidden_states)), image_rotary_emb)
-        k = transformer_ltx.apply_rotary_emb(attn.norm_k(attn.to_k(hidden_states)), image_rotary_emb)
-        return _project_out(attn, self.attend(*_split_heads(attn, q, k, attn.to_v(hidden_states))))
+        q, k, v = apply_all(hidden_states, attn.to_q, attn.to_k, attn.to_v)
+        q = transformer_ltx.apply_rotary_emb(attn.norm_q(q), image_rotary_emb)
+        k = transformer_ltx.apply_rotary_emb(attn.norm_k(k), image_rotary_emb)
+        return _project_out(attn, self.attend(*_split_heads(attn, q, k, v)))
 
 
 class CogVideoX(Processor):
@@ -276,7 +278,7 @@ class CogVideoX(Processor):
     ) -> tuple[Tensor, Tensor]:
         n_text = encoder_hidden_states.shape[1]
         x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        q, k, v = _normalise(attn, *_split_heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x)))
+        q, k, v = _video_qkv(attn, x)
         if image_rotary_emb is not None:  # the 2B model has learnt positions instead
             rotate = partial(apply_rotary_emb, freqs_cis=image_rotary_emb, sequence_dim=1)
             q, k = (torch.cat([x[:, :n_text], rotate(x[:, n_text:])], dim=1) for x in (q, k))
@@ -310,11 +312,11 @@ class HunyuanVideo(Processor):
         rotate = partial(apply_rotary_emb, freqs_cis=image_rotary_emb, sequence_dim=1)
         if attn.add_q_proj is None:  # a single-stream block
             x = torch.cat([hidden_states, encoder_hidden_states], dim=1)
-            q, k, v = _normalise(attn, *_split_heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x)))
+            q, k, v = _video_qkv(attn, x)
             q, k = (torch.cat([rotate(x[:, :n_video]), x[:, n_video:]], dim=1) for x in (q, k))
         else:
             x = hidden_states
-            q, k, v = _normalise(attn, *_split_heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x)))
+            q, k, v = _video_qkv(attn, x)
             text = _text_qkv(attn, encoder_hidden_states)
             q, k, v = (torch.cat(pair, dim=1) for pair in zip((rotate(q), rotate(k), v), text, strict=True))
         out = self.attend(q, k, v, suffix_len=n_text)
@@ -357,7 +359,7 @@ class Mochi(Processor):
         self, attn, hidden_states, encoder_hidden_states, image_rotary_emb
     ) -> tuple[Tensor, Tensor]:
         x, n_video = hidden_states, hidden_states.shape[1]
-        q, k, v = _normalise(attn, *_split_heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x)))
+        q, k, v = _video_qkv(attn, x)
         q, k = _rotate(q, *image_rotary_emb), _rotate(k, *image_rotary_emb)
         text = _text_qkv(attn, encoder_hidden_states)
         q, k, v = (torch.cat(pair, dim=1) for pair in zip((q, k, v), text, strict=True))
@@ -386,13 +388,15 @@ def _split_heads(attn, *xs: Tensor) -> list[Tensor]:
     return [x.unflatten(2, (attn.heads, -1)) for x in xs]
 
 
-def _normalise(attn, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _video_qkv(attn, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Q, K, V of the video's tokens, and of text that shares their weights, normalised, [B, L, H, D]."""
+    q, k, v = _split_heads(attn, *apply_all(x, attn.to_q, attn.to_k, attn.to_v))
     return q if attn.norm_q is None else attn.norm_q(q), k if attn.norm_k is None else attn.norm_k(k), v
 
 
 def _text_qkv(attn, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Q, K, V of text tokens that have weights of their own, [B, L, H, D]."""
-    q, k, v = _split_heads(attn, attn.add_q_proj(x), attn.add_k_proj(x), attn.add_v_proj(x))
+    q, k, v = _split_heads(attn, *apply_all(x, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
     q = q if attn.norm_added_q is None else attn.norm_added_q(q)
     return q, k if attn.norm_added_k is None else attn.norm_added_k(k), v
 
