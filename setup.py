@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -16,7 +17,10 @@ ROOT = Path(__file__).parent.resolve()
 
 def package_dir(name: str) -> Path | None:
     """Where an installed package lies, found without importing it."""
-    spec = importlib.util.find_spec(name)
+    try:
+        spec = importlib.util.find_spec(name)
+    except ModuleNotFoundError:  # its parent package
+        spec = None
     return Path(next(iter(spec.submodule_search_locations))) if spec else None
 
 
@@ -75,7 +79,7 @@ class CMakeBuild(build_ext):
             env=env,
         )
         subprocess.run(["cmake", "--build", str(build)], check=True, env=env)
-        (module,) = build.glob("_C*.so")
+        module = build / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(module, target)
 

@@ -18,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import receipt
+import stub_lightx2v
 
 # GPU examples are slow at first and run in a fixed order, so that a receipt can be reproduced.
 settings.register_profile(
@@ -106,6 +107,21 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fp8_on_cpu(monkeypatch):
+    """torchao asks for a GPU with FP8 tensor cores; torch multiplies E4M3 on the CPU as well."""
+    import torchao.quantization.quant_api as api
+
+    monkeypatch.setattr("torchao.float8.inference._check_hardware_support", lambda granularities: None)
+    monkeypatch.setattr(api, "_check_hardware_support", lambda granularities: None, raising=False)
+
+
+@pytest.fixture
+def registry(monkeypatch) -> stub_lightx2v.Register:
+    """LightX2V's attention types."""
+    return stub_lightx2v.install(monkeypatch)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ TOKENS, HEAD_DIM = 96, 64
 RESOLVED = AttentionConfig(tile=TILE).resolve(GRID, 1)
 HOW = {"grid": GRID, "config": AttentionConfig(tile=TILE)}
 WHOLE = (2, 2, 3)
+FIRST = "step0_layer0.safetensors"
 BUDGET = 0.15
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -234,6 +235,52 @@ def test_a_run_with_other_settings_does_not_go_on(folder, capsys):
     assert "is no state of an earlier run" in fails(folder, capsys)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"settings": []},
+        {"settings": {}},
+        {"files": []},
+        {"files": {FIRST: None}},
+        {"files": {FIRST: {}}},
+        {"windows": None},
+        {"windows": [[1, 1, 1]]},
+        {"windows": [[1, 1]] * 4},
+        {"errors": []},
+        {"errors": [None] * 4},
+        {"errors": [float("nan")] * 4},
+        {"windows": [], "errors": []},
+    ],
+    ids=str,
+)
+def test_a_damaged_state_is_refused(folder, capsys, damage):
+    capture(folder, 0, 0)
+    run(folder, capsys)
+    path = folder.parent / "windows.state.json"
+    state = json.loads(path.read_text())
+    (state if damage.keys() <= state.keys() else state["files"][FIRST]).update(damage)
+    path.write_text(json.dumps(state))
+    assert "windows.state.json: is no state of an earlier run" in fails(folder, capsys)
+
+
+def test_a_state_of_fewer_heads_is_searched_again(folder, capsys):
+    capture(folder, 0, 0)
+    want, _ = run(folder, capsys)
+    path = folder.parent / "windows.state.json"
+    state = json.loads(path.read_text())
+    entry = state["files"][FIRST]
+    entry["windows"], entry["errors"] = entry["windows"][:1], entry["errors"][:1]
+    path.write_text(json.dumps(state))
+    assert run(folder, capsys)[0] == want
+
+
+def test_an_output_that_is_a_folder_is_refused_before_the_search(folder, capsys):
+    capture(folder, 0, 0)
+    with pytest.raises(SystemExit) as error:
+        cli.main(command(folder, "--output", folder))
+    assert error.value.code == 2 and f"'{folder}': is a folder" in capsys.readouterr().err
+
+
 def test_folders_that_do_not_fit_are_refused(folder, capsys):
     assert "holds no file" in fails(folder, capsys)
     assert "is no folder" in fails(folder / "nowhere", capsys)
@@ -251,7 +298,10 @@ def test_folders_that_do_not_fit_are_refused(folder, capsys):
 
 
 def test_files_that_do_not_fit_are_refused(folder, capsys):
-    (folder / "step0_layer0.safetensors").write_text("no tensors")
+    (folder / FIRST).mkdir()
+    assert f"{FIRST}: is no safetensors file" in fails(folder, capsys)
+    (folder / FIRST).rmdir()
+    (folder / FIRST).write_text("no tensors")
     assert "is no safetensors file" in fails(folder, capsys)
     capture(folder, 0, 0, v=None)
     assert "must hold the tensors q, k and v and no others, holds ['k', 'q']" in fails(folder, capsys)
@@ -266,6 +316,9 @@ def test_files_that_do_not_fit_are_refused(folder, capsys):
     assert "step0_layer0.safetensors: the exact attention is not finite" in fails(folder, capsys)
     capture(folder, 0, 0, v=q.float())
     assert "v: dtype torch.float32 must be that of q" in fails(folder, capsys)
+    capture(folder, 0, 0, **{name: q.to(torch.float8_e4m3fn) for name in "qkv"})
+    message = fails(folder, capsys)
+    assert f"{FIRST}: q: " in message and "torch.float8_e4m3fn" in message
 
 
 def test_windows_and_tiles_that_do_not_fit_are_refused(folder, capsys):

@@ -77,12 +77,67 @@ def test_every_command_has_help(command, capsys):
         ["schedule", WAN, "--output", "nowhere/picture.png"],
         ["calibrate", "folder", "--output", "nowhere/windows.json"],
         ["calibrate", "folder"],
+        ["demo", "--seed", str(2**64)],
+        ["demo", "--seed", "1.5"],
     ],
 )
 def test_wrong_options_exit_with_2(argv, capsys):
     with pytest.raises(SystemExit) as error:
         cli.main(argv)
     assert error.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["schedule", "compare"])
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        (".", "'.': is a folder"),
+        ("/", "'/': is a folder"),
+        ("folder", "'folder': is a folder"),
+        ("taken", "'taken.png': is a folder"),
+        ("picture.foo", "suffix .foo must be one of .png, .jpg"),
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_refused_first(
+    command, output, said, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("folder", "taken.png"):
+        Path(name).mkdir()
+    operands = {"schedule": [WAN], "compare": ["a.pt", "b.pt"]}[command]
+    with pytest.raises(SystemExit) as error:
+        cli.main([command, *operands, "--output", output])
+    assert error.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_default_output_is_checked_too(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("comparison.png").mkdir()
+    with pytest.raises(SystemExit):
+        cli.main(["compare", "a.pt", "b.pt"])
+    assert "'comparison.png': is a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", cli.PICTURES)
+def test_matplotlib_draws_every_format_that_is_let_through(suffix, tmp_path):
+    resolved = AttentionConfig(tile=(1, 1, 1)).resolve((1, 2, 2), 1)
+    show._draw(tmp_path / f"picture{suffix}", [("early", resolved)])
+
+
+@pytest.mark.parametrize("argv", [["plan", "--grid", "4", "6", "8", "--json"], ["doctor"]])
+def test_a_full_disk_is_status_1(argv):
+    program = [sys.executable, "-m", "fpsattention", *argv]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert done.stderr.endswith(f"fpsattention {argv[0]}: error: [Errno 28] No space left on device\n")
+
+
+@pytest.mark.parametrize("ask", [lambda: torch.empty(2**61, dtype=torch.uint8), lambda: bytearray(2**62)])
+def test_out_of_cpu_memory_is_status_1(ask, capsys, monkeypatch):
+    monkeypatch.setattr(show, "plan", lambda **_: ask())
+    message = fails(capsys, "plan", "--grid", 1, 2, 3, status=1)
+    assert "memory" in message and message.endswith("Try fewer --heads, or a smaller grid.\n")
 
 
 def test_the_module_runs_as_a_program():
@@ -220,7 +275,7 @@ def test_no_estimate_where_nothing_was_measured():
 
 
 def test_schedule_has_a_row_for_each_step(capsys, tmp_path):
-    picture = tmp_path / "picture.png"
+    picture = tmp_path / "picture.png"  # asked for without its suffix
     result, text = run(
         capsys,
         *(
@@ -241,7 +296,7 @@ def test_schedule_has_a_row_for_each_step(capsys, tmp_path):
             18,
             8,
         ),
-        *("--output", picture),
+        *("--output", tmp_path / "picture"),
     )
     stages = [row["stage"] for row in result["steps"]]
     assert stages == ["early"] * 2 + ["mid"] * 6 + ["late"] * 2
@@ -251,6 +306,7 @@ def test_schedule_has_a_row_for_each_step(capsys, tmp_path):
     assert late["density"] == pytest.approx(0.135) and result["steps"][5]["density"] == 1
     assert result["mean_density"] == pytest.approx((2 * 0.045 + 6 + 2 * 0.135) / 10)
     assert early["expected_ms"] < late["expected_ms"] < result["steps"][5]["expected_ms"]
+    assert result["picture"] == str(picture) and f"Picture: {picture}\n" in text
     assert "####Q####" in text and "early, window 1 x 3 x 9" in text
     pixels = torch.from_numpy(imread(picture))[..., :3]
     for colour in show.COLOURS:
@@ -306,8 +362,6 @@ def test_schedule_refuses(capsys, tmp_path):
     ):
         message = fails(capsys, "schedule", "--windows", tmp_path / "none.json", *option)
         assert f"leave {option[0]} out" in message
-    picture = tmp_path / "picture.xyz"
-    assert "xyz" in fails(capsys, "schedule", WAN, "--late", 3, 3, 9, "--output", picture)
 
 
 # doctor
@@ -496,7 +550,7 @@ def test_compare_measures_what_was_changed(capsys, tmp_path, clip):
     other[3] = torch.where(other[3] < 128, other[3] + 16, other[3] - 16)
     other[1] = torch.where(other[1] < 128, other[1] + 4, other[1] - 4)
     a, b = save(clip, tmp_path / "a.pt"), save(other, tmp_path / "b.pt")
-    result, text = run(capsys, "compare", a, b, "--output", tmp_path / "picture.png")
+    result, text = run(capsys, "compare", a, b, "--output", tmp_path / "picture")
     psnr = [frame["psnr"] for frame in result["per_frame"]]
     assert psnr[0] is psnr[2] is psnr[4] is None  # identical
     error = torch.tensor([(16 / 255) ** 2, (4 / 255) ** 2], dtype=torch.float64)
@@ -506,7 +560,7 @@ def test_compare_measures_what_was_changed(capsys, tmp_path, clip):
     ssim = [frame["ssim"] for frame in result["per_frame"]]
     assert ssim[0] == pytest.approx(1) and ssim[3] < ssim[1] < 0.9999
     assert result["ssim"] == pytest.approx(sum(ssim) / 5)
-    assert "worst, frame 3" in text
+    assert "worst, frame 3" in text and result["picture"] == str(tmp_path / "picture.png")
     height, width = imread(tmp_path / "picture.png").shape[:2]
     assert width == 1440 and height > 600
 
@@ -545,6 +599,10 @@ def test_compare_refuses(capsys, tmp_path, clip):
     assert "b.pt: has 4 frames" in message(clip[:4])
     assert "a.pt: has 5 frames" in message(torch.cat([clip, clip]))
     assert "frames of 56 x 64, those of" in message(clip[:, :, :56])
+    assert "b.pt: must hold a dense tensor with values, holds a torch.sparse_coo one" in message(
+        clip.to_sparse()
+    )
+    assert "b.pt: must hold a dense tensor with values, holds a meta one" in message(clip.to("meta"))
     assert "no such file" in fails(capsys, "compare", a, tmp_path / "none.mp4")
     small = save(clip[:, :8], tmp_path / "small.pt")
     assert "SSIM needs 11 each way" in fails(capsys, "compare", small, small)

@@ -117,6 +117,13 @@ BAD_ARGUMENTS = {
     "scale below zero": ({"scale": -0.125}, ValueError, ("scale", r"-0\.125", "positive")),
     "scale of nan": ({"scale": math.nan}, ValueError, ("scale", "nan")),
     "scale of inf": ({"scale": math.inf}, ValueError, ("scale", "inf")),
+    "scale not of fp32": ({"scale": 1e300}, ValueError, ("scale", r"1e\+300", r"2\*\*126")),
+    "scale a truth value": ({"scale": True}, TypeError, ("scale", "True", "number")),
+    "config a schedule": (
+        {"config": fps.StepSchedule(CONFIG, CONFIG, CONFIG)},
+        TypeError,
+        ("config", "AttentionConfig", "StepSchedule", r"schedule\.at"),
+    ),
     "scale a string": ({"scale": "auto"}, (ValueError, TypeError), ("scale", "auto")),
 }
 
@@ -207,6 +214,8 @@ BAD_REPEATS = {
         ("config", "smooth_k", "True"),
     ),
     "quant": (lambda q: {"config": replace(CONFIG, quant="none")}, ValueError, ("config", "quant", "none")),
+    "config": (lambda q: {"config": "dense"}, TypeError, ("config", "dense", "AttentionConfig")),
+    "grid a number": (lambda q: {"grid": 192}, TypeError, ("grid", "192", "three")),
 }
 
 
@@ -216,6 +225,25 @@ def test_quantized_otherwise(change, error, words):
     quantized = fps.quantize_qkv(q, q, q, grid=GRID, config=CONFIG, backend="reference")
     with pytest.raises(error, match=says(*words)):
         fps.attention(quantized, **change(q))
+
+
+def test_quantized_with_what_none_stands_for():
+    """A tile of the plan's own, and a brick of one tile, are no other rounding."""
+    q = tensor()
+    quantized = fps.quantize_qkv(q, q, q, grid=GRID, backend="reference")
+    planned = fps.plan(GRID).best.tile
+    config = fps.AttentionConfig(planned, quant_tile=planned)
+    assert torch.equal(fps.attention(quantized, config=config), fps.attention(quantized))
+
+
+def test_window_that_does_not_fit_is_not_quantized():
+    q = tensor()
+    with pytest.raises(ValueError, match=says("window", "5 windows", "2 heads")):
+        config = fps.AttentionConfig(window=((1, 1, 1),) * 5)
+        fps.quantize_qkv(q, q, q, grid=GRID, config=config, backend="reference")
+    with pytest.raises(ValueError, match=says("window", r"\(1, 2, 1\)", "odd")):
+        config = fps.AttentionConfig((1, 1, 1), (1, 2, 1))
+        fps.quantize_qkv(q, q, q, grid=GRID, config=config, backend="reference")
 
 
 def test_nothing_to_quantize():
@@ -323,6 +351,31 @@ def test_second_derivative_of_the_kernel_is_refused(pretended_kernel):
         first.float().sum().backward()
 
 
+@pytest.mark.parametrize("quant", ["fp8", "none"])
+def test_default_device_and_mode_of_the_first_call(quant):
+    """What is kept from call to call is on the CPU, and can be saved for a backward."""
+    code = f"""
+import torch, fpsattention as fps
+from fpsattention import flex
+config = fps.AttentionConfig(tile=(2, 2, 2), window=(1, 1, 1), quant={quant!r})
+q = torch.randn(1, 32, 1, 64)
+torch.set_default_device("meta")
+resolved = config.resolve((2, 4, 4), 1)
+flex._kernel = lambda compiled: lambda q, k, v, mask, scale: (q + k + v, q.sum(-1))  # uncompiled it has no gradient
+def attend(q):
+    if {quant!r} == "fp8":
+        return fps.attention(q, q, q, grid=(2, 4, 4), config=config, backend="reference")
+    return flex.flex_attention(q, q, q, resolved, 0.125, "NHD")[0]
+with torch.inference_mode():
+    attend(q)
+q.requires_grad_()
+attend(q).sum().backward()
+assert q.grad.isfinite().all()
+print(len(str(fps.plan((4, 6, 8)).explain())) > 0)
+"""
+    assert run_python(code) == "True"
+
+
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_quantised_operands_have_no_gradient(name):
     operands = {n: tensor().requires_grad_(n == name) for n in "qkv"}
@@ -374,6 +427,9 @@ def test_strict_mode_refuses_the_fallback(monkeypatch):
         with pytest.raises(RuntimeError, match=says("FPSATTENTION_STRICT", "cpu")):
             attend(tensor())
     assert attend(tensor(), backend="reference").shape == (1, 192, 2, 64), "asked for: no fallback"
+    monkeypatch.setenv("FPSATTENTION_STRICT", "true")
+    with pytest.raises(ValueError, match=says("FPSATTENTION_STRICT", "true", "0 or 1")):
+        attend(tensor())
 
 
 def run_python(code, **env):

@@ -356,6 +356,9 @@ def test_a_wrong_request_is_status_2_and_names_what_is_legal(tmp_path, capsys, t
     assert "512" in message("--tile", 3, 20, 20)
     (tmp_path / "file").write_text("")
     assert "cannot be made a folder" in message("--output", tmp_path / "file")
+    for name in ("demo.png", "denoise.png"):
+        (tmp_path / "of" / name / name).mkdir(parents=True)
+        assert f"{name} cannot be written" in message("--output", tmp_path / "of" / name)
     torch.save(torch.zeros_like(torch.load(tensor_file)), tensor_file)
     assert "all of one colour" in message("--noise", 0)
 
@@ -393,6 +396,12 @@ def test_missing_packages_are_named(capsys, monkeypatch, tmp_path, tensor_file):
     assert "rich is not installed: pip install 'fpsattention[demo]'" in fails(
         capsys, *TINY, "--output", tmp_path
     )
+
+
+def test_a_full_disk_is_status_1(tmp_path, capsys, tensor_file):
+    (tmp_path / "demo.png").symlink_to("/dev/full")
+    assert cli.main(["demo", str(tensor_file), *TINY, "--output", str(tmp_path)]) == 1
+    assert "fpsattention demo: error: [Errno 28] No space left on device" in capsys.readouterr().err
 
 
 def test_out_of_memory_is_status_1_and_other_failures_are_not_hidden(capsys, monkeypatch):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import brute
 import fpsattention as fps
@@ -159,7 +163,7 @@ def test_each_step_and_layer_runs_what_the_report_says(model, monkeypatch):
         for step in row.steps
         for i, layer in enumerate(row.layers)
     }
-    assert len(reported) == len(model.names) * tiny.STEPS * model.layers
+    assert set(reported) == {ran[:3] for ran in recorder.ran}
     for name, step, layer, config in recorder.ran:
         assert reported[name, step, layer] == (config and config.resolve(model.grid, 2))
     assert (
@@ -292,7 +296,8 @@ def test_noise_level_of_mochi_runs_backwards():
 
 def test_norm_and_rotation_are_fused_where_nobody_else_needs_them(monkeypatch):
     """FP8 layers of a Wan forward without gradients go through `norm_rope_quantize`, to the same end but for a code
-    here and there. With a gradient, under autocast and unrounded they do not.
+    here and there. With a gradient, of a norm's weight alone too, under autocast, unrounded, and where a norm has hooks
+    (its weight may be elsewhere until they run) they do not.
     """
     transformer = tiny.wan_transformer()
     for layer in diffusers_models.Wan.layers(transformer):
@@ -316,10 +321,19 @@ def test_norm_and_rotation_are_fused_where_nobody_else_needs_them(monkeypatch):
         assert ran == [FP8, FP8]
         with torch.autocast("cpu", torch.bfloat16):
             forward()
+        hook = diffusers_models.Wan.layers(transformer)[0].norm_q.register_forward_hook(lambda *_: None)
+        forward()
+        assert ran == [FP8, FP8, FP8], "the other layer"
+        hook.remove()
+        ran.pop()
         with monkeypatch.context() as patch:
             patch.setattr(diffusers_models.Wan, "fuses", lambda *_: False)
             apart = forward()
     forward()
+    transformer.requires_grad_(False)
+    norm = diffusers_models.Wan.layers(transformer)[0].norm_q.weight.requires_grad_()
+    forward().square().sum().backward()
+    assert norm.grad.abs().sum() > 0
     handle.remove()
     enable(transformer, SAME, shift=1.0)
     with torch.no_grad():
@@ -472,6 +486,75 @@ def test_unknown_model():
         enable(torch.nn.Linear(1, 1), STAGES, shift=1.0)
 
 
+def test_unknown_backend(wan):
+    with pytest.raises(ValueError, match="backend: 'flash' must be one of"):
+        enable(wan.pipe, STAGES, backend="flash")
+
+
+def test_deep_copy_is_enabled_too(wan):
+    """With stages of its own, also after a forward in which gradients were on."""
+    transformer = wan.pipe.transformer
+    handle = enable(transformer, STAGES, shift=1.0)
+    transformer(**inputs(), timestep=torch.tensor([990.0]))
+    copied = copy.deepcopy(transformer)
+    with torch.no_grad():
+        ours, theirs = (x(**inputs(), timestep=torch.tensor([500.0])).sample for x in (copied, transformer))
+        early = copied(**inputs(), timestep=torch.tensor([990.0])).sample
+    assert torch.equal(ours, theirs)
+    assert (early - ours).abs().max() > 1e-3
+    handle.remove()
+    assert isinstance(copied.blocks[0].attn1.processor, diffusers_models.Wan)
+
+
+def test_deep_copies_of_a_pipeline(wan, monkeypatch):
+    enable(wan.pipe, STAGES)
+    copied = replace(wan, pipe=copy.deepcopy(wan.pipe))
+    assert torch.equal(copied.run(), wan.run())
+    assert torch.equal(copied.run(3), wan.run(3)), "by its own scheduler"
+
+    def refuse(*_):
+        raise AssertionError("text encoders and all")
+
+    monkeypatch.setattr(type(wan.pipe), "__deepcopy__", refuse, raising=False)
+    expected = wan.run()
+    wan.pipe.transformer = copy.deepcopy(wan.pipe.transformer)
+    assert torch.equal(wan.run(), expected)
+
+
+def test_sharded_first(wan, tmp_path):
+    """FSDP2 gives the transformer a class of its own."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        transformer = wan.pipe.transformer
+        call = inputs() | {"timestep": torch.tensor([500.0])}
+        enable(transformer, STAGES, shift=1.0).remove()
+        handle = enable(transformer, STAGES, shift=1.0)
+        expected = transformer(**call).sample
+        handle.remove()
+        fully_shard(transformer, mesh=init_device_mesh("cpu", (1,)))
+        enable(transformer, STAGES, shift=1.0)
+        torch.testing.assert_close(transformer(**call).sample, expected)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_report_of_two_transformers():
+    """Each runs its side of the boundary; before a run nobody knows where that is."""
+    model = tiny.wan22()
+    handle = enable(model.pipe, STAGES, dense_layers=[0])
+    before = handle.report(grid=model.grid, num_steps=5)
+    model.run()
+    after = handle.report()
+
+    def steps(report, name):
+        return {i for row in report.rows if row.transformer == name for i in row.steps}
+
+    assert all(steps(before, name) == set(range(5)) for name in model.names)
+    assert steps(after, "transformer") == set(range(model.switch))
+    assert steps(after, "transformer_2") == set(range(model.switch, 5))
+    assert all(len(row.steps) in (3, 2, 1) for row in after.rows)
+
+
 def test_enabled_twice(wan):
     handle = enable(wan.pipe, STAGES)
     with pytest.raises(RuntimeError, match="layer 0 of transformer has a Wan, .*remove"):
@@ -527,9 +610,16 @@ def test_parallelism_is_no_silent_fallback(name, config, error):
         model.run()
 
 
-def test_dense_steps_beyond_the_sampler(wan):
-    enable(wan.pipe, STAGES, dense_steps=6)
-    with pytest.raises(ValueError, match="dense_steps: 5 is not a step of the sampler's 5"):
+@pytest.mark.parametrize(
+    "dense_steps, error",
+    [
+        (99, "dense_steps: 99 must be at most 5, as the sampler has 5 steps; nearest legal value 5"),
+        ([0, 5], "dense_steps: 5 must be at most 4, as the sampler has 5 steps; nearest legal value 4"),
+    ],
+)
+def test_dense_steps_beyond_the_sampler(wan, dense_steps, error):
+    enable(wan.pipe, STAGES, dense_steps=dense_steps)
+    with pytest.raises(ValueError, match=error):
         wan.run()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_map
 
 import fpsattention as fps
@@ -91,19 +92,72 @@ TABLE = fps.WindowTable(
 )
 
 
+def expected_and_far(wan: tiny.Tiny, schedule) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the pipeline gives with the schedule, which stays enabled, and with narrow windows in all steps."""
+    other = enable(wan.pipe, NARROW, dense_steps=1, backend="sm90")
+    far = wan.run()
+    other.remove()
+    enable(wan.pipe, schedule, dense_steps=1, backend="sm90")
+    return wan.run(), far
+
+
 @pytest.mark.parametrize(
     "schedule, graphs", [(SCHEDULE, 4), (TABLE, 2)], ids=["stages", "windows of each step, layer and head"]
 )
 def test_compiled_pipeline(wan, schedule, graphs):
     """As many graphs as stages, or one for all windows of a table; and one for the step that stays dense."""
-    other = enable(wan.pipe, NARROW, dense_steps=1, backend="sm90")
-    far = wan.run()
-    other.remove()
-    enable(wan.pipe, schedule, dense_steps=1, backend="sm90")
-    expected = wan.run()
+    expected, far = expected_and_far(wan, schedule)
     torch.compiler.reset()
     counter = CompileCounterWithBackend("inductor")
     wan.pipe.transformer.compile(backend=counter, fullgraph=True)
     for _ in range(2):
         assert_near(wan.run(), expected, far, limit=0.04)
         assert counter.frame_count == graphs
+
+
+@torch.compiler.disable
+def copied(module, args, output):
+    return (output[0].clone(),)
+
+
+def test_cuda_graphs(wan):
+    """mode="reduce-overhead": the whole transformer is a CUDA graph for each stage, recorded once and replayed."""
+    expected, far = expected_and_far(wan, SCHEDULE)
+    torch.compiler.reset()
+    counters.clear()
+    wan.pipe.transformer.register_forward_hook(copied)  # docs/hosts.md
+    wan.pipe.transformer.compile(mode="reduce-overhead", fullgraph=True)
+    for _ in range(3):  # warm up, record, replay
+        assert_near(wan.run(), expected, far, limit=0.04)
+    assert counters["stats"]["unique_graphs"] == 4
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    with torch.profiler.profile() as profile:
+        wan.run()
+    launches = [event.name for event in profile.events() if "GraphLaunch" in event.name]
+    assert len(launches) == tiny.STEPS * wan.passes
+
+
+def test_windows_of_a_table_are_not_recorded(wan):
+    """mode="reduce-overhead": they are read in each forward, so their attention runs outside of CUDA graphs."""
+    inputs, transformer = inputs_of_a_step(wan), wan.pipe.transformer
+    wide, narrow = [[(3, 2, 3), (3, 2, 1)], [(3, 1, 3), (1, 2, 3)]], [[(1, 1, 1)] * 2] * 2
+
+    def forwards():
+        with torch.no_grad():
+            timesteps = wan.pipe.scheduler.timesteps.cuda()
+            return [transformer(**inputs | {"timestep": t[None]})[0].clone() for t in timesteps]
+
+    outs = []
+    for windows in ([narrow, wide], [wide, narrow]):
+        windows = [windows[step % 2] for step in range(tiny.STEPS)]
+        table = fps.WindowTable((3, 4, 6), fps.AttentionConfig(TILE), windows)
+        handle = enable(wan.pipe, table, backend="sm90")
+        outs.append(forwards())
+        handle.remove()
+    far, expected = outs
+    enable(wan.pipe, table, backend="sm90")
+    torch.compiler.reset()
+    transformer.compile(mode="reduce-overhead", fullgraph=True)
+    for _ in range(3):
+        for out, *others in zip(forwards(), expected, far, strict=True):
+            assert_near(out, *others, limit=0.04)

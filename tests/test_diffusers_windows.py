@@ -182,7 +182,7 @@ def test_table_of_another_number_of_steps(wan):
 
 def test_dense_steps_beyond_the_table(wan):
     enable(wan.pipe, table_of(), dense_steps=6)
-    with pytest.raises(ValueError, match="dense_steps: 5 is not a step of the sampler's 5"):
+    with pytest.raises(ValueError, match="dense_steps: 6 must be at most 5"):
         wan.run()
 
 

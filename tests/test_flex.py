@@ -1,9 +1,11 @@
 """quant="none": what FlexAttention is told to compute, and on the CPU, uncompiled, what it computes."""
 
 import builtins
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import brute
 import extra_cases
@@ -143,3 +145,18 @@ def test_old_torch_is_told(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_flex)
     with pytest.raises(RuntimeError, match=r'quant="none".*torch >= 2.5.*backend="reference"'):
         flex._module()
+
+
+def test_kinds_of_calls_beyond_torchs_limit(monkeypatch):
+    """torch gives up on a function after 8 recompilations, which a process's calls of all kinds soon are."""
+    stub = SimpleNamespace(flex_attention=lambda q, k, v, **_: (q + k, v))
+    counter = CompileCounter()
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call, **options: compile_(call, backend=counter, **options))
+    monkeypatch.setattr(flex, "_module", lambda: stub)
+    kernel = flex._kernel.__wrapped__(True)
+    for rank in range(1, 13):
+        x = torch.ones([2] * rank)
+        out, _ = kernel(x, x, x, None, 0.5)
+        assert torch.equal(out, x + x)
+    assert counter.frame_count == 12

@@ -24,15 +24,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def fp8_on_cpu(monkeypatch):
-    """torchao asks for a GPU with FP8 tensor cores; torch multiplies E4M3 on the CPU as well."""
-    import torchao.quantization.quant_api as api
-
-    monkeypatch.setattr("torchao.float8.inference._check_hardware_support", lambda granularities: None)
-    monkeypatch.setattr(api, "_check_hardware_support", lambda granularities: None, raising=False)
-
-
 def transformer_of(name: str) -> nn.Module:
     return tiny.MODELS[name]().pipe.transformer.to(torch.bfloat16)
 
@@ -154,6 +145,46 @@ def test_projections_of_the_same_tokens_share_their_rounding():
             alone = linear(x.sin())
             assert (out - alone).norm() < 0.01 * alone.norm()
     assert len(re.findall(r"= empty_strided_cpu\(.*torch\.float8_e4m3fn\)", code)) == 1
+
+
+def test_hooks_of_a_projection_run():
+    """They may bring weights that were offloaded."""
+    transformer = transformer_of("wan")
+    use_fp8_linears(transformer)
+    attn, calls = transformer.blocks[0].attn1, []
+    x = torch.randn(1, 72, 128, generator=tiny.noise()).bfloat16()
+    expected = apply_all(x, attn.to_q, attn.to_k, attn.to_v)
+    attn.to_k.register_forward_pre_hook(lambda module, args: calls.append(module))
+    ours = apply_all(x, attn.to_q, attn.to_k, attn.to_v)
+    assert calls == [attn.to_k]
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def test_default_dtype():
+    """Scales stay in float32."""
+    transformer = transformer_of("wan")
+    use_fp8_linears(transformer)
+    x = torch.randn(2, 128, generator=tiny.noise()).bfloat16()
+    expected = transformer.blocks[0].attn1.to_out[0](x)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(transformer.blocks[0].attn1.to_out[0](x), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_machine_that_cannot(monkeypatch):
+    """Nothing is changed."""
+
+    def check(_):
+        raise AssertionError("Float8 dynamic quantization requires CUDA compute capability >= 8.9")
+
+    monkeypatch.setattr("torchao.float8.inference._check_hardware_support", check)
+    monkeypatch.setattr("torchao.quantization.quant_api._check_hardware_support", check, raising=False)
+    transformer = transformer_of("wan")
+    with pytest.raises(RuntimeError, match="transformer: torchao cannot round it here: .* >= 8.9"):
+        use_fp8_linears(transformer)
+    assert all(x.requires_grad for x in transformer.parameters())
 
 
 def test_bad_arguments():

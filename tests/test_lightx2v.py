@@ -1,8 +1,4 @@
-"""fpsattention.integrations.lightx2v against the part of LightX2V's interface that it uses, as of f8aee98 (2026-08-21).
-
-LightX2V is not on PyPI, so its registry, the base class of attention types and the arguments of Wan's blocks are
-written down here.
-"""
+"""fpsattention.integrations.lightx2v against the part of LightX2V's interface that it uses (stub_lightx2v.py)."""
 
 from __future__ import annotations
 
@@ -10,13 +6,13 @@ import importlib.util
 import sys
 from dataclasses import replace
 from itertools import product
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import fpsattention as fps
+from stub_lightx2v import TorchSDPAWeight
 
 NARROW = fps.AttentionConfig(tile=(1, 2, 2), window=(1, 1, 1), quant="none")
 NO_WINDOW = fps.AttentionConfig(tile=(1, 2, 2), quant="none")
@@ -25,50 +21,6 @@ STAGES = fps.StepSchedule(NARROW, fps.AttentionConfig(tile=(2, 2, 2)), WIDE, alp
 GRID = (3, 4, 6)
 
 pytestmark = pytest.mark.filterwarnings("ignore:fpsattention runs its reference")
-
-
-class Register(dict):
-    """Registers by name as a decorator; a name can be taken once."""
-
-    def __call__(self, name):
-        def add(cls):
-            assert name not in self, f"{name} already exists."
-            self[name] = cls
-            return cls
-
-        return add
-
-
-class AttnWeightTemplate:
-    def __init__(self, weight_name):
-        self.weight_name = weight_name
-        self.config = {}
-
-
-class TorchSDPAWeight(AttnWeightTemplate):
-    def __init__(self):
-        self.calls = []
-
-    def apply(self, q, k, v, **kwargs):
-        self.calls.append(kwargs)
-        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, scale=kwargs.get("softmax_scale"))
-        return out.transpose(0, 1).flatten(1)
-
-
-@pytest.fixture
-def registry(monkeypatch) -> Register:
-    registry = Register(torch_sdpa=TorchSDPAWeight)
-    for name in ("", ".utils", ".common", ".common.ops", ".common.ops.attn"):
-        monkeypatch.setitem(sys.modules, f"lightx2v{name}", ModuleType(f"lightx2v{name}"))
-    factory = ModuleType("lightx2v.utils.registry_factory")
-    factory.ATTN_WEIGHT_REGISTER = registry
-    template = ModuleType("lightx2v.common.ops.attn.template")
-    template.AttnWeightTemplate = AttnWeightTemplate
-    for module in (factory, template):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.delitem(sys.modules, "fpsattention.integrations.lightx2v", raising=False)
-    return registry
 
 
 @pytest.fixture
@@ -166,19 +118,42 @@ def test_scale_goes_through(register, qkv):
 @pytest.mark.parametrize(
     "kwargs, error",
     [
-        ({"grid_sizes": None}, "grid_sizes: LightX2V did not say"),
-        ({"scheduler": None, "block_idx": None}, "block_idx, scheduler: LightX2V did not say"),
         ({"block_idx": 4}, "num_layers: 4 was given, but there is a block 4"),
         ({"grid_sizes": (3, 4, 5)}, r"grid_sizes: \(3, 4, 5\) has 60 tokens"),
-        ({"cu_seqlens_kv": torch.tensor([0, 36, 72])}, "cu_seqlens_kv: 2 sequences"),
+        ({"cu_seqlens_kv": torch.tensor([0, 36, 72])}, r"cu_seqlens_kv: .* must be \[0, 72\]"),
+        ({"cu_seqlens_q": torch.tensor([0, 36])}, r"cu_seqlens_q: .* must be \[0, 72\]"),
+        ({"cu_seqlens_q": [0, 36, 72]}, r"cu_seqlens_q: \[0, 36, 72\] must be \[0, 72\]"),
         ({"causal": True}, "causal: True was given"),
         ({"sol_morton_preordered": True}, "sol_morton_preordered: True was given"),
         ({"attn_mask": torch.ones(72, 72)}, "attn_mask: "),
     ],
 )
 def test_what_it_cannot_do_raises(register, qkv, kwargs, error):
-    with pytest.raises((RuntimeError, ValueError), match=error):
+    with pytest.raises(ValueError, match=error):
         call(register(STAGES)(), qkv, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "kwargs, error",
+    [
+        ({"grid_sizes": None}, "grid_sizes: LightX2V did not say"),
+        ({"scheduler": None, "block_idx": None}, "block_idx, scheduler.step_index, .*: LightX2V did not say"),
+        ({"scheduler": SimpleNamespace(step_index=0)}, "scheduler.infer_steps: LightX2V did not say"),
+        ({"step": None}, "scheduler.step_index: LightX2V did not say"),
+        ({"step": -1}, "scheduler.step_index: -1 must be an integer, at least 0 and at most 4"),
+        ({"step": 7}, "scheduler.step_index: 7 must be .* at most 4"),
+        ({"block_idx": -1}, "block_idx: -1 must be an integer, at least 0"),
+        ({"grid_sizes": (3.5, 4.2, 6.1)}, r"grid_sizes: \(3.5, 4.2, 6.1\) must be three integers"),
+    ],
+)
+def test_what_lightx2v_must_say(register, qkv, kwargs, error):
+    with pytest.raises(RuntimeError, match=error):
+        call(register(STAGES)(), qkv, **kwargs)
+
+
+def test_sequence_lengths_in_a_list(register, qkv):
+    layer = register(STAGES)()
+    assert torch.equal(call(layer, qkv, cu_seqlens_q=[0, 72]), call(layer, qkv))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +166,14 @@ def test_what_it_cannot_do_raises(register, qkv, kwargs, error):
         ),
         ({"dense_layers": [4]}, "dense_layers: 4 must be from -4 to 3"),
         ({"dense_type": "flash_attn9"}, r"dense_type: 'flash_attn9' must be one of \['torch_sdpa'\]"),
+        ({"dense_type": None}, "dense_type: None must be a string"),
         ({"name": "torch_sdpa"}, r"name: 'torch_sdpa' must be none of \['torch_sdpa'\]"),
+        ({"name": 3}, "name: 3 must be a string"),
+        ({"name": ["x"]}, r"name: \['x'\] must be a string"),
+        ({"num_layers": 0}, "num_layers: 0 must be an integer, at least 1; nearest legal value 1"),
+        ({"num_layers": "4"}, "num_layers: '4' must be an integer"),
+        ({"num_layers": 4.0}, "num_layers: 4.0 must be an integer"),
+        ({"backend": "bogus"}, "backend: 'bogus' must be one of .*sm90"),
     ],
 )
 def test_bad_arguments(register, registry, kwargs, error):

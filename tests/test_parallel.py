@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.device_mesh import init_device_mesh
 
 import fpsattention as fps
 import many_gpus
@@ -92,6 +93,7 @@ def attended(attend, tensors, tensor_layout: str = "NHD", **options) -> list[tor
         warnings.filterwarnings("ignore", "fpsattention runs its reference")
         out, lse = attend(q, k, v, return_lse=True, tensor_layout=tensor_layout, **options)
     assert type(out) is type(lse) is torch.Tensor
+    assert out.dtype == q.dtype and lse.dtype == torch.float32
     gradients = torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
     results = (out.detach(), *gradients)
     out, *gradients = (x if tensor_layout == "NHD" else x.transpose(1, 2) for x in results)
@@ -140,18 +142,26 @@ def ulysses_against_one(config, layout, dtype, text, counts, groups=1) -> list[t
     ]
 
 
-def ring_errors(config, layout, dtype) -> list[tuple[float, float]]:
-    """Of out, lse and the gradients: relative RMS errors of the ring and of one process, against exact attention."""
+def ring_errors(config, layout, dtype, alone=False) -> list[tuple[float, float]]:
+    """Of out, lse and the gradients: relative RMS errors of the ring, or of a ring for each process alone, and of one
+    process, against exact attention.
+    """
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())] if alone else None
+    group = groups[dist.get_rank()] if alone else None
     everything = tensors(math.prod(GRID), dtype)
     options = {"grid": GRID, "tensor_layout": layout}
     exact_config = replace(config, quant="none", quant_tile=None, smooth_k=False)
     exact = attended(fps.attention, [x.double() for x in everything], config=exact_config, **options)
     one = attended(fps.attention, everything, config=config, **options)
-    ours = attended(parallel.ring_attention, shares_of(everything), config=config, **options)
+    ours = attended(
+        parallel.ring_attention, shares_of(everything, group), config=config, group=group, **options
+    )
     errors = []
     for x, y, reference in zip(ours, one, exact, strict=True):
-        reference = share_of(reference)
-        errors.append(tuple(((z - reference).norm() / reference.norm()).item() for z in (x, share_of(y))))
+        reference = share_of(reference, group)
+        errors.append(
+            tuple(((z - reference).norm() / reference.norm()).item() for z in (x, share_of(y, group)))
+        )
     return errors
 
 
@@ -218,7 +228,7 @@ def share_tokens(transformer, **options) -> None:
     """The host's context parallelism over all processes."""
     from diffusers import ContextParallelConfig
 
-    config = ContextParallelConfig(ulysses_degree=dist.get_world_size(), **options)
+    config = ContextParallelConfig(**{"ulysses_degree": dist.get_world_size()} | options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.accelerator, "device_count", lambda: 1)  # the host divides by it
         transformer.enable_parallelism(config=config)
@@ -257,9 +267,9 @@ def pipeline_against_one(first: str, height: int) -> tuple[float, float, int]:
     return difference, expected.abs().max().item(), ulysses.call_count // model.passes
 
 
-def ltx_against_one() -> tuple[float, float]:
-    """(largest difference, largest value) of a forward. In the pipeline, and in a backward, the host's own parallel
-    cross-attention fails, over the text's mask and its length.
+def ltx_against_one(in_pairs: bool) -> tuple[float, float]:
+    """(largest difference, largest value) of a forward that all processes or every two share. In the pipeline, and in a
+    backward, the host's own parallel cross-attention fails, over the text's mask and its length.
     """
     import tiny_diffusers as tiny
     from fpsattention.integrations.diffusers import enable
@@ -273,12 +283,16 @@ def ltx_against_one() -> tuple[float, float]:
         "rope_interpolation_scale": (1.0, 1.0, 1.0),
     }
     config = fps.AttentionConfig(TILE, HOST_WINDOWS, quant="none")
+    options = {}
+    if in_pairs:
+        names = "pair", "ring", "ulysses"
+        options = {"ulysses_degree": 2, "mesh": init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=names)}
     outs = []
     for shared in (False, True):
         model = tiny.ltx(HEADS).pipe.transformer
         enable(model, fps.StepSchedule(config, config, config), shift=3.0)
         if shared:
-            share_tokens(model)
+            share_tokens(model, **options)
         with torch.no_grad():
             outs.append(model(**inputs, num_frames=3, height=4, width=6, return_dict=False)[0])
     one, ours = outs
@@ -359,6 +373,13 @@ def test_ring_unrounded_is_one_process(processes, name, layout):
         assert max(ours for ours, _ in errors) < 1e-6
 
 
+def test_a_ring_of_one_process(two):
+    """Any tile will do where there are no slabs."""
+    config = fps.AttentionConfig((3, 2, 2), (2, 3, 3), quant="none")
+    for errors in two.run(ring_errors, config, "NHD", torch.float32, True):
+        assert max(ours for ours, _ in errors) < 1e-6
+
+
 @pytest.mark.parametrize("name", RING)
 def test_rounding_in_a_ring_is_no_worse_than_in_one_process(processes, name):
     """V's scales, K's mean and a coarse tile's scales are those of a slab, so the codes are others."""
@@ -394,6 +415,7 @@ ODD = {"config": fps.AttentionConfig((2, 2, 2))}
             {"config": fps.AttentionConfig(TILE, WINDOWS[:3])},
             r"window: 3 windows of single heads for 4 heads; give one triple, or 4",
         ),
+        ([SHARE] * 3, {"config": 0}, r"config: 0 must be an AttentionConfig or None, got int"),
         ([SHARE] * 3, {"suffix_len": -1}, r"suffix_len: -1 must be an integer, at least 0; nearest"),
         ([SHARE] * 3, {"tensor_layout": "LHD"}, r"tensor_layout: 'LHD' must be"),
     ],
@@ -479,9 +501,28 @@ def test_gradient_of_merged_states():
     assert torch.autograd.gradcheck(lambda *x: parallel.merge_states(x[:3], x[3:]), (*outs, *lses))
 
 
-def test_merged_states_must_be_pairs():
-    with pytest.raises(ValueError, match="lses: 0 for 1 outs; there must be one for each, and at least one"):
-        parallel.merge_states([torch.zeros(1, 1, 1, 1)], [])
+OUT, LSE = torch.zeros(1, 5, 2, 4), torch.zeros(1, 2, 5)
+
+
+@pytest.mark.parametrize(
+    "outs, lses, error",
+    [
+        ([OUT], [], "lses: 0 for 1 outs; there must be one for each, and at least one"),
+        (
+            [OUT],
+            [LSE[:, :1]],
+            r"lses\[0\]: shape \[1, 1, 5\], heads first, on cpu, must be \[1, 2, 5\] on cpu",
+        ),
+        ([OUT, OUT[:, :4]], [LSE, LSE], r"outs\[1\]: shape \[1, 2, 4, 4\], .* must be \[1, 2, 5, 4\]"),
+        ([OUT, OUT.to("meta")], [LSE, LSE], r"outs\[1\]: .* on meta, must be .* on cpu"),
+        ([OUT[0]], [LSE], r"outs\[0\]: must have 4 dimensions"),
+        ([OUT.int()], [LSE], r"outs\[0\]: must be a tensor of .*int32"),
+        ([OUT], [0.0], r"lses\[0\]: must be a floating-point tensor, got float"),
+    ],
+)
+def test_states_that_cannot_be_merged(outs, lses, error):
+    with pytest.raises((TypeError, ValueError), match=error):
+        parallel.merge_states(outs, lses)
 
 
 def test_one_graph_under_compile(two):
@@ -499,7 +540,13 @@ def test_diffusers_pipeline(processes, first, height):
 
 
 def test_ltx_in_diffusers(processes):
-    for error, size in processes.run(ltx_against_one):
+    for error, size in processes.run(ltx_against_one, False):
+        assert error < 1e-4 * size
+
+
+def test_mesh_of_the_host(four):
+    """Two of four processes share the tokens; the other two do the same work."""
+    for error, size in four.run(ltx_against_one, True):
         assert error < 1e-4 * size
 
 

@@ -79,7 +79,11 @@ def test_empty_grid():
     [
         ({"grid": (21, 45)}, ValueError, ["grid", "(21, 45)", "three integers"]),
         ({"grid": 75600}, TypeError, ["grid", "75600", "three integers"]),
-        ({"grid": (1, 1, 1), "top": 0}, ValueError, ["top", "0", "at least 1"]),
+        ({"grid": (1, 1, 1), "top": 0}, ValueError, ["top: 0", "at least 1", "nearest legal value 1"]),
+        ({"grid": (1, 1, 1), "top": "x"}, TypeError, ["top: 'x'", "integer"]),
+        ({"grid": (1, 1, 1), "top": None}, TypeError, ["top: None", "integer"]),
+        ({"grid": (1, 1, 1), "top": 1.5}, TypeError, ["top: 1.5", "integer"]),
+        ({"grid": (1, 1, 1), "top": True}, TypeError, ["top: True", "integer"]),
     ],
 )
 def test_errors(kwargs, error, words):
@@ -87,6 +91,20 @@ def test_errors(kwargs, error, words):
         plan(**kwargs)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "words"),
+    [
+        ({"head_dim": -5}, ValueError, "head_dim: -5 .* nearest legal value 1"),
+        ({"head_dim": "x"}, TypeError, "head_dim: 'x' must be an integer"),
+        ({"head_dim": None}, TypeError, "head_dim: None must be an integer"),
+        ({"config": 0}, TypeError, "config: 0 must be an AttentionConfig or None"),
+    ],
+)
+def test_errors_of_an_explanation(kwargs, error, words):
+    with pytest.raises(error, match=words):
+        plan((4, 4, 8)).explain(**kwargs)
 
 
 def test_explanation_of_a_window():

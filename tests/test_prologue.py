@@ -112,9 +112,44 @@ def wrong(**kwargs):
         ),
         ({"config": fps.AttentionConfig(quant="none")}, ValueError, "config: quant='none' rounds nothing"),
         ({"grid": (2, 3, 5)}, ValueError, "grid"),
-        ({"q": torch.ones(1, 24, 2, 64, requires_grad=True)}, RuntimeError, "a gradient is required"),
+        ({"q": torch.ones(1, 24, 2, 64, requires_grad=True)}, RuntimeError, "q: a gradient is required"),
+        (
+            {"k_weight": torch.ones(128, requires_grad=True)},
+            RuntimeError,
+            "k_weight: a gradient is required",
+        ),
+        ({"q_weight": [1.0] * 128}, TypeError, "q_weight: must be a tensor, got list"),
+        ({"rope": 5}, TypeError, "rope: must be three floating-point tensors, .*; one is int"),
+        ({"rope": [torch.ones(n, 10, 2).int() for n in GRID]}, TypeError, "rope: .*; one is torch.int32"),
+        ({"config": 0}, TypeError, "config: 0 must be an AttentionConfig or None, got int"),
+        ({"config": fps.AttentionConfig((1, 1, 1), (1, 2, 1))}, ValueError, r"window: \(1, 2, 1\) .* odd"),
     ],
 )
 def test_errors(kwargs, error, message):
     with pytest.raises(error, match=message):
         fps.norm_rope_quantize(**wrong(**kwargs))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"x": torch.ones(1, 12, 2, 64)},
+            ValueError,
+            r"x: has 12 tokens in layout NHD, but grid \(2, 3, 4\) has 24",
+        ),
+        ({"x": torch.ones(1, 1, 2, 64), "rope": None}, ValueError, "x: has 1 tokens"),
+        ({"x": torch.ones(24, 2, 64)}, ValueError, r"x: must have 4 dimensions \[B, L, H, D\]"),
+        ({"x": torch.ones(1, 24, 2, 64).int()}, TypeError, "x: must be a tensor of torch.bfloat16, .*int32"),
+        ({"x": torch.ones(1, 24, 2, 64).cfloat()}, TypeError, "x: must be a tensor of .*complex64"),
+        ({"x": None}, TypeError, "x: must be a tensor of .*NoneType"),
+        ({"grid": (2, 3), "rope": None}, ValueError, r"grid: \(2, 3\) must be three integers"),
+        ({"grid": (2, 3, 4.0)}, TypeError, "grid: .*4.0"),
+        ({"tensor_layout": "LHD"}, ValueError, "tensor_layout: 'LHD'"),
+    ],
+)
+def test_errors_of_norm_rope(change, error, message):
+    (x, _, _), given = inputs(GRID, 2, 64)
+    call = {"x": x, "grid": GRID, "weight": given["q_weight"], "rope": given["rope"]} | change
+    with pytest.raises(error, match=message):
+        fps.norm_rope(call.pop("x"), call.pop("weight"), **call)

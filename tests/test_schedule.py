@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from fractions import Fraction
 
 import pytest
@@ -349,22 +350,48 @@ def test_errors_of_a_batch(sigmas, shift, error, words):
 
 
 @pytest.mark.parametrize(
-    ("sigmas", "x", "words"),
+    ("sigmas", "x", "error", "words"),
     [
-        ([], torch.zeros(0, 2), ["sigmas: shape (0,)", "at least 1"]),
-        ([0.5, 0.5], torch.zeros(3, 2), ["batched[0]: shape (3, 2)", "begin with 2"]),
-        ([0.5, 1.0], torch.zeros(()), ["batched[0]: shape ()", "begin with 2"]),
+        ([], torch.zeros(0, 2), ValueError, ["sigmas: shape (0,)", "at least 1"]),
+        ([0.5, 0.5], torch.zeros(3, 2), ValueError, ["batched[0]: shape (3, 2)", "begin with 2"]),
+        ([0.5, 1.0], torch.zeros(()), ValueError, ["batched[0]: shape ()", "begin with 2"]),
+        ([0.5, 1.0], [0, 0], TypeError, ["batched[0]: must be a tensor [B, ...], got list"]),
+        ([0.5, 1.0], None, TypeError, ["batched[0]: must be a tensor [B, ...], got NoneType"]),
     ],
 )
-def test_errors_of_map_by_stage(sigmas, x, words):
-    with pytest.raises(ValueError) as caught:
+def test_errors_of_map_by_stage(sigmas, x, error, words):
+    with pytest.raises(error) as caught:
         schedule().map_by_stage(lambda config, part: part, torch.tensor(sigmas), x, shift=1)
     for word in words:
         assert word in str(caught.value)
 
 
-def test_a_function_that_loses_samples_is_refused():
-    with pytest.raises((IndexError, RuntimeError)):
+@pytest.mark.parametrize("sigmas", [[0.5, 0.5], [0.5, 0.5, 1.0]], ids=["one stage", "two stages"])
+@pytest.mark.parametrize(
+    ("of_mid", "error", "words"),
+    [
+        (lambda x: x[:1], ValueError, "returned (1, 2) torch.float32 cpu for mid, must return (2, 2) "),
+        (lambda x: x.sum(), ValueError, "returned () torch.float32 cpu for mid, must return (2"),
+        (lambda x: (x, x), TypeError, "must return a tensor [b, ...], returned tuple for mid"),
+        (lambda x: None, TypeError, "must return a tensor [b, ...], returned NoneType for mid"),
+    ],
+)
+def test_results_that_are_no_batch_are_refused(sigmas, of_mid, error, words):
+    with pytest.raises(error, match=re.escape(f"fn: {words}")):
         schedule().map_by_stage(
-            lambda config, part: part[:1], torch.tensor([0.5, 0.5, 1.0]), torch.zeros(3, 2), shift=1
+            lambda config, x: of_mid(x) if config == MID else x,
+            torch.tensor(sigmas),
+            torch.zeros(len(sigmas), 2),
+            shift=1,
+        )
+
+
+@pytest.mark.parametrize("of_mid", [torch.Tensor.double, lambda x: x[:, :1]])
+def test_results_of_stages_are_alike(of_mid):
+    with pytest.raises(ValueError, match=r"fn: returned .* for mid, must return \(1, 2\) torch.float32 cpu"):
+        schedule().map_by_stage(
+            lambda config, x: of_mid(x) if config == MID else x,
+            torch.tensor([0.5, 1.0]),
+            torch.zeros(2, 2),
+            shift=1,
         )

@@ -157,6 +157,7 @@ def test_a_failed_save_leaves_the_old_file(table, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         WindowTable(GRID, CONFIG, [[[FULL]]]).save(tmp_path / "table.json")
     assert WindowTable.load(tmp_path / "table.json") == table
+    assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,11 @@ def test_a_failed_save_leaves_the_old_file(table, tmp_path, monkeypatch):
         (lambda data: data["steps"][1][0].__setitem__(0, -1), 'steps": index: -1'),
         (lambda data: data["windows"].__setitem__(0, [2, 6, 10]), "nearest legal values 1 and 3"),
         (lambda data: data["windows"].__setitem__(0, "wide"), r'"windows"\[0\]'),
-        (lambda data: data.update(steps=3), "int"),
+        (lambda data: data.update(windows=[]), '"windows": is empty'),
+        (lambda data: data.update(windows=None), '"windows": None must be a sequence'),
+        (lambda data: data.update(steps=3), '"steps": 3 must be a sequence'),
+        (lambda data: data["steps"].__setitem__(1, None), r'"steps"\[1\]: None must be a sequence'),
+        (lambda data: data["steps"][1].__setitem__(2, 0), r'"steps"\[1\]\[2\]: 0 must be a sequence'),
     ],
 )
 def test_files_of_another_form_are_refused(table, tmp_path, change, words):
@@ -189,6 +194,7 @@ def test_files_of_another_form_are_refused(table, tmp_path, change, words):
     ("text", "words"),
     [
         ("{", "is not the JSON"),
+        ("[" * 100_000, "is not the JSON .* recursion"),
         ("[]", "must hold a JSON object, holds list"),
         ('{"a": 1, "a": 2}', "'a': is there twice"),
     ],
@@ -239,6 +245,11 @@ def test_what_fastvideo_passes_over_is_refused(tmp_path, change, words):
     with pytest.raises(ValueError, match=words) as error:
         WindowTable.from_fastvideo(path, **SIZES)
     assert str(error.value).startswith(f"{path}: ")
+
+
+def test_only_none_is_the_config_of_fastvideo(tmp_path):
+    with pytest.raises(TypeError, match="config: 0 must be an AttentionConfig or None"):
+        WindowTable.from_fastvideo(write(tmp_path, strategy()), **SIZES, config=0)
 
 
 def test_missing_keys_are_counted(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -14,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .config import AttentionConfig
+from .config import AttentionConfig, as_config
+from .geometry import as_grid
 from .ops import DTYPES, HEAD_DIMS
 
 BACKENDS = ("auto", "sm90", "reference")
 HOPPER = 90
-_DEFAULT_CONFIG = AttentionConfig()
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class QuantizedQKV:
 
     Attributes:
         operands: on the sm90 backend the block images and what belongs to them (`fpsattention.ops.quantize`); on the
-            reference backend Q, K and V as given, which it rounds again in every call.
+            reference backend Q, K and V themselves, which it rounds again in every call: leave them as they are.
         grid: tokens (T, H, W), as in the `quantize_qkv` call.
         config: that of the call.
         scale: that of the call, or what None stood for.
@@ -78,16 +77,11 @@ def quantize_qkv(
 
     Args and errors are those of `attention`; config.quant must be "fp8".
     """
-    config = _DEFAULT_CONFIG if config is None else config
-    if config.quant != "fp8":
-        raise ValueError(f'config: quant={config.quant!r} rounds nothing; use quant="fp8"')
+    config = as_config(config)
+    check_rounding(config, {"q": q, "k": k, "v": v}, instead="hand q, k, v to attention")
     extra = (prefix_len, suffix_len, prefix_valid, suffix_valid)
     name, scale = set_up(q, k, v, grid, config, scale, tensor_layout, backend, *extra)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        raise RuntimeError(
-            "q, k, v: a gradient is required, but there is none of quantised tensors; call it under torch.no_grad(), "
-            "or hand q, k, v to attention"
-        )
+    check_window(q, grid, config, tensor_layout, prefix_len, suffix_len)
     operands = (q.detach(), k.detach(), v.detach())
     if name == "sm90":
         tile, quant_tile, _, _ = as_lists(config)
@@ -157,11 +151,11 @@ def attention(
         given |= {"prefix_len": prefix_len or None, "suffix_len": suffix_len or None}  # 0: not said
         given |= {"prefix_valid": prefix_valid, "suffix_valid": suffix_valid}
         _check_repeated(q, given | {"backend": None if backend == "auto" else backend})
-        out, lse = _attend(q, q.config if config is None else _same_rounding(config, q))
+        out, lse = _attend(q, q.config if config is None else _same_rounding(as_config(config), q))
         return (out, lse) if return_lse else out
     if grid is None:
         raise TypeError("grid: is missing; give the tokens (T, H, W)")
-    config = _DEFAULT_CONFIG if config is None else config
+    config = as_config(config)
     tensor_layout = "NHD" if tensor_layout is None else tensor_layout
     lengths, counts = (prefix_len, suffix_len), (prefix_valid, suffix_valid)
     name, scale = set_up(q, k, v, grid, config, scale, tensor_layout, backend, *lengths, *counts)
@@ -198,7 +192,7 @@ def attention(
 def set_up(q, k, v, grid, config, scale, tensor_layout, backend, *extra) -> tuple[str, float]:
     """(what runs, scale) of a call whose arguments have been checked, with a notice where that is the slow path."""
     head_dim = reference.check_inputs(q, k, v, grid, tensor_layout, *extra)[0].shape[3]
-    scale = _checked_scale(scale, head_dim)
+    scale = reference.as_scale(scale, head_dim)
     name, reason = backend_for(q, config, backend)
     if name == "reference" and backend == "auto":
         _notice(reason)
@@ -225,13 +219,6 @@ def _attend(quantized: QuantizedQKV, config: AttentionConfig) -> tuple[Tensor, T
     )
 
 
-def _checked_scale(scale: float | None, head_dim: int) -> float:
-    scale = head_dim**-0.5 if scale is None else scale
-    if not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
-        raise ValueError(f"scale: {scale!r} must be a positive, finite number")
-    return scale
-
-
 def _check_repeated(quantized: QuantizedQKV, given: dict) -> None:
     """Arguments beside a `QuantizedQKV` must be left out, or say what it says."""
     for name, value in given.items():
@@ -240,7 +227,7 @@ def _check_repeated(quantized: QuantizedQKV, given: dict) -> None:
         if name in ("k", "v", "prefix_valid", "suffix_valid"):
             raise TypeError(f"{name}: is part of the QuantizedQKV given as q; leave it out")
         own = getattr(quantized, name)
-        if (tuple(value) if name == "grid" else value) != own:
+        if (as_grid(value) if name == "grid" else value) != own:
             raise ValueError(f"{name}: {value!r} is not that of the quantised Q, K, V, {own!r}; leave it out")
 
 
@@ -248,13 +235,16 @@ def _same_rounding(config: AttentionConfig, quantized: QuantizedQKV) -> Attentio
     own = quantized.config
     if config.tile is None:
         config = replace(config, tile=own.tile)
-    for name in ("tile", "quant", "quant_tile", "smooth_k"):
-        value, expected = getattr(config, name), getattr(own, name)
-        if value != expected:
-            raise ValueError(
-                f"config: {name}={value!r}, but Q, K, V were quantised with {name}={expected!r}; only window and "
-                f"border may differ"
-            )
+    names = ("tile", "quant", "quant_tile", "smooth_k")
+    if any(getattr(config, name) != getattr(own, name) for name in names):
+        # What None stands for may be the same.
+        given, expected = (replace(x, window=None).resolve(quantized.grid, 1) for x in (config, own))
+        for name in names:
+            if getattr(given, name) != getattr(expected, name):
+                raise ValueError(
+                    f"config: {name}={getattr(config, name)!r}, but Q, K, V were quantised with "
+                    f"{name}={getattr(own, name)!r}; only window and border may differ"
+                )
     return config
 
 
@@ -265,8 +255,8 @@ def backend_for(q: Tensor, config: AttentionConfig, backend: str = "auto") -> tu
     (FlexAttention with a BlockMask made from our plan, SDPA when dense); "reference", plain torch on any device.
     Raises ValueError for an unknown backend, RuntimeError when backend="sm90" cannot run.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: {backend!r} must be one of {BACKENDS}")
+    check_backend(backend)
+    config = as_config(config)
     if backend == "reference":
         return "reference", "it was asked for"
     if config.quant == "none":
@@ -280,6 +270,12 @@ def backend_for(q: Tensor, config: AttentionConfig, backend: str = "auto") -> tu
     if backend == "sm90":
         raise RuntimeError(f'backend="sm90" cannot run: {obstacle}')
     return "reference", obstacle
+
+
+def check_backend(backend: str) -> None:
+    """Raises ValueError for an unknown backend."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: {backend!r} must be one of {BACKENDS}")
 
 
 def _sm90_obstacle(q: Tensor) -> str | None:
@@ -305,7 +301,10 @@ def _capability(device: int) -> int:
 def _notice(reason: str) -> None:
     """Say that the slow path runs; an error in strict mode."""
     message = f"fpsattention runs its reference instead of the Hopper kernel, slowly: {reason}"
-    if os.environ.get("FPSATTENTION_STRICT") == "1":
+    strict = os.environ.get("FPSATTENTION_STRICT", "0")
+    if strict not in ("", "0", "1"):
+        raise ValueError(f"FPSATTENTION_STRICT: {strict!r} must be 0 or 1")
+    if strict == "1":
         raise RuntimeError(f"{message} (FPSATTENTION_STRICT=1)")
     _warn_once(message)
 
@@ -314,6 +313,24 @@ def _notice(reason: str) -> None:
 def _warn_once(message: str) -> None:
     # Past _notice, what calls that, and the public function: the caller's line.
     warnings.warn(message, stacklevel=5)
+
+
+def check_rounding(config: AttentionConfig, inputs: dict, instead: str) -> None:
+    """Raises ValueError when the config rounds nothing, RuntimeError when one of the inputs requires a gradient."""
+    if config.quant != "fp8":
+        raise ValueError(f'config: quant={config.quant!r} rounds nothing; use quant="fp8"')
+    names = [name for name, x in inputs.items() if isinstance(x, Tensor) and x.requires_grad]
+    if names and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{', '.join(names)}: a gradient is required, but there is none of quantised tensors; call it under "
+            f"torch.no_grad(), or {instead}"
+        )
+
+
+def check_window(q, grid, config: AttentionConfig, tensor_layout: str, prefix_len=0, suffix_len=0) -> None:
+    """Raises ValueError, ahead of `attention`, when the window does not fit the grid or the heads."""
+    if not torch.compiler.is_compiling():  # a graph has the check in `attention`
+        config.resolve(grid, reference.to_heads_first(q, tensor_layout).shape[1], prefix_len, suffix_len)
 
 
 def as_lists(config: AttentionConfig) -> tuple[list[int], list[int], list[int], bool]:

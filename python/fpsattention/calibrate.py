@@ -157,14 +157,14 @@ def run(
         task = bar.add_task("", total=len(captures) * heads)
         for capture in captures:
             entry = done.get(capture.path.name)
-            if entry is None or entry["stamp"] != capture.stamp:
+            if entry is None or entry["stamp"] != capture.stamp or len(entry["windows"]) != heads:
                 bar.update(task, description=f"step {capture.step}, layer {capture.layer}")
                 stamp = capture.stamp
                 windows, errors = [], []
-                for part in _parts(capture, layout):
-                    q, k, v = (x.to(device) for x in part)
-                    backend = backend or backend_for(q, config)
-                    try:
+                try:
+                    for part in _parts(capture, layout):
+                        q, k, v = (x.to(device) for x in part)
+                        backend = backend or backend_for(q, config)
                         more = search(
                             q,
                             k,
@@ -175,11 +175,11 @@ def run(
                             budget=budget,
                             tensor_layout=layout,
                         )
-                    except (TypeError, ValueError) as error:
-                        raise UserError(f"{capture.path}: {error}") from error
-                    windows += more[0]
-                    errors += more[1]
-                    bar.advance(task, len(more[0]))
+                        windows += more[0]
+                        errors += more[1]
+                        bar.advance(task, len(more[0]))
+                except (TypeError, ValueError, OSError, SafetensorError) as error:
+                    raise UserError(f"{capture.path}: {error}") from error
                 entry = {"stamp": stamp, "windows": windows, "errors": errors}
                 done[capture.path.name] = entry
                 with asked():
@@ -238,7 +238,7 @@ def _shape(path: Path, grid: Triple, layout: str) -> tuple[int, int, int, int]:
         with safe_open(path, framework="pt") as file:
             names = sorted(file.keys())
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:  # OSError for a folder of that name
         raise ValueError(f"{path}: is no safetensors file ({error})") from error
     if names != ["k", "q", "v"]:
         raise ValueError(f"{path}: must hold the tensors q, k and v and no others, holds {names}")
@@ -279,14 +279,23 @@ def _load_state(path: Path, settings: dict) -> dict:
         state = json.loads(path.read_text())
         if state["format"] != STATE_FORMAT:
             raise ValueError(f"format {state['format']!r} is not {STATE_FORMAT!r}")
-        before, files = state["settings"], state["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        before, files = {name: state["settings"][name] for name in settings}, state["files"]
+        for name, entry in files.items():
+            windows, errors = entry["windows"], entry["errors"]
+            if not (
+                entry["stamp"]
+                and len(windows) == len(errors) > 0
+                and all(window in before["candidates"] for window in windows)
+                and all(0 <= error < math.inf for error in errors)
+            ):
+                raise ValueError(f"its windows and errors of {name} are damaged")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: is no state of an earlier run ({error}); remove it, or give --restart"
         ) from error
     for name, value in settings.items():
-        if before.get(name) != value:
-            was = "other ones" if name == "candidates" else before.get(name)
+        if before[name] != value:
+            was = "other ones" if name == "candidates" else before[name]
             raise UserError(
                 f"{path}: an earlier run had other settings ({name}: {was}); go on with those, give another "
                 "--output, or --restart"

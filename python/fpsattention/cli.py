@@ -1,13 +1,14 @@
 """The `fpsattention` command: the options of each subcommand, in one `_add_*` function each.
 
 What a subcommand does is in a module of its own, imported when it runs. Exit status: 0 done, 1 the machine could not do
-it (no Hopper GPU, out of GPU memory, a failed self-test), 2 the request was wrong, 130 interrupted.
+it (no Hopper GPU, out of memory, stdout on a full disk, a failed self-test), 2 the request was wrong, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from pathlib import Path
 
 # Modules that come with the `cli` and `demo` extras; a missing one is the user's to install.
 EXTRA_MODULES = {"av", "matplotlib", "numpy", "rich", "safetensors", "torchmetrics"}
+# Of what matplotlib writes, what people look at; named here so that a wrong option needs no matplotlib.
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".pdf", ".svg", ".eps")
 
 
 class UserError(Exception):
@@ -65,19 +68,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = vars(parser.parse_args(argv))
     command, run = args.pop("command"), args.pop("run")
     try:
-        return run(**args) or 0
+        status = run(**args) or 0
+        sys.stdout.flush()
+        return status
     except UserError as error:
         return _fail(command, str(error), 2)
     except MachineError as error:
         return _fail(command, str(error), 1)
     except KeyboardInterrupt:
         return _fail(command, "interrupted", 130)
-    except RuntimeError as error:
-        # torch's, looked up by name so that a wrong option needs no torch
-        if type(error).__name__ != "OutOfMemoryError":
+    except OSError as error:
+        _give_stdout_up()
+        return _fail(command, str(error), 1)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
             raise
         hint = "fewer --frames or a smaller --size" if command == "demo" else "or a smaller grid"
-        return _fail(command, f"{error}\nTry fewer --heads, {hint}.", 1)
+        advice = f"\nTry fewer --heads, {hint}." if "heads" in args else ""
+        return _fail(command, (str(error) or "out of memory") + advice, 1)
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Python's, or torch's of a GPU or CPU: known by name and text, so that a wrong option needs no torch."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
+
+
+def _give_stdout_up() -> None:
+    """What a full disk has left in the buffer of stdout would fail once more as Python ends: let that go nowhere."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(command: str, message: str, status: int) -> int:
@@ -124,9 +149,34 @@ _fraction = _between(0, 1)
 def _new_file(text: str) -> Path:
     """An argument type: a file in a folder that exists, found out before the work rather than after it."""
     path = Path(text)
-    if not path.parent.is_dir():
+    if os.path.isdir(path):  # unlike Path's, False for a name that is too long
+        raise argparse.ArgumentTypeError(f"{text!r}: is a folder; name a file in it")
+    if not os.path.isdir(path.parent):
         raise argparse.ArgumentTypeError(f"{text!r}: there is no folder {path.parent}")
     return path
+
+
+def _new_picture(text: str) -> Path:
+    """As `_new_file`, of a format that can be drawn; a name without a suffix gets that of PNG."""
+    path = _new_file(text)
+    if not path.suffix:
+        return _new_file(f"{path}.png")
+    if path.suffix.lower() not in PICTURES:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: suffix {path.suffix} must be one of {', '.join(PICTURES)}"
+        )
+    return path
+
+
+def _seed(text: str) -> int:
+    """An argument type: what torch.Generator.manual_seed takes."""
+    try:
+        seed = int(text)
+    except ValueError:
+        seed = 2**64
+    if not -(2**63) <= seed < 2**64:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from -2^63 to 2^64 - 1")
+    return seed
 
 
 def _add_triple(parser, name: str, what: str, **options) -> None:
@@ -243,7 +293,9 @@ def _add_schedule(commands) -> None:
     parser.add_argument(
         "--windows", type=Path, metavar="FILE", help="a table of windows in place of all the above"
     )
-    parser.add_argument("--output", type=_new_file, metavar="PNG", help="also draw the picture to this file")
+    parser.add_argument(
+        "--output", type=_new_picture, metavar="PNG", help="also draw the picture to this file"
+    )
     _add_json(parser)
     parser.set_defaults(run=partial(_run, "show", "schedule"))
 
@@ -283,7 +335,7 @@ def _add_profile(commands) -> None:
     parser.add_argument(
         "--output",
         type=_new_file,
-        default=Path("fpsattention-profile"),
+        default="fpsattention-profile",  # as text, which argparse hands to the type as well
         metavar="FILE",
         help="the report, to which the tool adds its suffix (default: %(default)s)",
     )
@@ -339,7 +391,7 @@ def _add_calibrate(commands) -> None:
     parser.add_argument(
         "--output",
         type=_new_file,
-        default=Path("windows.json"),
+        default="windows.json",
         metavar="FILE",
         help="the table (default: %(default)s)",
     )
@@ -364,8 +416,8 @@ def _add_compare(commands) -> None:
         )
     parser.add_argument(
         "--output",
-        type=_new_file,
-        default=Path("comparison.png"),
+        type=_new_picture,
+        default="comparison.png",
         metavar="PNG",
         help="the picture (default: %(default)s)",
     )
@@ -433,7 +485,7 @@ def _add_demo(commands) -> None:
         help="noise level of flow matching, (1 - SIGMA) * latent + SIGMA * noise; 1 is the first denoising "
         "step, 0 after the last (default: %(default)s, a late step, when the picture is there)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the noise (default: 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the weights and the noise (default: 0)")
     parser.add_argument(
         "--output",
         type=Path,

@@ -87,6 +87,22 @@ class AttentionConfig:
         return _resolve(self, as_grid(grid), as_int("heads", heads, 1), *lengths)
 
 
+_DEFAULT = AttentionConfig()
+
+
+def as_config(value: AttentionConfig | None) -> AttentionConfig:
+    """`value`; None is the default config. Raises TypeError for anything else."""
+    if value is None:
+        return _DEFAULT
+    if not isinstance(value, AttentionConfig):
+        of_schedule = "; a schedule's is schedule.at(...) or schedule.for_sigma(...)"
+        raise TypeError(
+            f"config: {value!r} must be an AttentionConfig or None, got {type(value).__name__}"
+            f"{of_schedule if hasattr(value, 'at') else ''}"
+        )
+    return value
+
+
 @dataclass(frozen=True)
 class ResolvedConfig:
     """An `AttentionConfig` fitted to one grid; windows are cut to their axes. Immutable, hashable.
@@ -110,10 +126,12 @@ class ResolvedConfig:
 
     @property
     def geometry(self) -> TileGeometry:
+        """Of the grid's tiles and the extra tokens."""
         return tile_geometry(self.grid, self.tile, self.prefix_len, self.suffix_len)
 
     @property
     def truncate(self) -> bool:
+        """Whether windows are cut at the grid's edge."""
         return as_truncate(self.border)
 
     @property

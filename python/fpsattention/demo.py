@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -64,7 +65,7 @@ def run(
     frames, heads = frames or defaults["frames"], heads or defaults["heads"]
     height, width = size or defaults["size"]
     path = video_path or video.default_clip()
-    picture = _make_folder(output) / "demo.png"
+    picture, denoised_picture = _pictures(output)
 
     steps, start = denoise.EFFORT[device.type]
     denoised = None
@@ -93,7 +94,6 @@ def run(
         bar.update(task, description="done")
         if case:
             task = bar.add_task("denoising", total=3 * (steps - start))
-            denoised_picture = output / "denoise.png"
             arms = denoise.run(case, steps, start, denoised_picture, partial(bar.advance, task))
             denoised = {
                 "clip": denoise.CLIP,
@@ -135,12 +135,17 @@ def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def _make_folder(path: Path) -> Path:
+def _pictures(folder: Path) -> list[Path]:
+    """The two pictures in the folder, which is made. Raises UserError where they cannot be."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output {path}: cannot be made a folder ({error.strerror})") from error
-    return path
+        raise UserError(f"--output {folder}: cannot be made a folder ({error.strerror})") from error
+    pictures = [folder / "demo.png", folder / "denoise.png"]
+    for path in pictures:
+        if not os.access(path if path.exists() else folder, os.W_OK) or path.is_dir():
+            raise UserError(f"--output {folder}: {path} cannot be written; remove it or name another folder")
+    return pictures
 
 
 def _resolve(grid, heads, tile, window) -> ResolvedConfig:

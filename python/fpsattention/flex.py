@@ -25,9 +25,14 @@ def _module():
     return flex_attention
 
 
+# Numbers of tokens, heads and samples, head_dims, dtypes and layouts of a process, with and without gradients and text:
+# torch would give up after 8.
+COMPILED_KINDS = 256
+
+
 @lru_cache(maxsize=2)
 def _kernel(compiled: bool) -> Callable:
-    """flex_attention that returns (out, lse), compiled once or as it is."""
+    """flex_attention that returns (out, lse), compiled once for each kind of call or as it is."""
     flex = _module()
 
     def attend(q, k, v, block_mask, scale):
@@ -37,8 +42,12 @@ def _kernel(compiled: bool) -> Callable:
             return out, stats.lse
         return flex.flex_attention(q, k, v, block_mask=block_mask, scale=scale, return_lse=True)
 
+    if not compiled:
+        return attend
     # fullgraph: uncompiled, it would fill memory with all scores; better an error than that.
-    return torch.compile(attend, fullgraph=True) if compiled else attend
+    attend = torch.compile(attend, fullgraph=True)
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    return torch._dynamo.config.patch({limit: COMPILED_KINDS})(attend)
 
 
 def _listed_blocks(resolved: ResolvedConfig) -> torch.Tensor:
@@ -55,6 +64,7 @@ def _listed_blocks(resolved: ResolvedConfig) -> torch.Tensor:
 
 
 @lru_cache(maxsize=4)
+@torch.inference_mode(False)
 def block_mask(resolved: ResolvedConfig, device: torch.device, compiled: bool, partial_extra: bool = False):
     """The BlockMask [1, windows, rows, rows] of tokens in slot order: which key blocks every query block
     attends.
@@ -108,11 +118,12 @@ def _of_valid(mask, valid_rows: torch.Tensor):
 
 
 @lru_cache(maxsize=4)
+@torch.inference_mode(False)
 def _permutation(resolved: ResolvedConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(token of every row, row of every token); padding repeats its tile's first token, so it is harmless."""
     rows = resolved.geometry.slot_tokens
     tokens = torch.where(rows < 0, rows[:, :1], rows).flatten()
-    row_of_token = torch.empty(resolved.geometry.n_tokens, dtype=torch.int64)
+    row_of_token = torch.empty(resolved.geometry.n_tokens, dtype=torch.int64, device="cpu")
     valid = (rows >= 0).flatten()
     row_of_token[tokens[valid]] = valid.nonzero()[:, 0]
     return tokens.to(device), row_of_token.to(device)

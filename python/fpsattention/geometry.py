@@ -1,7 +1,8 @@
 """Python face of the geometry rule: which token sits in which tile, and which tiles a query tile attends.
 
 The rule itself is C++ (include/fpsattention/geometry.h, shared by host and device) and is reached through
-`_C`; this module turns its answers into index tensors and counts. All tensors live on the CPU.
+`_C`; this module turns its answers into index tensors and counts. All tensors live on the CPU, whatever the default
+device, and those that are kept are plain ones, whatever the mode they are first asked for in.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from . import _C
 
 Triple = tuple[int, int, int]
 
-MAX_TOKENS = 2**31 - 1  # token indices are int32 in the kernels
+MAX_TOKENS = 2**31 - _C.MAX_SLOT  # token indices are int32 in the kernels, rounded up to tiles too
 
 
 def as_triple(name: str, value: Sequence[int], least: int) -> Triple:
@@ -136,29 +137,33 @@ class TileGeometry:
         )
 
     @cached_property
+    @torch.inference_mode(False)
     def slot_tokens(self) -> torch.Tensor:
         """int64 [n_tiles, slot]: index of the token in each row, -1 for padding."""
-        rows = torch.empty(self.n_tiles, self.slot, dtype=torch.int32)
+        rows = torch.empty(self.n_tiles, self.slot, dtype=torch.int32, device="cpu")
         if self.n_tiles:
             _C.slot_tokens(self.grid, self.tile, self.prefix_len, self.suffix_len, rows.data_ptr())
         return rows.long()
 
     @cached_property
+    @torch.inference_mode(False)
     def extra_tokens(self) -> torch.Tensor:
         """int64 [n_extra_tokens], ascending: indices of the prefix's and the suffix's tokens."""
-        tokens = torch.arange(self.n_tokens)
+        tokens = torch.arange(self.n_tokens, device="cpu")
         return torch.cat([tokens[: self.prefix_len], tokens[self.n_tokens - self.suffix_len :]])
 
     @cached_property
+    @torch.inference_mode(False)
     def valid(self) -> torch.Tensor:
         """int64 [n_tiles]: tokens of each tile."""
         return (self.slot_tokens >= 0).sum(1)
 
     @cached_property
+    @torch.inference_mode(False)
     def tile_of_token(self) -> torch.Tensor:
         """int64 [n_tokens]: the tile of each token."""
-        tile_of_row = torch.arange(self.n_tiles).repeat_interleave(self.valid)
-        out = torch.empty(self.n_tokens, dtype=torch.int64)
+        tile_of_row = torch.arange(self.n_tiles, device="cpu").repeat_interleave(self.valid)
+        out = torch.empty(self.n_tokens, dtype=torch.int64, device="cpu")
         out[self.slot_tokens[self.slot_tokens >= 0]] = tile_of_row
         return out
 
@@ -172,12 +177,14 @@ class TileGeometry:
         tokens is a brick of its own; these come after the grid's.
         """
         per_axis = [
-            torch.arange(n) // (b // t) for n, b, t in zip(self.tiles, quant_tile, self.tile, strict=True)
+            torch.arange(n, device="cpu") // (b // t)
+            for n, b, t in zip(self.tiles, quant_tile, self.tile, strict=True)
         ]
         bricks = [int(x[-1]) + 1 if len(x) else 0 for x in per_axis]
         t, h, w = torch.meshgrid(*per_axis, indexing="ij")
         video = ((t * bricks[1] + h) * bricks[2] + w).reshape(-1)
-        return torch.cat([video, math.prod(bricks) + torch.arange(self.n_tiles - self.n_video_tiles)])
+        runs = torch.arange(self.n_tiles - self.n_video_tiles, device="cpu")
+        return torch.cat([video, math.prod(bricks) + runs])
 
     def coordinates(self, tile_index: int) -> Triple:
         """Coordinates (t, h, w) of a tile of the grid. Raises IndexError when there is no such tile."""
@@ -195,16 +202,18 @@ class TileGeometry:
         grid.
         """
         per_axis = [
-            torch.tensor(self._axis_keys(axis, window, border), dtype=torch.int64).reshape(-1, 2)
+            torch.tensor(self._axis_keys(axis, window, border), dtype=torch.int64, device="cpu").reshape(
+                -1, 2
+            )
             for axis in range(3)
         ]
-        index = torch.meshgrid(*(torch.arange(n) for n in self.tiles), indexing="ij")
+        index = torch.meshgrid(*(torch.arange(n, device="cpu") for n in self.tiles), indexing="ij")
         return torch.stack([x[i.reshape(-1)] for x, i in zip(per_axis, index, strict=True)], dim=1)
 
     def tiles_in(self, boxes: torch.Tensor) -> torch.Tensor:
         """int64 [n, tiles of a box], ascending: the tiles in `boxes` [n, 3, 2] of equal sizes."""
         sizes = (boxes[0, :, 1] - boxes[0, :, 0]).tolist()
-        t, h, w = (boxes[:, axis, :1] + torch.arange(sizes[axis]) for axis in range(3))
+        t, h, w = (boxes[:, axis, :1] + torch.arange(sizes[axis], device="cpu") for axis in range(3))
         _, n_h, n_w = self.tiles
         tiles = (t[:, :, None, None] * n_h + h[:, None, :, None]) * n_w + w[:, None, None, :]
         return tiles.flatten(1)
@@ -220,20 +229,19 @@ class TileGeometry:
     def _box(self, tile_index, window, border, axis_rule) -> torch.Tensor:
         truncate = as_truncate(border)
         if self.n_video_tiles <= tile_index < self.n_tiles:
-            return torch.arange(self.n_tiles)
+            return torch.arange(self.n_tiles, device="cpu")
         box = [
             axis_rule(i, n, w, truncate)
             for i, n, w in zip(self.coordinates(tile_index), self.tiles, window, strict=True)
         ]
-        return torch.cat(
-            [self.tiles_in(torch.tensor([box]))[0], torch.arange(self.n_video_tiles, self.n_tiles)]
-        )
+        runs = torch.arange(self.n_video_tiles, self.n_tiles, device="cpu")
+        return torch.cat([self.tiles_in(torch.tensor([box], device="cpu"))[0], runs])
 
     def tile_mask(self, window: Triple, border: str) -> torch.Tensor:
         """bool [n_tiles, n_tiles]: which tiles (rows) attend which (columns)."""
-        coordinates = torch.cartesian_prod(*(torch.arange(n) for n in self.tiles))
+        coordinates = torch.cartesian_prod(*(torch.arange(n, device="cpu") for n in self.tiles))
         lo, hi = self.key_boxes(window, border)[:, None].unbind(-1)
-        mask = torch.ones(self.n_tiles, self.n_tiles, dtype=torch.bool)
+        mask = torch.ones(self.n_tiles, self.n_tiles, dtype=torch.bool, device="cpu")
         video = slice(self.n_video_tiles)
         mask[video, video] = ((coordinates >= lo) & (coordinates < hi)).all(-1)
         return mask

@@ -283,6 +283,7 @@ def _norm_rope_quantize_cuda(
     weights = None
     if q_weight is not None:
         weights = [x.to(torch.float32).contiguous() for x in (q_weight, k_weight)]
+        weights = [x if x.data_ptr() % 8 == 0 else x.clone() for x in weights]  # the kernel loads pairs
     return _quantize_cuda(
         q, k, v, grid, tile, quant_tile, False, scale, tensor_layout, weights=weights, eps=eps, rope=rope
     )

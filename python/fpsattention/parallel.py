@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
 
 from .api import attention
-from .config import AXES, AttentionConfig
+from .config import AXES, AttentionConfig, as_config
 from .geometry import Triple, as_grid, as_int
-from .reference import to_heads_first
+from .reference import check_tensor, kind_of, to_heads_first
 
 
 def ulysses_attention(
@@ -117,7 +117,7 @@ def ring_attention(
     grid = as_grid(grid)
     tokens, where = math.prod(grid) // ranks, f"grid {grid}, process {rank} of {ranks}"
     heads = _checked_heads(q, k, v, tensor_layout, tokens, where)
-    slab, config = _slab(grid, AttentionConfig() if config is None else config, heads, ranks)
+    slab, config = _slab(grid, as_config(config), heads, ranks)
     options |= {"grid": slab, "config": config, "tensor_layout": tensor_layout, "return_lse": True}
 
     merged = None
@@ -140,15 +140,27 @@ def merge_states(
 
     Args:
         outs: each [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), of any floating dtypes.
-        lses: fp32, each [B, H, L], natural logarithm; -inf where a query saw none of the part's keys.
+        lses: each [B, H, L], natural logarithm; -inf where a query saw none of the part's keys.
 
     Returns out, fp32 (fp64 when an out is), and lse, fp32; 0 and -inf where a query saw no key at all.
-    Raises ValueError when there is no part, or not one lse for each out.
+    Raises TypeError for what is no floating-point tensor, ValueError when there is no part, not one lse for each out,
+    or one of another shape or device.
     """
     if not outs or len(outs) != len(lses):
         raise ValueError(
             f"lses: {len(lses)} for {len(outs)} outs; there must be one for each, and at least one"
         )
+    heads_first = [check_tensor(f"outs[{i}]", out, tensor_layout) for i, out in enumerate(outs)]
+    first = heads_first[0]
+    for i, (out, lse) in enumerate(zip(heads_first, lses, strict=True)):
+        if not isinstance(lse, Tensor) or not lse.is_floating_point():
+            raise TypeError(f"lses[{i}]: must be a floating-point tensor, got {kind_of(lse)}")
+        for name, x, shape in (("outs", out, first.shape), ("lses", lse, first.shape[:3])):
+            if x.shape != shape or x.device != first.device:
+                raise ValueError(
+                    f"{name}[{i}]: shape {list(x.shape)}, heads first, on {x.device}, must be {list(shape)} on "
+                    f"{first.device}, as of outs[0]"
+                )
     lses = torch.stack(tuple(lses))
     shift = lses.detach().amax(0)
     shift = shift.masked_fill(shift == -math.inf, 0.0)
@@ -156,7 +168,6 @@ def merge_states(
     total = weights.sum(0)
     unseen = total == 0
     total = total.masked_fill(unseen, 1.0)
-    heads_first = [to_heads_first(out, tensor_layout) for out in outs]
     out = sum(x * w[..., None] for x, w in zip(heads_first, weights / total, strict=True))
     return to_heads_first(out, tensor_layout), (shift + total.log()).masked_fill(unseen, -math.inf)
 
@@ -190,7 +201,7 @@ def _checked_heads(q, k, v, tensor_layout: str, tokens: int, where: str) -> int:
     return _as_nhd(q, tensor_layout).shape[2]
 
 
-def _own_windows(config: AttentionConfig | None, heads: int, rank: int, ranks: int) -> AttentionConfig | None:
+def _own_windows(config: AttentionConfig | None, heads: int, rank: int, ranks: int) -> AttentionConfig:
     """The config of this process's heads."""
     if heads % ranks:
         legal = [n for n in range(1, heads + 1) if heads % n == 0]
@@ -199,12 +210,8 @@ def _own_windows(config: AttentionConfig | None, heads: int, rank: int, ranks: i
             f"q: {heads} heads do not divide among {ranks} processes; nearest legal numbers of processes: "
             f"{', '.join(map(str, near))}"
         )
-    if (
-        config is None
-        or config.window is None
-        or isinstance(config.window[0], int)
-        or len(config.window) == 1
-    ):
+    config = as_config(config)
+    if config.window is None or isinstance(config.window[0], int) or len(config.window) == 1:
         return config
     if len(config.window) != heads:
         raise ValueError(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import _C
-from .geometry import Triple, as_grid, tile_geometry
+from .geometry import Triple, as_grid, as_int, tile_geometry
 
 if TYPE_CHECKING:
     from .config import AttentionConfig, ResolvedConfig
@@ -56,6 +56,7 @@ class Plan:
 
     @property
     def best(self) -> TileChoice:
+        """The first of `candidates`: the tile of a config with tile=None."""
         return self.candidates[0]
 
     def explain(
@@ -74,11 +75,11 @@ class Plan:
             head_dim: channels per head.
             prefix_len, suffix_len: extra tokens before and after the grid's; all count as valid.
 
-        Raises as `AttentionConfig.resolve` does.
+        Raises as `AttentionConfig.resolve` does, and for a head_dim that is no integer of at least 1.
         """
-        from .config import AttentionConfig  # config.py imports this module
+        from .config import as_config  # config.py imports this module
 
-        config = config or AttentionConfig()
+        config, head_dim = as_config(config), as_int("head_dim", head_dim, 1)
         if heads is None:
             per_head = config.window is not None and isinstance(config.window[0], tuple)
             heads = len(config.window) if per_head else 1
@@ -94,11 +95,10 @@ def plan(grid: Sequence[int], *, top: int = 3) -> Plan:
         grid: tokens per axis; any grid is legal.
         top: tiles kept of each slot size.
 
-    Raises TypeError or ValueError when the grid is not three integers, each at least 0, or `top` is below 1.
+    Raises TypeError or ValueError when the grid is not three integers, each at least 0, or `top` no integer of at least
+    1.
     """
-    if top < 1:
-        raise ValueError(f"top: {top} must be at least 1")
-    return _plan(as_grid(grid), top)
+    return _plan(as_grid(grid), as_int("top", top, 1))
 
 
 @lru_cache(maxsize=256)

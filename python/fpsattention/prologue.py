@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .api import QuantizedQKV, as_lists, quantize_qkv, set_up
-from .config import AttentionConfig
+from .api import QuantizedQKV, as_lists, check_rounding, check_window, quantize_qkv, set_up
+from .config import AttentionConfig, as_config
+from .geometry import as_grid
 
 
 def norm_rope_quantize(
@@ -41,16 +43,16 @@ def norm_rope_quantize(
     Returns what `attention` takes in place of q, k and v.
     Raises as `quantize_qkv` and `norm_rope` do.
     """
-    config = AttentionConfig() if config is None else config
-    if config.quant != "fp8":
-        raise ValueError(f'config: quant={config.quant!r} rounds nothing; use quant="fp8"')
+    config, rope = as_config(config), _as_tables(rope)
+    inputs = {"q": q, "k": k, "v": v, "q_weight": q_weight, "k_weight": k_weight}
+    inputs |= {f"rope[{axis}]": x for axis, x in enumerate(rope)}
+    check_rounding(config, inputs, instead="hand norm_rope of q and k, and v, to attention")
     if config.smooth_k:
         raise ValueError(
             "config: smooth_k=True needs the mean of K before it is rounded; use smooth_k=False, or norm_rope and "
             "quantize_qkv"
         )
     name, scale = set_up(q, k, v, grid, config, scale, tensor_layout, backend, 0, 0, None, None)
-    rope = () if rope is None else tuple(rope)
     if (q_weight is None) != (k_weight is None):
         missing = "q_weight" if q_weight is None else "k_weight"
         raise ValueError(f"{missing}: is missing; give the weights of both norms, or none")
@@ -61,11 +63,7 @@ def norm_rope_quantize(
             f"k_weight: has {k_weight.numel()} elements, q_weight {q_weight.numel()}; both norms must be of a head's "
             f"channels, or both of all heads'"
         )
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        raise RuntimeError(
-            "q, k, v: a gradient is required, but there is none of quantised tensors; call it under torch.no_grad(), "
-            "or hand norm_rope of q and k, and v, to attention"
-        )
+    check_window(q, grid, config, tensor_layout)
     if name == "reference":
         q, k = (
             norm_rope(x, weight, eps=eps, rope=rope, grid=grid, tensor_layout=tensor_layout)
@@ -102,10 +100,17 @@ def norm_rope(
             [T, P_t, 2], [H, P_h, 2], [W, P_w, 2], P_t + P_h + P_w = D / 2. Channels (2i, 2i + 1) are pair i; the pairs
             of t come first, then those of h, then of w. None, or empty: no rotation.
 
+        Weights and tables may be of any floating dtype; the arithmetic is in fp32.
+
     Returns a tensor like x.
     Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value.
     """
-    rope = () if rope is None else tuple(rope)
+    rope = _as_tables(rope)
+    tokens = reference.check_tensor("x", x, tensor_layout).shape[2]
+    if tokens != math.prod(as_grid(grid)):
+        raise ValueError(
+            f"x: has {tokens} tokens in layout {tensor_layout}, but grid {tuple(grid)} has {math.prod(grid)}"
+        )
     _check("weight", x, weight, eps, rope, grid, tensor_layout)
     values = reference.to_heads_first(x, tensor_layout).transpose(1, 2).float()  # [B, L, H, D]
     if weight is not None:
@@ -124,12 +129,26 @@ def norm_rope(
     return (values if tensor_layout == "NHD" else values.transpose(1, 2)).to(x.dtype)
 
 
+def _as_tables(rope: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+    if rope is None:
+        return ()
+    tables = tuple(rope) if isinstance(rope, Sequence) else (rope,)
+    for table in tables:
+        if not isinstance(table, Tensor) or not table.is_floating_point():
+            raise TypeError(
+                f"rope: must be three floating-point tensors, of the axes t, h and w; one is {reference.kind_of(table)}"
+            )
+    return tables
+
+
 def _check(name: str, x: Tensor, weight: Tensor | None, eps: float, rope: tuple, grid, tensor_layout: str):
     """Raise unless x [B, L, H, D], or heads first, can be normalised and turned; `name` is that of the weight."""
     _, heads, _, head_dim = reference.to_heads_first(x, tensor_layout).shape
     if not isinstance(eps, float) or not eps >= 0:
         raise ValueError(f"eps: {eps!r} must be a float of at least 0")
     if weight is not None:
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{name}: must be a tensor, got {reference.kind_of(weight)}")
         if weight.device != x.device or not weight.is_floating_point():
             raise ValueError(
                 f"{name}: {weight.dtype} on {weight.device} must be floating-point on {x.device}"

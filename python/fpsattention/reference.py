@@ -9,6 +9,8 @@ of batched ones.
 from __future__ import annotations
 
 import math
+import numbers
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,13 +18,15 @@ from dataclasses import dataclass
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .config import AttentionConfig, ResolvedConfig
+from .config import AttentionConfig, ResolvedConfig, as_config
 from .geometry import TileGeometry, Triple, as_grid, as_int
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 E4M3_MAX = 448.0
 AMAX_FLOOR = 2.0**-100  # a group no larger than this counts as zero: 448 / amax would overflow fp32
 BUDGET = 2**25  # most elements of one buffer of scores or of gathered keys
 LOG2E = math.log2(math.e)
+MAX_SCALE = 2.0**126  # in the log2 domain still a number of fp32
 
 
 def to_heads_first(x: torch.Tensor, tensor_layout: str) -> torch.Tensor:
@@ -34,27 +38,47 @@ def to_heads_first(x: torch.Tensor, tensor_layout: str) -> torch.Tensor:
     return x.transpose(1, 2) if tensor_layout == "NHD" else x
 
 
+def kind_of(x) -> str:
+    """What an error calls x: the dtype of a tensor, the type of anything else."""
+    return str(x.dtype) if isinstance(x, torch.Tensor) else type(x).__name__
+
+
+def check_tensor(name: str, x: torch.Tensor, tensor_layout: str) -> torch.Tensor:
+    """A view of x as [B, H, L, D]. Raises TypeError for what is no dense tensor of one of `DTYPES`, ValueError for a
+    rank, or no heads or channels.
+    """
+    if not isinstance(x, torch.Tensor) or x.dtype not in DTYPES:
+        raise TypeError(f"{name}: must be a tensor of {', '.join(map(str, DTYPES))}, got {kind_of(x)}")
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "a nested tensor" if x.is_nested else x.layout
+        raise TypeError(f"{name}: must be a dense tensor (torch.strided), got {kind}")
+    if x.dim() != 4:
+        shape = "[B, L, H, D]" if tensor_layout == "NHD" else "[B, H, L, D]"
+        raise ValueError(f"{name}: must have 4 dimensions {shape}, got shape {list(x.shape)}")
+    heads_first = to_heads_first(x, tensor_layout)
+    if not heads_first.shape[1] or not heads_first.shape[3]:
+        raise ValueError(f"{name}: shape {list(x.shape)} has no heads or no channels; at least 1 of each")
+    return heads_first
+
+
 def check_inputs(
     q, k, v, grid, tensor_layout, prefix_len=0, suffix_len=0, prefix_valid=None, suffix_valid=None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Views of q, k, v as [B, H, L, D], once they are known to be alike, to fill the grid and the extra tokens'
     sections, and to have valid counts that fit.
 
-    Raises TypeError for what is no floating-point tensor, no integer length or no int32 tensor of counts, ValueError
-    for a rank, shape, dtype, device or token count that does not fit, and on the CPU for a count out of range.
+    Raises TypeError for what is no tensor of `DTYPES`, no integer length or no int32 tensor of counts, ValueError for a
+    rank, shape, dtype, device or token count that does not fit, and on the CPU for a count out of range.
     """
+    heads_first = []
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, torch.Tensor) or not x.dtype.is_floating_point:
-            kind = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
-            raise TypeError(f"{name}: must be a floating-point tensor, got {kind}")
-        if x.dim() != 4:
-            shape = "[B, L, H, D]" if tensor_layout == "NHD" else "[B, H, L, D]"
-            raise ValueError(f"{name}: must have 4 dimensions {shape}, got shape {list(x.shape)}")
+        heads_first.append(check_tensor(name, x, tensor_layout))
         for what in ("shape", "dtype", "device"):
             mine, first = getattr(x, what), getattr(q, what)
             if mine != first:
                 raise ValueError(f"{name}: {what} {mine} must be that of q, {first}")
-    heads_first = tuple(to_heads_first(x, tensor_layout) for x in (q, k, v))
+    if q.device.type == "meta":
+        raise ValueError("q: has no values, its device is meta; move it to a CUDA device or the CPU")
     sections = {
         "prefix": (as_int("prefix_len", prefix_len, 0), prefix_valid),
         "suffix": (as_int("suffix_len", suffix_len, 0), suffix_valid),
@@ -68,14 +92,36 @@ def check_inputs(
     for name, (length, valid) in sections.items():
         if valid is not None:
             _check_valid(f"{name}_valid", valid, f"{name}_len", length, heads_first[0])
-    return heads_first
+    return tuple(heads_first)
+
+
+def as_scale(scale: float | None, head_dim: int) -> float:
+    """`scale` as a plain float; None is head_dim ** -0.5. Raises TypeError or ValueError that name it."""
+    if scale is None:
+        return head_dim**-0.5
+
+    def rule() -> str:
+        return f"scale: {scale!r} must be a positive number, at most 2**126"
+
+    # torch.compile knows what is a float, but not what is registered as a number.
+    if type(scale) not in (int, float) and (type(scale) is bool or not isinstance(scale, numbers.Real)):
+        raise TypeError(rule())
+    if not 0 < scale <= MAX_SCALE:
+        raise ValueError(rule())
+    return float(scale)
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype: {dtype!r} must be torch.float32 or torch.float64")
 
 
 def _check_valid(name: str, valid, section: str, length: int, q: torch.Tensor) -> None:
     """Raise unless `valid` counts tokens of a section this long in each sample of q [B, ...]."""
     if not isinstance(valid, torch.Tensor) or valid.dtype != torch.int32:
-        kind = valid.dtype if isinstance(valid, torch.Tensor) else type(valid).__name__
-        raise TypeError(f"{name}: must be an int32 tensor with one count for each sample, got {kind}")
+        raise TypeError(
+            f"{name}: must be an int32 tensor with one count for each sample, got {kind_of(valid)}"
+        )
     if not length:
         raise ValueError(f"{name}: counts tokens of an empty section, {section} is 0; leave it out")
     if valid.shape != q.shape[:1]:
@@ -229,17 +275,21 @@ def _quantize(q, k, v, resolved: ResolvedConfig, valid: torch.Tensor | None) -> 
     return Quantized(q8, k8, v8, q_scale, k_scale, v_scale, k_mean, tile_of_token)
 
 
+_PRECISION = threading.RLock()  # the setting is the process's: two threads must not restore each other's
+
+
 @contextmanager
 def _ieee_matmul() -> Iterator[None]:
     """fp32 matrix products on CUDA in fp32, not TF32; the caller's setting is restored."""
     matmul = torch.backends.cuda.matmul
     name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
-    before = getattr(matmul, name)
-    setattr(matmul, name, exact)
-    try:
-        yield
-    finally:
-        setattr(matmul, name, before)
+    with _PRECISION:
+        before = getattr(matmul, name)
+        setattr(matmul, name, exact)
+        try:
+            yield
+        finally:
+            setattr(matmul, name, before)
 
 
 def _chunks(
@@ -255,7 +305,7 @@ def _chunks(
     geometry = resolved.geometry
     extra = geometry.extra_tokens
     if len(extra):
-        everything = torch.arange(geometry.n_tokens)[None]
+        everything = torch.arange(geometry.n_tokens, device="cpu")[None]
         for some in extra[None].split(max(1, BUDGET // (heads * geometry.n_tokens)), dim=1):
             yield some, everything
     if not geometry.n_video_tiles:
@@ -274,7 +324,7 @@ def _chunks(
         rows = min(n_query_tiles * rows_of_tile.shape[1], max(1, BUDGET // per_row))
         n = max(1, BUDGET // (per_row * max(rows, head_dim)))
         for groups in alike.split(n):
-            tiles = tiles_by_group[first[groups, None] + torch.arange(n_query_tiles)]
+            tiles = tiles_by_group[first[groups, None] + torch.arange(n_query_tiles, device="cpu")]
             queries = rows_of_tile[tiles].flatten(1)
             keys = rows_of_tile[geometry.tiles_in(boxes[groups])].flatten(1)
             keys = torch.cat([keys, extra.expand(len(groups), -1)], dim=1)
@@ -344,7 +394,8 @@ def _head_slices(
     at_once = max(1, BUDGET // max(1, tokens * head_dim))
     windows = resolved.windows * (heads if len(resolved.windows) == 1 else 1)
     for window in dict.fromkeys(windows):
-        pairs = torch.tensor([(b, h) for b in range(batch) for h in range(heads) if windows[h] == window])
+        pairs = [(b, h) for b in range(batch) for h in range(heads) if windows[h] == window]
+        pairs = torch.tensor(pairs, device="cpu")
         for some in pairs.reshape(-1, 2).split(at_once):
             if len(some):
                 index = tuple(some.to(q.device).unbind(1))
@@ -363,17 +414,17 @@ class _StraightThrough(torch.autograd.Function):
         return gradient, None
 
 
-def _set_up(q, k, v, grid, config: AttentionConfig, scale, tensor_layout, prefix_len, suffix_len, *counts):
+def _set_up(q, k, v, grid, config, scale, tensor_layout, prefix_len, suffix_len, *counts):
     """(q, k, v heads first with zeros for invalid tokens, valid [B, L] or None, resolved, scale), checked."""
     q, k, v = check_inputs(q, k, v, grid, tensor_layout, prefix_len, suffix_len, *counts)
-    resolved = config.resolve(grid, q.shape[1], prefix_len, suffix_len)
+    resolved = as_config(config).resolve(grid, q.shape[1], prefix_len, suffix_len)
     valid = valid_tokens(resolved.geometry, *counts)
     q, k, v = (zero_invalid(x, valid) for x in (q, k, v))
-    return q, k, v, valid, resolved, q.shape[3] ** -0.5 if scale is None else scale
+    return q, k, v, valid, resolved, as_scale(scale, q.shape[3])
 
 
-def _set_up_fp8(q, k, v, grid, config: AttentionConfig, *rest):
-    if config.quant != "fp8":
+def _set_up_fp8(q, k, v, grid, config, *rest):
+    if as_config(config).quant != "fp8":
         raise ValueError(
             f'config: quant={config.quant!r} has nothing to emulate; use "fp8", or exact_attention'
         )
@@ -434,6 +485,7 @@ def exact_attention(
     Returns out, like q but of `dtype`, and lse [B, H, L] of `dtype`, natural logarithm.
     Raises TypeError or ValueError that name the argument.
     """
+    _check_dtype(dtype)
     q, k, v, valid, resolved, scale = _set_up(
         *(q, k, v, grid, config, scale, tensor_layout),
         *(prefix_len, suffix_len, prefix_valid, suffix_valid),
@@ -505,6 +557,8 @@ def emulated_attention(
         *(q, k, v, grid, config, scale, tensor_layout),
         *(prefix_len, suffix_len, prefix_valid, suffix_valid),
     )
+    if dtype is not None:
+        _check_dtype(dtype)
     out_dtype, dtype = dtype or q.dtype, dtype or torch.float32
 
     def compute(q8, q_scale, k8, k_scale, v8, padding):
@@ -597,16 +651,20 @@ def emulated_backward(
         *(q, k, v, grid, config, scale, tensor_layout),
         *(prefix_len, suffix_len, prefix_valid, suffix_valid),
     )
-    out, dout = (to_heads_first(x, tensor_layout) for x in (out, dout))
-    dlse = torch.zeros_like(lse) if dlse is None else dlse
+    out, dout = (check_tensor(name, x, tensor_layout) for name, x in (("out", out), ("dout", dout)))
+    dlse = torch.zeros(q.shape[:3], device=q.device) if dlse is None else dlse
     for name, x, shape in (
         ("out", out, q.shape),
         ("lse", lse, q.shape[:3]),
         ("dout", dout, q.shape),
         ("dlse", dlse, q.shape[:3]),
     ):
-        if x.shape != shape:
-            raise ValueError(f"{name}: shape {list(x.shape)}, heads first, must be {list(shape)}")
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            raise TypeError(f"{name}: must be a floating-point tensor, got {kind_of(x)}")
+        if x.shape != shape or x.device != q.device:
+            raise ValueError(
+                f"{name}: shape {list(x.shape)}, heads first, on {x.device}, must be {list(shape)} on {q.device}"
+            )
     if valid is not None:  # zeros from here on: an invalid query has no gradient to give
         out, dout = zero_invalid(out, valid), zero_invalid(dout, valid)
         lse, dlse = (x.masked_fill(~valid[:, None], 0.0) for x in (lse, dlse))

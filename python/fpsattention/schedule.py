@@ -124,7 +124,7 @@ class StepSchedule:
             out = schedule.map_by_stage(attend, sigmas, q, k, v, shift=5.0)
 
         Args:
-            fn: called as fn(config, *parts) with b of the B samples; returns [b, ...], alike in shape but for b.
+            fn: called as fn(config, *parts) with b of the B samples; returns [b, ...], alike but for b.
             sigmas, shift: as in `group_by_stage`, B at least 1.
             batched: [B, ...] each. They are passed on as they are, uncopied, when all samples are in one stage.
 
@@ -134,15 +134,18 @@ class StepSchedule:
         if not groups:
             raise ValueError("sigmas: shape (0,) must be [B] with B at least 1")
         for i, x in enumerate(batched):
+            if not isinstance(x, Tensor):
+                raise TypeError(f"batched[{i}]: must be a tensor [B, ...], got {type(x).__name__}")
             if x.shape[:1] != sigmas.shape:
                 rule = f"must begin with {len(sigmas)}, the number of sigmas"
                 raise ValueError(f"batched[{i}]: shape {tuple(x.shape)} {rule}")
-        if len(groups) == 1:
-            return fn(getattr(self, *groups), *batched)
-        parts = [
-            fn(getattr(self, stage), *(x.index_select(0, rows.to(x.device)) for x in batched))
-            for stage, rows in groups.items()
-        ]
+        parts = []
+        for stage, rows in groups.items():
+            own = batched if len(groups) == 1 else [x.index_select(0, rows.to(x.device)) for x in batched]
+            parts.append(fn(getattr(self, stage), *own))
+            _check_result(stage, parts[-1], len(rows), like=parts[0])
+        if len(parts) == 1:
+            return parts[0]
         out = parts[0].new_empty(len(sigmas), *parts[0].shape[1:])
         for rows, part in zip(groups.values(), parts, strict=True):
             out.index_copy_(0, rows.to(out.device), part)
@@ -172,6 +175,17 @@ class StepSchedule:
 
     def _stage(self, progress: float) -> str:
         return STAGES[sum(bound < 1 and bound <= progress + ROUNDING for bound in self.alpha)]
+
+
+def _check_result(stage: str, result: Tensor, samples: int, like: Tensor) -> None:
+    """Raises TypeError or ValueError when a result of `map_by_stage`'s fn cannot be put in one batch with `like`."""
+    if not isinstance(result, Tensor):
+        raise TypeError(f"fn: must return a tensor [b, ...], returned {type(result).__name__} for {stage}")
+    got = tuple(result.shape), result.dtype, result.device
+    rule = (samples, *like.shape[1:]), like.dtype, like.device
+    if got != rule:
+        got, rule = (" ".join(map(str, x)) for x in (got, rule))
+        raise ValueError(f"fn: returned {got} for {stage}, must return {rule}")
 
 
 def _progress(name: str, sigma: float, shift: float) -> float:

@@ -97,14 +97,15 @@ def _load_tensor(path: Path) -> torch.Tensor:
         raise UserError(
             f"{path}: cannot be read with torch.load ({type(error).__name__}: {error})"
         ) from error
-    if (
-        not isinstance(clip, torch.Tensor)
-        or clip.dtype != torch.uint8
-        or clip.dim() != 4
-        or clip.shape[3] != 3
-    ):
-        found = f"{clip.dtype} {list(clip.shape)}" if isinstance(clip, torch.Tensor) else type(clip).__name__
-        raise UserError(f"{path}: must hold a uint8 tensor [T, H, W, 3], holds {found}")
+    if not isinstance(clip, torch.Tensor):
+        raise UserError(f"{path}: must hold a uint8 tensor [T, H, W, 3], holds {type(clip).__name__}")
+    if clip.layout != torch.strided or clip.is_meta or clip.is_nested:  # no pixels in rows
+        kind = "meta" if clip.is_meta else "nested" if clip.is_nested else clip.layout
+        raise UserError(f"{path}: must hold a dense tensor with values, holds a {kind} one")
+    if clip.dtype != torch.uint8 or clip.dim() != 4 or clip.shape[3] != 3:
+        raise UserError(
+            f"{path}: must hold a uint8 tensor [T, H, W, 3], holds {clip.dtype} {list(clip.shape)}"
+        )
     return clip
 
 

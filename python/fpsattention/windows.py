@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
-from .config import AttentionConfig, fit_window
+from .config import AttentionConfig, as_config, fit_window
 from .geometry import Triple, as_grid, as_int, as_triple, tile_geometry
 
 FORMAT = "fpsattention-windows-1"
@@ -126,11 +126,15 @@ class WindowTable:
             names = {field.name for field in fields(AttentionConfig)} - {"window"}
             _check_keys('"config": ', data["config"], names)
             config = AttentionConfig(**data["config"])
-            windows = [as_triple(f'"windows"[{i}]', w, 1) for i, w in enumerate(data["windows"])]
-            steps = tuple(
-                tuple(tuple(_window_of(windows, i) for i in heads) for heads in layers)
-                for layers in data["steps"]
-            )
+            listed = _as_list('"windows"', data["windows"])
+            windows = [as_triple(f'"windows"[{i}]', w, 1) for i, w in enumerate(listed)]
+            steps = [
+                [
+                    [_window_of(windows, index) for index in _as_list(f'"steps"[{s}][{i}]', heads)]
+                    for i, heads in enumerate(_as_list(f'"steps"[{s}]', layers))
+                ]
+                for s, layers in enumerate(_as_list('"steps"', data["steps"]))
+            ]
             return cls(data["grid"], config, steps)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
@@ -162,6 +166,7 @@ class WindowTable:
         Raises ValueError, with the path, for an unknown, out-of-range, missing or repeated key and for a window that
         does not fit.
         """
+        config = AttentionConfig(tile=STA_TILE) if config is None else as_config(config)
         sizes = {"num_steps": num_steps, "num_layers": num_layers, "heads": heads}
         sizes = {name: as_int(name, value, 1) for name, value in sizes.items()}
         found: dict[tuple[int, int, int], Triple] = {}
@@ -184,7 +189,7 @@ class WindowTable:
                 tuple(tuple(found[s, layer, h] for h in range(heads)) for layer in range(num_layers))
                 for s in range(num_steps)
             )
-            return cls(grid, config or AttentionConfig(tile=STA_TILE), windows)
+            return cls(grid, config, windows)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -198,8 +203,11 @@ def write_json(path: str | Path, data: dict) -> None:
     """Write `data` to a file that is replaced in one step, so that no reader and no interruption sees half of it."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(data, allow_nan=False) + "\n")
-    os.replace(part, path)
+    try:
+        part.write_text(json.dumps(data, allow_nan=False) + "\n")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)  # it is there only when that failed
 
 
 def _read_object(path: str | Path) -> dict:
@@ -213,7 +221,7 @@ def _read_object(path: str | Path) -> dict:
 
     try:
         data = json.loads(Path(path).read_text(), object_pairs_hook=once)
-    except ValueError as error:  # also of the encoding
+    except (ValueError, RecursionError) as error:  # also of the encoding, and of what is nested too deep
         raise ValueError(f"{path}: is not the JSON it should be: {error}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path}: must hold a JSON object, holds {type(data).__name__}")
@@ -226,6 +234,14 @@ def _check_keys(where: str, data: dict, expected: set[str]) -> None:
     for what, keys in (("unknown", data.keys() - expected), ("missing", expected - data.keys())):
         if keys:
             raise ValueError(f"{where}{what} key {min(keys)!r}; the keys are {', '.join(sorted(expected))}")
+
+
+def _as_list(name: str, value) -> list:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(f"{name}: {value!r} must be a sequence")
+    if not value:
+        raise ValueError(f"{name}: is empty")
+    return list(value)
 
 
 def _window_of(windows: list[Triple], index: int) -> Triple:
@@ -257,13 +273,6 @@ def _checked(windows, grid: Triple, config: AttentionConfig) -> tuple:
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
 
-    def level(name: str, value) -> list:
-        if not isinstance(value, Sequence) or isinstance(value, str):
-            raise TypeError(f"{name}: {value!r} must be a sequence")
-        if not value:
-            raise ValueError(f"{name}: is empty")
-        return list(value)
-
     def alike(name: str, rows: list, what: str) -> tuple:
         for i, row in enumerate(rows):
             if len(row) != len(rows[0]):
@@ -271,11 +280,11 @@ def _checked(windows, grid: Triple, config: AttentionConfig) -> tuple:
         return tuple(rows)
 
     steps = []
-    for s, layers in enumerate(level("windows", windows)):
+    for s, layers in enumerate(_as_list("windows", windows)):
         rows = []
-        for i, heads in enumerate(level(f"windows[{s}]", layers)):
+        for i, heads in enumerate(_as_list(f"windows[{s}]", layers)):
             place = f"windows[{s}][{i}]"
-            rows.append(tuple(fit(f"{place}[{h}]", w) for h, w in enumerate(level(place, heads))))
+            rows.append(tuple(fit(f"{place}[{h}]", w) for h, w in enumerate(_as_list(place, heads))))
         steps.append(alike(f"windows[{s}]", rows, "heads"))
     alike("windows", steps, "layers")
     alike("windows", [layers[0] for layers in steps], "heads")

@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 import fpsattention as fps
-from test_fp8_linears import fp8_on_cpu, tiny  # noqa: F401  (a fixture; skips all without diffusers or torchao)
-from test_lightx2v import registry  # noqa: F401  (a fixture)
+from test_fp8_linears import tiny  # skips all without diffusers or torchao
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/index.md", "docs/schedule.md", "docs/hosts.md")
@@ -72,7 +71,7 @@ def given() -> dict:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_examples(page, tmp_path, monkeypatch, registry):  # noqa: F811
+def test_examples(page, tmp_path, monkeypatch, registry):
     monkeypatch.chdir(tmp_path)
     registry["flash_attn3"] = registry["torch_sdpa"]
     fps.WindowTable(GRID, fps.AttentionConfig((7, 9, 2)), [[[(1, 1, 1)] * 2] * 3] * 5).save("windows.json")

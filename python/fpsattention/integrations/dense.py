@@ -29,8 +29,12 @@ def step_configs(
         schedule.at(step=0, num_steps=num_steps)  # raises if num_steps is not legal
         configs = _scheduled(schedule, num_steps)
     if dense_steps and dense_steps[-1] >= num_steps:
+        given, most = dense_steps[-1], num_steps - 1
+        if len(dense_steps) > given:  # all from 0: so many from the first, as an integer says it
+            given, most = given + 1, num_steps
         raise ValueError(
-            f"dense_steps: {dense_steps[-1]} is not a step of the sampler's {num_steps}, from 0 to {num_steps - 1}"
+            f"dense_steps: {given} must be at most {most}, as the sampler has {num_steps} steps; nearest legal value "
+            f"{most}"
         )
     return tuple(None if i in dense_steps else config for i, config in enumerate(configs))
 

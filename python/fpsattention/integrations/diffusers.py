@@ -11,11 +11,13 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Collection, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ..api import check_backend
 from ..config import AttentionConfig, ResolvedConfig
 from ..geometry import Triple, as_grid
 from ..schedule import StepSchedule
@@ -43,7 +45,7 @@ from .dense import (  # noqa: E402
     step_configs,
 )
 from .diffusers_linears import use_fp8_linears  # noqa: E402
-from .diffusers_models import MODELS, Forward, Processor  # noqa: E402  (imports what the check above is for)
+from .diffusers_models import MODELS, Forward, Processor, model_of  # noqa: E402  (imports what the check above is for)
 
 __all__ = ["Handle", "Report", "Row", "enable", "use_fp8_linears"]
 
@@ -94,6 +96,7 @@ def enable(
     timestep that is none of the scheduler's); ValueError when the table is of another grid or number of steps.
     """
     check_schedule(schedule, "the model")
+    check_backend(backend)
     dense_steps = as_dense_steps(dense_steps)
     if isinstance(model, diffusers.DiffusionPipeline):
         if shift is not None:
@@ -139,7 +142,9 @@ class Handle:
         self._clock = clock
 
     def remove(self) -> None:
-        """Give every layer its own processor back, save one that someone else has replaced since. Can be repeated."""
+        """Give every layer its own processor back, save one that someone else has replaced since. Can be repeated. Deep
+        copies made in between stay as they are.
+        """
         for host in self._hosts:
             host.remove()
 
@@ -158,7 +163,8 @@ class Handle:
             if tokens is None:
                 continue  # of Wan2.2's transformers one may not have run
             check_schedule(self._clock.schedule, "the report", grid=tokens)
-            rows += _rows(host, tokens, self._clock.configs(num_steps))
+            configs = self._clock.configs(num_steps)
+            rows += _rows(host, tokens, configs, self._clock.steps_of(host.name, len(configs)))
         if not rows:
             raise ValueError("grid: must be given, as no forward has run yet")
         return Report(tuple(rows))
@@ -220,10 +226,10 @@ class _Host:
         self.name = name
         self.transformer = transformer
         self.clock = clock
-        if type(transformer) not in MODELS:
+        self.model = model_of(transformer)
+        if self.model is None:
             known = ", ".join(sorted(x.__name__ for x in MODELS))
             raise ValueError(f"model: {name} is a {type(transformer).__name__}; it must be one of {known}")
-        self.model = MODELS[type(transformer)]
         self.layers = self.model.layers(transformer)
         self.heads = self.layers[0].heads
         check_schedule(clock.schedule, name, num_layers=len(self.layers), heads=self.heads)
@@ -247,13 +253,10 @@ class _Host:
     def install(self):
         for i, processor in self.processors.items():
             self.layers[i].processor = processor
-        # Hooks of a compiled module run outside of its graph. Nor are they to be compiled themselves: they would be for
-        # every timestep anew.
-        before = torch.compiler.disable(self.before_forward)
-        after = torch.compiler.disable(self.after_forward)
+        # Methods, not functions: a deep copy of the transformer gets hooks of a host of its own.
         self.hooks = (
-            self.transformer.register_forward_pre_hook(before, with_kwargs=True),
-            self.transformer.register_forward_hook(after),
+            self.transformer.register_forward_pre_hook(self.before_forward, with_kwargs=True),
+            self.transformer.register_forward_hook(self.after_forward),
         )
 
     def remove(self):
@@ -263,10 +266,15 @@ class _Host:
         for hook in self.hooks:
             hook.remove()
 
+    # Hooks of a compiled module run outside of its graph. Nor are they to be compiled themselves: they would be for
+    # every timestep anew.
+
+    @torch.compiler.disable
     def after_forward(self, module, args, output):
         if not torch.is_grad_enabled():  # else the backward may run layers again, to recompute what it needs
             self.forward.parts = ()
 
+    @torch.compiler.disable
     def before_forward(self, module, args, kwargs):
         for i, processor in self.processors.items():
             if self.layers[i].processor is not processor:
@@ -320,13 +328,19 @@ class _SchedulerClock:
         self.steps: Tensor | None = None  # the timestep of each step, on the CPU
         self.step_of: list[int] = []  # the step of each of the scheduler's timesteps, and of the end
 
+    def __deepcopy__(self, memo: dict) -> _SchedulerClock:
+        """Of a pipeline copied whole, the copy's; of a transformer alone, its pipeline stays the one there is."""
+        copied = copy(self)
+        copied.pipe = memo.get(id(self.pipe), self.pipe)
+        return copied
+
     def parts(self, timestep: Tensor, model: type[Processor]):
         """`Forward`'s parts and order, and of a table the windows of each layer."""
         scheduler = self.pipe.scheduler
         if scheduler.timesteps is not self.timesteps:
             self.timesteps = scheduler.timesteps
             self.steps = scheduler.timesteps.cpu()
-            step_of = torch.arange(len(self.steps))
+            step_of = torch.arange(len(self.steps), device="cpu")
             if scheduler.order > 1:  # visits a noise level twice, to end a step and to begin the next
                 self.steps, step_of = torch.unique_consecutive(self.steps, return_inverse=True)
             self.step_of = [*step_of.tolist(), len(self.steps)]
@@ -366,6 +380,17 @@ class _SchedulerClock:
             num_steps = len(self.steps)
         return step_configs(self.schedule, self.dense_steps, num_steps)
 
+    def steps_of(self, name: str, num_steps: int) -> list[int]:
+        """The steps that a transformer runs: of Wan2.2's two those on its side of the boundary, once a run has told the
+        timesteps of so many steps; else all.
+        """
+        steps = list(range(num_steps))
+        boundary = self.pipe.config.get("boundary_ratio")
+        if boundary is None or self.steps is None or len(self.steps) != num_steps:
+            return steps
+        noisy = (self.steps >= boundary * self.pipe.scheduler.config.num_train_timesteps).tolist()
+        return [i for i in steps if noisy[i] == (name == "transformer")]
+
 
 class _NoiseClock:
     """Tells the stage of each sample by its noise level."""
@@ -387,16 +412,20 @@ class _NoiseClock:
             raise ValueError("num_steps: must be given, as a transformer alone has no sampler")
         return step_configs(self.schedule, (), num_steps)
 
+    def steps_of(self, name: str, num_steps: int) -> list[int]:
+        return list(range(num_steps))
+
 
 def _noisiest(timestep: Tensor) -> Tensor:
     """[B]: of a timestep per token ([B, L]) the largest. Given tokens, those of an input image, have less noise."""
     return timestep.flatten(1).amax(1) if timestep.dim() > 1 else timestep.reshape(-1)
 
 
-def _rows(host: _Host, grid: Triple, configs: Sequence[StepConfig]) -> list[Row]:
+def _rows(host: _Host, grid: Triple, configs: Sequence[StepConfig], steps_run: list[int]) -> list[Row]:
     layers = tuple(host.processors)
     steps_of: dict[tuple[AttentionConfig, ...] | None, list[int]] = {}
-    for step, config in enumerate(configs):
+    for step in steps_run:
+        config = configs[step]
         if isinstance(config, AttentionConfig):
             config = (config,) * len(layers)
         elif config is not None:
@@ -412,8 +441,8 @@ def _rows(host: _Host, grid: Triple, configs: Sequence[StepConfig]) -> list[Row]
         for of_layers, steps in steps_of.items()
         if layers
     ]
-    if host.dense_layers:
-        rows.append(Row(host.name, tuple(range(len(configs))), host.dense_layers, None))
+    if host.dense_layers and steps_run:
+        rows.append(Row(host.name, tuple(steps_run), host.dense_layers, None))
     return rows
 
 

@@ -8,7 +8,7 @@ import torch
 from diffusers.models.activations import GELU
 from torch import Tensor, nn
 
-from .diffusers_models import MODELS
+from .diffusers_models import MODELS, model_of
 from .fp8_linear import FP8Linear, FP8LinearThenElementwise
 
 
@@ -29,8 +29,7 @@ def use_fp8_linears(transformer: nn.Module) -> None:
         transformer: one that `enable` knows, its blocks' weights in bfloat16.
 
     Raises ModuleNotFoundError without torchao; ValueError when the transformer is of another model, or a weight is no
-    bfloat16 tensor (rounded already, or sharded) or its size no multiple of 16; what torchao raises on a GPU without
-    FP8 tensor cores.
+    bfloat16 tensor (rounded already, or sharded) or its size no multiple of 16; RuntimeError without FP8 tensor cores.
     """
     try:
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
@@ -39,7 +38,8 @@ def use_fp8_linears(transformer: nn.Module) -> None:
         raise ModuleNotFoundError("torchao is not installed: pip install 'fpsattention[fp8]'") from error
 
     host = getattr(transformer, "_orig_mod", transformer)
-    if type(host) not in MODELS:
+    model = model_of(host)
+    if model is None:
         known = ", ".join(sorted(x.__name__ for x in MODELS))
         raise ValueError(f"transformer: is a {type(host).__name__}; it must be one of {known}")
     blocks = {name: x for name, x in host.named_children() if isinstance(x, nn.ModuleList)}
@@ -67,14 +67,14 @@ def use_fp8_linears(transformer: nn.Module) -> None:
         kernel_preference=KernelPreference.TORCH,  # rounding in torch's operations, which Inductor fuses
         set_inductor_config=False,  # it would have Inductor try many variants of every kernel, for many minutes
     )
+    try:
+        quantize_(host, config, filter_fn=lambda module, name: id(module) in chosen)
+    except AssertionError as error:  # before it has changed anything
+        raise RuntimeError(f"transformer: torchao cannot round it here: {error}") from error
     host.requires_grad_(False)  # of the biases there would be a gradient, of the weights none
-    quantize_(host, config, filter_fn=lambda module, name: id(module) in chosen)
     # Projections that go to attention as they are have nothing behind them to leave scales and bias to.
     projections = {
-        id(x)
-        for attn in MODELS[type(host)].layers(host)
-        for name, x in attn.named_children()
-        if name != "to_add_out"
+        id(x) for attn in model.layers(host) for name, x in attn.named_children() if name != "to_add_out"
     }
     for linear in linears.values():
         linear.__class__ = FP8Linear if id(linear) in projections else FP8LinearThenElementwise

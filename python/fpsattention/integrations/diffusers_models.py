@@ -32,7 +32,7 @@ from ..config import AttentionConfig
 from ..geometry import Triple
 from ..parallel import ulysses_attention
 from ..prologue import norm_rope_quantize
-from .fp8_linear import apply_all
+from .fp8_linear import apply_all, has_hooks
 from .windowed import attention_in_windows, in_windows
 
 TRAIN_TIMESTEPS = 1000  # num_train_timesteps of all these models' schedulers
@@ -124,8 +124,10 @@ class Processor:
     def sigma(timestep: Tensor) -> Tensor:
         return timestep / TRAIN_TIMESTEPS
 
-    def fuses(self, *qkv: Tensor) -> bool:
-        """Whether `attend` can take projections that are not normalised and turned yet, with a prologue."""
+    def fuses(self, norms: Sequence[nn.Module], *qkv: Tensor) -> bool:
+        """Whether `attend` can take projections that are not normalised and turned yet, with a prologue in place of the
+        norms.
+        """
         forward = self.forward
         if not forward.parts or forward.group is not None or qkv[0].shape[1] != math.prod(forward.grid):
             return False
@@ -133,7 +135,10 @@ class Processor:
             return False
         if torch.is_autocast_enabled(qkv[0].device.type):
             return False
-        if torch.is_grad_enabled() and any(x.requires_grad for x in qkv):
+        weights = [norm.weight for norm in norms]
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (*qkv, *weights)):
+            return False
+        if any(map(has_hooks, norms)):
             return False
         return all(config.quant == "fp8" and not config.smooth_k for config, _ in forward.parts)
 
@@ -174,9 +179,10 @@ class Processor:
             kwargs |= {"prefix_len": prefix_len, "suffix_len": suffix_len}
         outs = []
         for config, rows in forward.parts:
+            # The host may move its inputs to another device after the hook has seen them.
+            rows = None if rows is None else rows.to(q.device)
             part = (q, k, v) if rows is None else [x[rows] for x in (q, k, v)]
             if forward.text_valid is not None:
-                # The host may move its inputs to another device after the hook has seen them.
                 valid = forward.text_valid.to(q.device)
                 kwargs["suffix_valid"] = valid if rows is None else valid[rows]
             run = attention if alone else ulysses_attention
@@ -193,7 +199,7 @@ class Processor:
                 part = (norm_rope_quantize(*part, config=config, **kwargs, **prologue),)
             with torch.autocast(device, enabled=False):  # rounding is the config's business
                 outs.append(run(*part, config=config, **kwargs))
-        out = outs[0] if len(outs) == 1 else torch.cat(outs)[forward.order]
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)[forward.order.to(q.device)]
         return out.flatten(2)
 
 
@@ -219,7 +225,7 @@ class Wan(Processor):
             q, k, v = apply_all(hidden_states, attn.to_q, attn.to_k, attn.to_v)
         # The host stores each angle's cosine and sine twice, for both channels of a pair.
         cos, sin = image_rotary_emb[0][..., 0::2], image_rotary_emb[1][..., 1::2]
-        if self.fuses(q, k, v):
+        if self.fuses((attn.norm_q, attn.norm_k), q, k, v):
             norms = {"q_weight": attn.norm_q.weight, "k_weight": attn.norm_k.weight, "eps": attn.norm_q.eps}
             rope = _axis_tables(cos, sin, self.forward.grid)
             out = self.attend(*_split_heads(attn, q, k, v), prologue={**norms, "rope": rope})
@@ -377,6 +383,15 @@ MODELS: dict[type, type[Processor]] = {
     MochiTransformer3DModel: Mochi,
     WanTransformer3DModel: Wan,
 }
+
+
+def model_of(transformer: nn.Module) -> type[Processor] | None:
+    """The processor of a transformer; None: it is of none of the models."""
+    host = type(transformer)
+    # FSDP2 (torch >= 2.6) derives a class from its own and the host's.
+    if isinstance(transformer, getattr(torch.distributed.fsdp, "FSDPModule", ())):
+        host = host.__bases__[-1]
+    return MODELS.get(host)
 
 
 def _patches(size: Sequence[int], patch: Sequence[int]) -> Triple:

@@ -12,9 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
+import torch
 from torch import Tensor
 
-from ..api import attention
+from ..api import attention, check_backend
+from ..geometry import Triple, as_int, as_triple
 from ..schedule import StepSchedule
 from ..windows import WindowTable
 from .dense import as_dense_layers, as_dense_steps, check_schedule, step_configs
@@ -64,16 +66,20 @@ def register(
 
     Returns the registered class; its `apply` is what LightX2V calls.
     Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value. During a
-    forward: RuntimeError when LightX2V does not say block, step or grid, ValueError when it asks for what FPSAttention
-    has not (masks, cross-attention, packed sequences, tokens in another order, anything unknown). It never runs dense
-    attention unasked.
+    forward: RuntimeError when LightX2V does not say block, step or grid, or says what is none, ValueError when it asks
+    for what FPSAttention has not (masks, cross-attention, packed sequences, tokens in another order, anything unknown).
+    It never runs dense attention unasked.
     """
+    num_layers = as_int("num_layers", num_layers, 1)
     check_schedule(schedule, "the model", num_layers=num_layers)
     dense_layers, dense_steps = as_dense_layers(dense_layers, num_layers), as_dense_steps(dense_steps)
     for argument, value, wanted in (("dense_type", dense_type, True), ("name", name, False)):
+        if not isinstance(value, str):
+            raise TypeError(f"{argument}: {value!r} must be a string")
         if (value in ATTN_WEIGHT_REGISTER) is not wanted:
             rule = "must be one of" if wanted else "must be none of"
             raise ValueError(f"{argument}: {value!r} {rule} {sorted(ATTN_WEIGHT_REGISTER.keys())}")
+    check_backend(backend)
 
     @ATTN_WEIGHT_REGISTER(name)
     class FPSAttnWeight(AttnWeightTemplate):
@@ -83,25 +89,19 @@ def register(
 
         def apply(self, q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
             """q, k, v: [L, H, D], one sequence in raster order. Returns [L, H * D]."""
-            missing = [x for x in ("block_idx", "scheduler", "grid_sizes") if kwargs.get(x) is None]
-            if missing:
-                raise RuntimeError(
-                    f"{', '.join(missing)}: LightX2V did not say; {name} is for the self-attention of Wan's models "
-                    f"(self_attn_1_type) in LightX2V of 2026-08 or later"
-                )
-            block, scheduler = kwargs["block_idx"], kwargs["scheduler"]
-            if not 0 <= block < num_layers:
+            block, step, num_steps, grid = _said(name, kwargs)
+            if block >= num_layers:
                 raise ValueError(f"num_layers: {num_layers} was given, but there is a block {block}")
-            config = step_configs(schedule, dense_steps, scheduler.infer_steps)[scheduler.step_index]
+            config = step_configs(schedule, dense_steps, num_steps)[step]
             if config is None or block in dense_layers:
                 return self.dense.apply(q, k, v, **kwargs)
             if isinstance(config, tuple):
                 config = config[block]
             for key, value in kwargs.items():
                 if key in ("cu_seqlens_q", "cu_seqlens_kv"):
-                    if value is not None and value.numel() > 2:
+                    if value is not None and not _is_one_sequence(value, len(q)):
                         raise ValueError(
-                            f"{key}: {value.numel() - 1} sequences are packed in one; {name} takes one"
+                            f"{key}: {value!r} must be [0, {len(q)}]; {name} takes one sequence, of all tokens"
                         )
                 elif key not in KNOWN and (
                     isinstance(value, Tensor) or value
@@ -109,7 +109,6 @@ def register(
                     raise ValueError(
                         f"{key}: {value!r} was given, but {name} does not know what to do with it"
                     )
-            grid = tuple(int(x) for x in kwargs["grid_sizes"])
             if not q.shape == k.shape == v.shape or q.shape[0] != math.prod(grid):
                 raise ValueError(
                     f"grid_sizes: {grid} has {math.prod(grid)} tokens, but q, k, v have shapes {tuple(q.shape)}, "
@@ -122,3 +121,38 @@ def register(
             return out[0].flatten(1)
 
     return FPSAttnWeight
+
+
+def _said(name: str, kwargs: dict) -> tuple[int, int, int, Triple]:
+    """(block, step, number of steps, grid). Raises RuntimeError when LightX2V does not say one or says what is none."""
+    scheduler = kwargs.get("scheduler")
+    said = {
+        "block_idx": kwargs.get("block_idx"),
+        "scheduler.step_index": getattr(scheduler, "step_index", None),
+        "scheduler.infer_steps": getattr(scheduler, "infer_steps", None),
+        "grid_sizes": kwargs.get("grid_sizes"),
+    }
+    missing = [what for what, value in said.items() if value is None]
+    if missing:
+        raise RuntimeError(
+            f"{', '.join(missing)}: LightX2V did not say; {name} is for the self-attention of Wan's models "
+            f"(self_attn_1_type) in LightX2V of 2026-08 or later"
+        )
+    block, step, num_steps, grid = said.values()
+    try:
+        block = as_int("block_idx", block, 0)
+        num_steps = as_int("scheduler.infer_steps", num_steps, 1)
+        step = as_int("scheduler.step_index", step, 0, num_steps - 1)
+        return block, step, num_steps, as_triple("grid_sizes", grid, 0)
+    except (TypeError, ValueError) as error:
+        raise RuntimeError(f"{error} (as LightX2V said it)") from error
+
+
+def _is_one_sequence(cu_seqlens: Tensor | list[int], length: int) -> bool:
+    """Whether cumulated lengths, from 0, are those of one sequence. On a GPU, where looking would stop the device, and
+    in torch.compile, only their number counts.
+    """
+    ends = torch.as_tensor(cu_seqlens)
+    if not ends.is_cpu or torch.compiler.is_compiling():
+        return ends.numel() == 2
+    return ends.tolist() == [0, length]

@@ -30,7 +30,12 @@ def attention_in_windows(
     )
 
 
-@torch.library.custom_op("fpsattention::attention_in_windows", mutates_args=())
+# What the windows are is read on the CPU in every call, so it cannot be recorded in a CUDA graph. Where torch has no
+# tag for that, it leaves CUDA graphs alone for the windows' being on the CPU.
+_TAGS = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+
+
+@torch.library.custom_op("fpsattention::attention_in_windows", mutates_args=(), **_TAGS)
 def _op(
     q: Tensor,
     k: Tensor,
