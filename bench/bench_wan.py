@@ -10,6 +10,10 @@ are timed one by one, in one process on one GPU, and weighted by their share of 
     fps, compiled, fp8     and FP8 linear layers of torchao, by `use_fp8_linears` of the same module
 
     python bench/bench_wan.py --output bench/results/h100_wan.json     # needs pip install 'fpsattention[bench]'
+
+Under torchrun, the tokens are shared out over several GPUs by diffusers' `enable_parallelism` (Ulysses):
+
+    torchrun --nproc-per-node 2 bench/bench_wan.py --quick
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import statistics
 import time
 from contextlib import nullcontext
@@ -24,7 +29,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from diffusers import WanTransformer3DModel
+import torch.distributed as dist
+from diffusers import ContextParallelConfig, WanTransformer3DModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -116,12 +122,16 @@ def build(layers: int, seed: int) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def prepare(name: str, layers: int, seed: int) -> nn.Module:
+def prepare(name: str, layers: int, seed: int, inputs: dict[str, Tensor]) -> nn.Module:
     model = build(layers, seed)
     if name.startswith("fps"):
         enable(model, SCHEDULE, shift=SHIFT, backend="sm90")
     if name.endswith("fp8"):
         use_fp8_linears(model)
+    if dist.is_initialized():
+        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=dist.get_world_size()))
+        with torch.no_grad():  # the host's hooks read signatures first, which breaks the graph
+            model(timestep=torch.tensor([500.0], device="cuda"), return_dict=False, **inputs)
     if "compiled" in name:
         model.compile_repeated_blocks(fullgraph=True, options=INDUCTOR)
     return model
@@ -152,11 +162,16 @@ def measure(
     weighted = sum(seconds[stage] * n for stage, n in steps.items()) / STEPS
     peak = torch.cuda.max_memory_allocated() / 2**30
     stage_times = ", ".join(f"{stage} {s:.3f} s" for stage, s in seconds.items())
-    print(
+    say(
         f"{name:20s} {weighted:7.3f} s a step ({stage_times}), {peak:.1f} GiB, warm-up {warm_up:.0f} s",
         flush=True,
     )
     return Result(name, seconds, weighted, warm_up, peak)
+
+
+def say(*text, **kwargs) -> None:
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(*text, **kwargs)
 
 
 def main() -> None:
@@ -173,6 +188,10 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(1, "bench_wan.py: needs a Hopper GPU\n")
+    if "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
     generator = torch.Generator("cuda").manual_seed(args.seed + 1)
 
     def random(*size):
@@ -184,6 +203,7 @@ def main() -> None:
     results = []
     about = {
         "gpu": torch.cuda.get_device_name(),
+        "gpus": dist.get_world_size() if dist.is_initialized() else 1,
         "torch": torch.__version__,
         "layers": args.layers,
         "steps": steps_of_stage(),
@@ -193,19 +213,21 @@ def main() -> None:
 
     for name in CONTENDERS[:: len(CONTENDERS) - 1] if args.quick else CONTENDERS:
         torch.compiler.reset()
-        model = prepare(name, args.layers, args.seed)
+        model = prepare(name, args.layers, args.seed, inputs)
         chosen = stages if name.startswith("fps") else any_stage
         results.append(measure(name, model, chosen, inputs, args.repeats))
         del model
         gc.collect()  # modules and their hooks refer to each other
         results[-1].speedup = results[0].weighted / results[-1].weighted
-        if args.output:  # after each, so that a run cut short leaves what it has
-            rows = [asdict(r) for r in results]
+        if args.output and int(os.environ.get("RANK", 0)) == 0:
+            rows = [asdict(r) for r in results]  # after each, so that a run cut short leaves what it has
             args.output.write_text(json.dumps({**about, "results": rows}, indent=1) + "\n")
 
-    print(f"\n{'':20s}  s a step  speed-up  peak GiB")
+    say(f"\n{'':20s}  s a step  speed-up  peak GiB")
     for r in results:
-        print(f"{r.name:20s}  {r.weighted:8.3f}  {r.speedup:8.2f}  {r.peak_gib:8.1f}")
+        say(f"{r.name:20s}  {r.weighted:8.3f}  {r.speedup:8.2f}  {r.peak_gib:8.1f}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -147,15 +147,16 @@ def main() -> None:
     if "LOCAL_RANK" not in os.environ:
         raise SystemExit("torchrun starts the processes: torchrun --nproc-per-node 4 examples/many_gpus.py")
     if torch.cuda.is_available():
-        device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "nccl"
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         attention, training = ATTENTION_ON_GPU, TRAINING_ON_GPU
         torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
     else:
-        device, backend = torch.device("cpu"), "gloo"
+        device = torch.device("cpu")
         attention = training = ON_CPU
-    dist.init_process_group(backend)
+        dist.init_process_group("gloo")
     say = print if dist.get_rank() == 0 else lambda *_: None
-    say(f"{dist.get_world_size()} processes, {backend}")
+    say(f"{dist.get_world_size()} processes, {dist.get_backend()}")
     say(f"{'':40}{'one, ms':>10}{'all, ms':>10}{'difference':>12}")
     for rows in (compare_attention(device, **attention), compare_training(device, **training)):
         for name, alone, together, difference in rows:
