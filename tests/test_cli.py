@@ -78,6 +78,8 @@ def test_every_command_has_help(command, capsys):
         ["calibrate", "folder", "--output", "nowhere/windows.json"],
         ["calibrate", "folder"],
         ["demo", "--seed", str(2**64)],
+        ["demo", "--heads", str(2**31)],
+        ["plan", "--grid", "1", "2", "9" * 5000],
         ["demo", "--seed", "1.5"],
     ],
 )

@@ -160,3 +160,6 @@ def test_kinds_of_calls_beyond_torchs_limit(monkeypatch):
         out, _ = kernel(x, x, x, None, 0.5)
         assert torch.equal(out, x + x)
     assert counter.frame_count == 12
+    # In a graph of the caller's it is part of that.
+    whole = compile_(lambda x: kernel(x, x, x, None, 0.5)[0] + 1, backend="eager", fullgraph=True)
+    assert torch.equal(whole(x), 2 * x + 1) and counter.frame_count == 12

@@ -119,7 +119,7 @@ def wrong(**kwargs):
             "k_weight: a gradient is required",
         ),
         ({"q_weight": [1.0] * 128}, TypeError, "q_weight: must be a tensor, got list"),
-        ({"rope": 5}, TypeError, "rope: must be three floating-point tensors, .*; one is int"),
+        ({"rope": 5}, TypeError, "rope: must be three floating-point tensors, .*, got int"),
         ({"rope": [torch.ones(n, 10, 2).int() for n in GRID]}, TypeError, "rope: .*; one is torch.int32"),
         ({"config": 0}, TypeError, "config: 0 must be an AttentionConfig or None, got int"),
         ({"config": fps.AttentionConfig((1, 1, 1), (1, 2, 1))}, ValueError, r"window: \(1, 2, 1\) .* odd"),
@@ -128,6 +128,12 @@ def wrong(**kwargs):
 def test_errors(kwargs, error, message):
     with pytest.raises(error, match=message):
         fps.norm_rope_quantize(**wrong(**kwargs))
+
+
+def test_tables_of_any_iterable():
+    (x, _, _), given = inputs(GRID, 2, 64)
+    expected = fps.norm_rope(x, grid=GRID, rope=given["rope"])
+    assert torch.equal(fps.norm_rope(x, grid=GRID, rope=iter(given["rope"])), expected)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """The reference: exact attention against torch and brute force, emulated FP8 against a naive loop."""
 
 import math
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -583,3 +585,30 @@ def test_errors(attention, change, error, words):
 def test_emulation_of_nothing_is_an_error():
     with pytest.raises(ValueError, match=r"quant='none'.*\"fp8\".*exact_attention"):
         emulated_attention(*qkv(), grid=GRID, config=AttentionConfig(quant="none"))
+
+
+def test_two_threads_leave_the_precision_of_products_as_it_was():
+    """It is one setting of the whole process."""
+    matmul = torch.backends.cuda.matmul
+    new = hasattr(matmul, "fp32_precision")  # torch >= 2.9
+    name, exact, coarse = ("fp32_precision", "ieee", "tf32") if new else ("allow_tf32", False, True)
+    before = getattr(matmul, name)
+    setattr(matmul, name, coarse)
+    inside, seen = threading.Event(), []
+
+    def work(seconds):
+        with reference._ieee_matmul(torch.device("cuda")):
+            inside.set()
+            time.sleep(seconds)
+            seen.append(getattr(matmul, name))
+
+    threads = [threading.Thread(target=work, args=(seconds,)) for seconds in (0.02, 0.06)]
+    try:
+        for thread in threads:
+            thread.start()
+            inside.wait()
+        for thread in threads:
+            thread.join()
+        assert seen == [exact, exact] and getattr(matmul, name) == coarse
+    finally:
+        setattr(matmul, name, before)

@@ -18,7 +18,10 @@ from pathlib import Path
 # Modules that come with the `cli` and `demo` extras; a missing one is the user's to install.
 EXTRA_MODULES = {"av", "matplotlib", "numpy", "rich", "safetensors", "torchmetrics"}
 # Of what matplotlib writes, what people look at; named here so that a wrong option needs no matplotlib.
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".pdf", ".svg", ".eps")
+PICTURES = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff"),
+    *(".pdf", ".svg", ".svgz", ".eps", ".ps"),
+)
 
 
 class UserError(Exception):
@@ -69,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, run = args.pop("command"), args.pop("run")
     try:
         status = run(**args) or 0
-        sys.stdout.flush()
+        print(end="", flush=True)  # here, where a full disk is an error with a name
         return status
     except UserError as error:
         return _fail(command, str(error), 2)
@@ -78,7 +81,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail(command, "interrupted", 130)
     except OSError as error:
-        _give_stdout_up()
         return _fail(command, str(error), 1)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
@@ -95,14 +97,6 @@ def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
         or type(error).__name__ == "OutOfMemoryError"
         or "DefaultCPUAllocator: can't allocate memory" in str(error)
     )
-
-
-def _give_stdout_up() -> None:
-    """What a full disk has left in the buffer of stdout would fail once more as Python ends: let that go nowhere."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(command: str, message: str, status: int) -> int:
@@ -123,8 +117,8 @@ def _run(module: str, function: str, extra: str = "cli", **options) -> int | Non
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
+    if not text.isdecimal() or len(text) > 10 or not 0 < int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, from 1 to 2^31 - 1")
     return int(text)
 
 
@@ -146,13 +140,21 @@ def _between(low: float, high: float):
 _fraction = _between(0, 1)
 
 
-def _new_file(text: str) -> Path:
-    """An argument type: a file in a folder that exists, found out before the work rather than after it."""
+def _stem(text: str) -> Path:
+    """An argument type: a file's name up to a suffix, in a folder that exists, found out before the work rather than
+    after it.
+    """
     path = Path(text)
-    if os.path.isdir(path):  # unlike Path's, False for a name that is too long
-        raise argparse.ArgumentTypeError(f"{text!r}: is a folder; name a file in it")
-    if not os.path.isdir(path.parent):
+    if not os.path.isdir(path.parent):  # unlike Path's, False for a name that is too long
         raise argparse.ArgumentTypeError(f"{text!r}: there is no folder {path.parent}")
+    return path
+
+
+def _new_file(text: str) -> Path:
+    """As `_stem`, the whole name."""
+    path = _stem(text)
+    if os.path.isdir(path):
+        raise argparse.ArgumentTypeError(f"{text!r}: is a folder; name a file in it")
     return path
 
 
@@ -334,7 +336,7 @@ def _add_profile(commands) -> None:
     )
     parser.add_argument(
         "--output",
-        type=_new_file,
+        type=_stem,
         default="fpsattention-profile",  # as text, which argparse hands to the type as well
         metavar="FILE",
         help="the report, to which the tool adds its suffix (default: %(default)s)",

@@ -45,9 +45,17 @@ def _kernel(compiled: bool) -> Callable:
     if not compiled:
         return attend
     # fullgraph: uncompiled, it would fill memory with all scores; better an error than that.
-    attend = torch.compile(attend, fullgraph=True)
-    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
-    return torch._dynamo.config.patch({limit: COMPILED_KINDS})(attend)
+    kernel = torch.compile(attend, fullgraph=True)
+    dynamo = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"
+
+    def attend_compiled(*args):
+        if torch.compiler.is_compiling():  # part of the caller's graph
+            return attend(*args)
+        with dynamo.patch({limit: max(COMPILED_KINDS, getattr(dynamo, limit))}):
+            return kernel(*args)
+
+    return attend_compiled
 
 
 def _listed_blocks(resolved: ResolvedConfig) -> torch.Tensor:
@@ -142,8 +150,8 @@ def flex_attention(
     """Attention under a window, not rounded to FP8 (arXiv 2502.04507). Differentiable on CUDA.
 
     Args:
-        q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), on CUDA; elsewhere all scores are held in
-            memory.
+        q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), as `attention` has checked them, on CUDA; elsewhere all
+            scores are held in memory.
         resolved: grid, tile, windows, border, prefix_len and suffix_len are used.
         scale: of the scores before softmax.
         prefix_valid, suffix_valid: int32 [B], as in `fpsattention.reference.exact_attention`.

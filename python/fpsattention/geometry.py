@@ -2,7 +2,7 @@
 
 The rule itself is C++ (include/fpsattention/geometry.h, shared by host and device) and is reached through
 `_C`; this module turns its answers into index tensors and counts. All tensors live on the CPU, whatever the default
-device, and those that are kept are plain ones, whatever the mode they are first asked for in.
+device.
 """
 
 from __future__ import annotations
@@ -137,7 +137,6 @@ class TileGeometry:
         )
 
     @cached_property
-    @torch.inference_mode(False)
     def slot_tokens(self) -> torch.Tensor:
         """int64 [n_tiles, slot]: index of the token in each row, -1 for padding."""
         rows = torch.empty(self.n_tiles, self.slot, dtype=torch.int32, device="cpu")
@@ -146,20 +145,17 @@ class TileGeometry:
         return rows.long()
 
     @cached_property
-    @torch.inference_mode(False)
     def extra_tokens(self) -> torch.Tensor:
         """int64 [n_extra_tokens], ascending: indices of the prefix's and the suffix's tokens."""
         tokens = torch.arange(self.n_tokens, device="cpu")
         return torch.cat([tokens[: self.prefix_len], tokens[self.n_tokens - self.suffix_len :]])
 
     @cached_property
-    @torch.inference_mode(False)
     def valid(self) -> torch.Tensor:
         """int64 [n_tiles]: tokens of each tile."""
         return (self.slot_tokens >= 0).sum(1)
 
     @cached_property
-    @torch.inference_mode(False)
     def tile_of_token(self) -> torch.Tensor:
         """int64 [n_tokens]: the tile of each token."""
         tile_of_row = torch.arange(self.n_tiles, device="cpu").repeat_interleave(self.valid)

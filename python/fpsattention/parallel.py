@@ -139,7 +139,7 @@ def merge_states(
     lse = ln(sum_i exp(lse_i)), out = sum_i exp(lse_i - lse) out_i. Differentiable.
 
     Args:
-        outs: each [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), of any floating dtypes.
+        outs: each [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), of `reference.DTYPES`.
         lses: each [B, H, L], natural logarithm; -inf where a query saw none of the part's keys.
 
     Returns out, fp32 (fp64 when an out is), and lse, fp32; 0 and -inf where a query saw no key at all.

@@ -132,12 +132,14 @@ def norm_rope(
 def _as_tables(rope: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
     if rope is None:
         return ()
-    tables = tuple(rope) if isinstance(rope, Sequence) else (rope,)
+    rule = "rope: must be three floating-point tensors, of the axes t, h and w"
+    try:
+        tables = tuple(rope)
+    except TypeError:
+        raise TypeError(f"{rule}, got {type(rope).__name__}") from None
     for table in tables:
         if not isinstance(table, Tensor) or not table.is_floating_point():
-            raise TypeError(
-                f"rope: must be three floating-point tensors, of the axes t, h and w; one is {reference.kind_of(table)}"
-            )
+            raise TypeError(f"{rule}; one is {reference.kind_of(table)}")
     return tables
 
 

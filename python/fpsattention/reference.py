@@ -236,7 +236,7 @@ def quantize(
     NaN or Inf in a valid token spreads over its group.
 
     Args:
-        q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), any floating dtype; read as fp32.
+        q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), of `DTYPES`; read as fp32.
         prefix_valid, suffix_valid: int32 [B], as in `exact_attention`; the lengths are those of `resolved`.
 
     Raises as `check_inputs` does.
@@ -279,8 +279,11 @@ _PRECISION = threading.RLock()  # the setting is the process's: two threads must
 
 
 @contextmanager
-def _ieee_matmul() -> Iterator[None]:
+def _ieee_matmul(device: torch.device) -> Iterator[None]:
     """fp32 matrix products on CUDA in fp32, not TF32; the caller's setting is restored."""
+    if device.type != "cuda":
+        yield
+        return
     matmul = torch.backends.cuda.matmul
     name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
     with _PRECISION:
@@ -361,7 +364,7 @@ def _blockwise(
     def run(queries, keys, padding, *operands):
         values = [x[:, queries] for x in operands[: len(of_queries)]]
         values += [x[:, keys] for x in operands[len(of_queries) :]]
-        with _ieee_matmul():
+        with _ieee_matmul(queries.device):
             return compute(*values, padding)
 
     for queries, keys in _chunks(resolved, window, heads, head_dim):
@@ -475,8 +478,8 @@ def exact_attention(
             the grid in raster order.
         grid: tokens (T, H, W).
         config: tile, window and border are used; quant, quant_tile and smooth_k do not apply here.
-        scale: of the scores before softmax; None: D ** -0.5.
-        dtype: of the arithmetic and the results.
+        scale: of the scores before softmax, positive; None: D ** -0.5.
+        dtype: of the arithmetic and the results, float32 or float64.
         prefix_len, suffix_len: extra tokens in every sample.
         prefix_valid, suffix_valid: int32 [B] on the device of q, how many of the section's tokens are valid in each
             sample, from 0 to its length; None: all. Out of range they are an error on the CPU outside torch.compile;
@@ -541,12 +544,12 @@ def emulated_attention(
 
     Args:
         q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), L = prefix_len + T * H * W + suffix_len in this order,
-            the grid in raster order; any floating dtype.
+            the grid in raster order; of `DTYPES`.
         grid: tokens (T, H, W).
         config: all of it; `quant` must be "fp8".
-        scale: of the scores before softmax; None: D ** -0.5.
-        dtype: of the arithmetic and the results; what is rounded stays so. None: the kernels', fp32 with out in
-            the dtype of q.
+        scale: of the scores before softmax, positive; None: D ** -0.5.
+        dtype: of the arithmetic and the results, float32 or float64; what is rounded stays so. None: the kernels', fp32
+            with out in the dtype of q.
         prefix_len, suffix_len, prefix_valid, suffix_valid: as in `exact_attention`. amax and K's mean are of valid
             tokens. A run of extra tokens (`fpsattention.geometry.TileGeometry`) has a scale of its own.
 
@@ -694,7 +697,7 @@ def emulated_backward(
             unseen = ~(rows[..., None] & seen[:, None])
             if some_valid is not None:
                 unseen = unseen | ~some_valid[:, keys.clamp(min=0)][:, :, None]
-            with _ieee_matmul():
+            with _ieee_matmul(queries.device):
                 z = _scores(q8, s_q, k8, s_k, scale, unseen)
                 x448 = z.sub_(m_[..., None]).exp2_().mul_(E4M3_MAX)
                 ds = _to_bf16(x448 * (do @ v_.mT - d[..., None]))

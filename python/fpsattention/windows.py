@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -202,7 +203,9 @@ def with_windows(config: AttentionConfig, heads: tuple[Triple, ...]) -> Attentio
 def write_json(path: str | Path, data: dict) -> None:
     """Write `data` to a file that is replaced in one step, so that no reader and no interruption sees half of it."""
     path = Path(path)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(
+        f"{path.name}.{os.getpid()}-{threading.get_ident()}.part"
+    )  # two may write at a time
     try:
         part.write_text(json.dumps(data, allow_nan=False) + "\n")
         os.replace(part, path)

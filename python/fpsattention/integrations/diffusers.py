@@ -11,8 +11,8 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Collection, Sequence
-from copy import copy
 from dataclasses import dataclass
+from pickle import PicklingError
 
 import torch
 from torch import Tensor, nn
@@ -330,9 +330,15 @@ class _SchedulerClock:
 
     def __deepcopy__(self, memo: dict) -> _SchedulerClock:
         """Of a pipeline copied whole, the copy's; of a transformer alone, its pipeline stays the one there is."""
-        copied = copy(self)
-        copied.pipe = memo.get(id(self.pipe), self.pipe)
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__, pipe=memo.get(id(self.pipe), self.pipe))
         return copied
+
+    def __getstate__(self):
+        raise PicklingError(
+            "a transformer that FPSAttention was enabled in with its pipeline would take the pipeline along; save its "
+            "state_dict(), or call remove() of the handle first"
+        )
 
     def parts(self, timestep: Tensor, model: type[Processor]):
         """`Forward`'s parts and order, and of a table the windows of each layer."""

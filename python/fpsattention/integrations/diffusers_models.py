@@ -25,7 +25,7 @@ from diffusers.models.transformers import transformer_ltx
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, fsdp
 
 from ..api import attention
 from ..config import AttentionConfig
@@ -389,7 +389,7 @@ def model_of(transformer: nn.Module) -> type[Processor] | None:
     """The processor of a transformer; None: it is of none of the models."""
     host = type(transformer)
     # FSDP2 (torch >= 2.6) derives a class from its own and the host's.
-    if isinstance(transformer, getattr(torch.distributed.fsdp, "FSDPModule", ())):
+    if isinstance(transformer, getattr(fsdp, "FSDPModule", ())):
         host = host.__bases__[-1]
     return MODELS.get(host)
 
