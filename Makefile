@@ -8,7 +8,7 @@ HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= $(if $(HAS_GPU),,--extra-index-url https://download.pytorch.org/whl/cpu --retries 0)
 
-.PHONY: demo test test-gpu sanitize bench bench-wan plots profile docs lint format sass wheel clean
+.PHONY: demo test test-gpu sanitize bench bench-wan bench-models plots profile docs lint format sass wheel clean
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,10 @@ bench: $(VENV)/installed  ## every number of the README, in one run on one Hoppe
 bench-wan: $(VENV)/installed  ## Wan2.1-14B at 720p end to end, on one Hopper GPU
 	$(RUN) -m pip install --quiet '.[bench]'
 	$(RUN) bench/bench_wan.py --output bench/results/h100_wan.json
+
+bench-models: $(VENV)/installed  ## a few layers of diffusers' other models, on one Hopper GPU
+	$(RUN) -m pip install --quiet '.[bench]'
+	$(RUN) bench/bench_models.py --output bench/results/h100_models.json
 
 plots: $(VENV)/installed
 	$(RUN) bench/plots.py

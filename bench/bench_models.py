@@ -1,0 +1,209 @@
+"""What switching attention over is worth in diffusers' other video models: real sizes, a few layers, random weights.
+
+Time grows with the layers, so the speed-up of a few is nearly that of all. Each pipeline runs a step with random text
+embeddings; its transformer's forward is then timed with the arguments that it got there. Contenders:
+
+    stock            BF16, dense, as diffusers runs it (torch chooses the kernel)
+    fps              FPSAttention by `fpsattention.integrations.diffusers.enable`, in one stage
+    ..., compiled    both under torch.compile
+
+    python bench/bench_models.py --output bench/results/h100_models.json     # needs pip install 'fpsattention[bench]'
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+import fpsattention as fps
+from fpsattention.integrations.diffusers import enable
+from fpsattention.models import MODELS
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model of `fpsattention.models`, with some of its layers.
+
+    Attributes:
+        pipe: makes its pipeline of a transformer and a scheduler.
+        transformer: makes it, with a few layers.
+        scheduler: makes it.
+        call: arguments of the pipeline, but for the size of the video.
+        size: (height, width, frames) of `fpsattention.models`' setting.
+        tile, window: of 14 to 18 % of all pairs.
+    """
+
+    pipe: type
+    transformer: Callable[[], nn.Module]
+    scheduler: Callable
+    call: dict[str, Tensor]
+    size: tuple[int, int, int]
+    tile: tuple[int, int, int]
+    window: tuple[int, int, int]
+
+
+def text(tokens: int, name: str = "prompt", mask: str | None = None) -> dict[str, Tensor]:
+    """Embeddings of a prompt of real tokens only, and its mask where there is one."""
+    embeds = {f"{name}_embeds": torch.randn(1, tokens, 4096).bfloat16()}
+    return embeds | ({f"{name}_{mask}": torch.ones(1, tokens, dtype=torch.bool)} if mask else {})
+
+
+CASES = {
+    "hunyuanvideo-720p": Case(
+        diffusers.HunyuanVideoPipeline,
+        lambda: diffusers.HunyuanVideoTransformer3DModel(num_layers=2, num_single_layers=4),
+        lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text(256, mask="attention_mask") | {"pooled_prompt_embeds": torch.randn(1, 768).bfloat16()},
+        (720, 1280, 129),
+        tile=(17, 3, 5),
+        window=(2, 5, 7),
+    ),
+    "cogvideox1.5-5b": Case(
+        diffusers.CogVideoXPipeline,
+        lambda: diffusers.CogVideoXTransformer3DModel(
+            num_layers=6,
+            num_attention_heads=48,
+            sample_width=170,
+            sample_height=96,
+            sample_frames=81,
+            patch_size_t=2,
+            patch_bias=False,
+            use_rotary_positional_embeddings=True,
+        ),
+        diffusers.CogVideoXDDIMScheduler,
+        text(226) | text(226, "negative_prompt"),
+        (768, 1360, 81),
+        tile=(11, 2, 17),
+        window=(1, 7, 3),
+    ),
+    "mochi": Case(
+        diffusers.MochiPipeline,
+        lambda: diffusers.MochiTransformer3DModel(num_layers=6),
+        lambda: diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+        text(256, mask="attention_mask") | text(256, "negative_prompt", mask="attention_mask"),
+        (480, 848, 163),
+        tile=(14, 9, 3),
+        window=(2, 4, 3),
+    ),
+    "ltx-video": Case(
+        diffusers.LTXPipeline,
+        lambda: diffusers.LTXVideoTransformer3DModel(num_layers=6),
+        lambda: diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        text(128, mask="attention_mask") | text(128, "negative_prompt", mask="attention_mask"),
+        (512, 704, 161),
+        tile=(21, 3, 6),
+        window=(1, 3, 1),
+    ),
+}
+
+
+@dataclass
+class Result:
+    """Seconds of a forward, median; speed-up over stock, eager."""
+
+    model: str
+    name: str
+    tokens: int
+    density: float
+    seconds: float
+    speedup: float
+
+
+def forward_of_a_step(case: Case) -> tuple[nn.Module, dict]:
+    """(transformer, arguments of its forward in the first step)"""
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        transformer = case.transformer().to(torch.bfloat16).eval().requires_grad_(False)
+    others = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    parts = {name: None for name in others if name in case.pipe._get_signature_keys(case.pipe)[0]}
+    pipe = case.pipe(transformer=transformer, scheduler=case.scheduler(), **parts)
+    pipe.set_progress_bar_config(disable=True)
+    calls = []
+    hook = transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True
+    )
+    height, width, frames = case.size
+    call = {name: x.cuda() for name, x in case.call.items()}
+    size = {"height": height, "width": width, "num_frames": frames}
+    pipe(**call, **size, num_inference_steps=2, output_type="latent")
+    hook.remove()
+    return transformer, calls[0]
+
+
+def seconds_of(transformer: nn.Module, inputs: dict, repeats: int) -> float:
+    times = []
+    with torch.no_grad():
+        for _ in range(repeats + 1):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            out = transformer(**inputs | {"return_dict": False})[0]
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+    if not out.isfinite().all():
+        raise RuntimeError("the output is not finite")
+    return statistics.median(times[1:])
+
+
+def measure(name: str, case: Case, repeats: int) -> list[Result]:
+    model = MODELS[name]
+    config = fps.AttentionConfig(case.tile, case.window)
+    density = config.resolve(model.grid, model.heads, *model.text_lengths).density
+    transformer, inputs = forward_of_a_step(case)
+    results = []
+    for contender in ("stock", "fps", "stock, compiled", "fps, compiled"):
+        torch.compiler.reset()
+        run = torch.compile(transformer, fullgraph=True) if contender.endswith("compiled") else transformer
+        if contender.startswith("fps"):
+            handle = enable(transformer, fps.StepSchedule(config, config, config), shift=1.0, backend="sm90")
+        seconds = seconds_of(run, inputs, repeats)
+        if contender.startswith("fps"):
+            (row,) = handle.report(num_steps=1).rows
+            if row.configs[0].grid != model.grid:
+                raise RuntimeError(f"{name}: ran the grid {row.configs[0].grid} instead of {model.grid}")
+            handle.remove()
+        stock = results[0].seconds if results else seconds
+        used = density if contender.startswith("fps") else 1.0
+        results.append(Result(name, contender, model.tokens, used, seconds, stock / seconds))
+        print(
+            f"{name:18s} {contender:16s} {used:8.3f} {1e3 * seconds:8.1f} ms {stock / seconds:6.2f}",
+            flush=True,
+        )
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"{', '.join(CASES)} (default: all)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed forwards (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+    if unknown := set(args.models) - set(CASES):
+        parser.error(f"{', '.join(sorted(unknown))}: must be of {', '.join(CASES)}")
+    if not torch.cuda.is_available():
+        parser.exit(1, "bench_models.py: needs a Hopper GPU\n")
+    results = []
+    for name in args.models or CASES:
+        results += measure(name, CASES[name], args.repeats)
+        gc.collect()  # modules and their hooks refer to each other
+        torch.cuda.empty_cache()
+        if args.output:  # after each, so that a run cut short leaves what it has
+            about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+            args.output.write_text(
+                json.dumps({**about, "results": [asdict(r) for r in results]}, indent=1) + "\n"
+            )
+
+
+if __name__ == "__main__":
+    main()
