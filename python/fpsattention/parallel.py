@@ -67,7 +67,7 @@ def ulysses_attention(
     heads = _checked_heads(
         q, k, v, tensor_layout, shares[rank], f"{tokens} tokens, process {rank} of {ranks}"
     )
-    options |= {"grid": grid, "config": _own_windows(config, heads, rank, ranks), "return_lse": return_lse}
+    options |= {"grid": grid, "config": own_windows(config, heads, rank, ranks), "return_lse": return_lse}
     options |= {"prefix_len": prefix_len, "suffix_len": suffix_len}
 
     result = attention(*(_to_heads(_as_nhd(x, tensor_layout), shares, group) for x in (q, k, v)), **options)
@@ -201,7 +201,7 @@ def _checked_heads(q, k, v, tensor_layout: str, tokens: int, where: str) -> int:
     return _as_nhd(q, tensor_layout).shape[2]
 
 
-def _own_windows(config: AttentionConfig | None, heads: int, rank: int, ranks: int) -> AttentionConfig:
+def own_windows(config: AttentionConfig | None, heads: int, rank: int, ranks: int) -> AttentionConfig:
     """The config of this process's heads."""
     if heads % ranks:
         legal = [n for n in range(1, heads + 1) if heads % n == 0]

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import fpsattention as fps
+import stub_fastvideo
 from test_fp8_linears import tiny  # skips all without diffusers or torchao
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +62,7 @@ def given() -> dict:
         "schedule": fps.StepSchedule(config, config, config),
         "sigmas": torch.tensor([0.9, 0.1]),
         "prompt": "a cat",
+        "transformer": stub_fastvideo.WanTransformer3DModel(layers=3),
         **dict(zip("qkv", qkv, strict=True)),
         **dict(zip("THW", GRID, strict=True)),
         "self": SimpleNamespace(qkv=nn.Linear(16, 3 * 2 * 64)),
@@ -74,6 +76,7 @@ def given() -> dict:
 def test_examples(page, tmp_path, monkeypatch, registry):
     monkeypatch.chdir(tmp_path)
     registry["flash_attn3"] = registry["torch_sdpa"]
+    stub_fastvideo.install(monkeypatch)
     fps.WindowTable(GRID, fps.AttentionConfig((7, 9, 2)), [[[(1, 1, 1)] * 2] * 3] * 5).save("windows.json")
     names = given()
     for line, code in examples(page):

@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-HOSTS = ("diffusers", "lightx2v")
+HOSTS = ("diffusers", "fastvideo", "lightx2v")
 
 __all__ = list(HOSTS)
 

@@ -1,10 +1,15 @@
-"""What a host runs in each step: a schedule or table, and the steps and layers that keep the host's own attention."""
+"""What a host runs in each step: a schedule or table, and the steps and layers that keep the host's own attention. And
+what hosts' transformers have in common.
+"""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Collection
 from functools import lru_cache
+
+from torch import Tensor, nn
+from torch.distributed import fsdp
 
 from ..config import AttentionConfig
 from ..geometry import Triple
@@ -58,6 +63,17 @@ def check_schedule(schedule: StepSchedule | WindowTable, host: str, **sizes: int
             raise ValueError(
                 f"schedule: the table's {name} is {own}, but must be that of {host}; nearest legal value {value}"
             )
+
+
+def host_class(transformer: nn.Module) -> type:
+    """The host's own class: FSDP2 (torch >= 2.6) derives another one from its own and the host's."""
+    kind = type(transformer)
+    return kind.__bases__[-1] if isinstance(transformer, getattr(fsdp, "FSDPModule", ())) else kind
+
+
+def noisiest(timestep: Tensor) -> Tensor:
+    """[B]: of a timestep per token ([B, L]) the largest. Given tokens, those of an input image, have less noise."""
+    return timestep.flatten(1).amax(1) if timestep.dim() > 1 else timestep.reshape(-1)
 
 
 def as_dense_layers(value: Collection[int], n_layers: int) -> tuple[int, ...]:

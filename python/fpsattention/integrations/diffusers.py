@@ -42,6 +42,7 @@ from .dense import (  # noqa: E402
     as_dense_layers,
     as_dense_steps,
     check_schedule,
+    noisiest,
     step_configs,
 )
 from .diffusers_linears import use_fp8_linears  # noqa: E402
@@ -351,7 +352,7 @@ class _SchedulerClock:
                 self.steps, step_of = torch.unique_consecutive(self.steps, return_inverse=True)
             self.step_of = [*step_of.tolist(), len(self.steps)]
         configs = self.configs(len(self.steps))
-        values = set(_noisiest(timestep).tolist())
+        values = set(noisiest(timestep).tolist())
         # The pipeline may have rounded the timestep on the way, from float32 to bfloat16 for example.
         rounded = self.steps.to(timestep.dtype).tolist()
         steps = [i for i, value in enumerate(rounded) if {value} == values]
@@ -406,7 +407,7 @@ class _NoiseClock:
         self.shift = shift
 
     def parts(self, timestep: Tensor, model: type[Processor]):
-        sigmas = model.sigma(_noisiest(timestep).float())
+        sigmas = model.sigma(noisiest(timestep).float())
         groups = self.schedule.group_by_stage(sigmas, shift=self.shift)
         if len(groups) == 1:
             return ((getattr(self.schedule, *groups), None),), None, None
@@ -420,11 +421,6 @@ class _NoiseClock:
 
     def steps_of(self, name: str, num_steps: int) -> list[int]:
         return list(range(num_steps))
-
-
-def _noisiest(timestep: Tensor) -> Tensor:
-    """[B]: of a timestep per token ([B, L]) the largest. Given tokens, those of an input image, have less noise."""
-    return timestep.flatten(1).amax(1) if timestep.dim() > 1 else timestep.reshape(-1)
 
 
 def _rows(host: _Host, grid: Triple, configs: Sequence[StepConfig], steps_run: list[int]) -> list[Row]:

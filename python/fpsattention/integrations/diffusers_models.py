@@ -25,13 +25,14 @@ from diffusers.models.transformers import transformer_ltx
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup, fsdp
+from torch.distributed import ProcessGroup
 
 from ..api import attention
 from ..config import AttentionConfig
 from ..geometry import Triple
 from ..parallel import ulysses_attention
 from ..prologue import norm_rope_quantize
+from .dense import host_class
 from .fp8_linear import apply_all, has_hooks
 from .windowed import attention_in_windows, in_windows
 
@@ -387,11 +388,7 @@ MODELS: dict[type, type[Processor]] = {
 
 def model_of(transformer: nn.Module) -> type[Processor] | None:
     """The processor of a transformer; None: it is of none of the models."""
-    host = type(transformer)
-    # FSDP2 (torch >= 2.6) derives a class from its own and the host's.
-    if isinstance(transformer, getattr(fsdp, "FSDPModule", ())):
-        host = host.__bases__[-1]
-    return MODELS.get(host)
+    return MODELS.get(host_class(transformer))
 
 
 def _patches(size: Sequence[int], patch: Sequence[int]) -> Triple:

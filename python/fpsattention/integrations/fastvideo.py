@@ -1,0 +1,164 @@
+"""FPSAttention in FastVideo's Wan models, in training and wherever else the transformer is in the process at hand.
+
+FastVideo chooses among the members of an enumeration of its own, to which another package cannot add one. But its layer
+of self-attention, `DistributedAttention`, holds an object that does the work, for all tokens and this process's heads:
+`enable` puts another in its place. Compared with FastVideo 0.2.1.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection
+from importlib import metadata
+
+import torch
+from fastvideo.attention.backends.abstract import AttentionImpl
+from fastvideo.attention.layer import DistributedAttention
+from fastvideo.distributed.parallel_state import get_sp_parallel_rank, get_sp_world_size
+from fastvideo.models.dits.wanvideo import WanTransformer3DModel
+from torch import Tensor, nn
+
+from ..api import attention, check_backend
+from ..geometry import Triple
+from ..parallel import own_windows
+from ..schedule import StepSchedule
+from .dense import as_dense_layers, host_class, noisiest
+
+COMPARED = ("0.2.1",)
+if metadata.version("fastvideo") not in COMPARED:
+    raise ImportError(
+        f"fastvideo {metadata.version('fastvideo')}: fpsattention.integrations.fastvideo was compared with "
+        f"{', '.join(COMPARED)} only; install a version from these"
+    )
+
+TRAIN_TIMESTEPS = 1000  # num_train_timesteps of Wan's schedulers
+
+
+def enable(
+    transformer: nn.Module,
+    schedule: StepSchedule,
+    *,
+    shift: float,
+    dense_layers: Collection[int] = (),
+    backend: str = "auto",
+) -> Handle:
+    """Let the self-attention layers of a transformer run FPSAttention.
+
+    The stage of each sample is that of its noise level, timestep / 1000 (`StepSchedule.for_sigma`); the token grid is
+    read from each forward's latents. Works under FastVideo's sequence parallelism, and before or after its FSDP. A
+    forward waits for the GPU once, to read the timesteps.
+
+    Args:
+        transformer: FastVideo's Wan2.1 or 2.2, text or image to video (`WanTransformer3DModel`).
+        schedule: the config of each stage.
+        shift: as in `StepSchedule.for_sigma`: that of the pipeline's scheduler (`flow_shift`).
+        dense_layers: layers that keep FastVideo's own attention; -1 is the last.
+        backend: as in `fpsattention.attention`.
+
+    Returns the `Handle` that takes it off again.
+    Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value; RuntimeError
+    when FPSAttention is on already, or the model was loaded with a backend whose layers take more than Q, K and V
+    (VIDEO_SPARSE_ATTN) or have weights. During a forward: RuntimeError when a layer's attention has been replaced;
+    ValueError when a layer's tokens are not those of the grid.
+    """
+    transformer = getattr(transformer, "_orig_mod", transformer)
+    if host_class(transformer) is not WanTransformer3DModel:
+        raise ValueError(
+            f"transformer: is a {type(transformer).__name__}; it must be FastVideo's WanTransformer3DModel"
+        )
+    if not isinstance(schedule, StepSchedule):
+        raise TypeError(f"schedule: {schedule!r} must be a StepSchedule")
+    schedule.for_sigma(1.0, shift=shift)  # raises if shift is not legal
+    check_backend(backend)
+    layers = [block.attn1 for block in transformer.blocks]
+    for i, layer in enumerate(layers):
+        if type(layer) is not DistributedAttention or isinstance(layer.attn_impl, nn.Module):
+            raise RuntimeError(
+                f"transformer: layer {i} is a {type(layer).__name__} with a {type(layer.attn_impl).__name__}; load the "
+                f"model with FASTVIDEO_ATTENTION_BACKEND=FLASH_ATTN or TORCH_SDPA"
+            )
+        if isinstance(layer.attn_impl, FPSAttentionImpl):
+            raise RuntimeError(
+                f"transformer: FPSAttention is on in layer {i}; call remove() of the handle first"
+            )
+    dense = as_dense_layers(dense_layers, len(layers))
+    return Handle(transformer, schedule, shift, [x for i, x in enumerate(layers) if i not in dense], backend)
+
+
+class Handle:
+    """FPSAttention in a transformer, from `enable` to `remove`, and what its layers must know of a forward.
+
+    Attributes:
+        grid: tokens (T, H, W) of the last forward; None before the first.
+        sigmas: fp32 [B] on the CPU, the noise level of each sample of the forward under way; None between forwards.
+    """
+
+    def __init__(
+        self, transformer: nn.Module, schedule: StepSchedule, shift: float, layers: list, backend: str
+    ):
+        self.schedule, self.shift, self.backend = schedule, shift, backend
+        self.grid: Triple | None = None
+        self.sigmas: Tensor | None = None
+        self.signature = inspect.signature(WanTransformer3DModel.forward)
+        self.layers = layers
+        for layer in layers:
+            layer.attn_impl = FPSAttentionImpl(layer, self)
+        self.hooks = (
+            transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            transformer.register_forward_hook(self._after_forward),
+        )
+
+    def remove(self) -> None:
+        """Give every layer its own attention back, save one that someone else has replaced since. Can be repeated."""
+        for layer in self.layers:
+            if isinstance(layer.attn_impl, FPSAttentionImpl):
+                layer.attn_impl = layer.attn_impl.replaced
+        for hook in self.hooks:
+            hook.remove()
+
+    @torch.compiler.disable
+    def _before_forward(self, module, args, kwargs):
+        for layer in self.layers:
+            if not isinstance(layer.attn_impl, FPSAttentionImpl):
+                raise RuntimeError(
+                    f"transformer: a layer's attention has become a {type(layer.attn_impl).__name__}, so FPSAttention "
+                    f"would not run; call remove() of the handle, and enable() again"
+                )
+        inputs = self.signature.bind(module, *args, **kwargs).arguments
+        latents = inputs["hidden_states"].shape[2:]
+        self.grid = tuple(n // patch for n, patch in zip(latents, module.patch_size, strict=True))
+        self.sigmas = noisiest(inputs["timestep"]).float().cpu() / TRAIN_TIMESTEPS
+
+    @torch.compiler.disable
+    def _after_forward(self, module, args, output):
+        if not torch.is_grad_enabled():  # else the backward may run layers again, to recompute what it needs
+            self.sigmas = None
+
+
+class FPSAttentionImpl(AttentionImpl):
+    """What a `DistributedAttention` calls; `replaced` is FastVideo's own."""
+
+    def __init__(self, layer: DistributedAttention, handle: Handle):
+        self.replaced = layer.attn_impl
+        self.scale, self.heads = layer.softmax_scale, layer.num_heads
+        self.handle = handle
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata) -> Tensor:
+        """query, key, value: [B, L, H / P, D], all tokens of this process's heads. Returns the like."""
+        handle = self.handle
+        if handle.sigmas is None:
+            raise RuntimeError(
+                "a layer was called outside of its transformer's forward, where neither the token grid nor the noise "
+                "level is known; call the transformer itself (not .forward, which skips hooks)"
+            )
+
+        def attend(config, q, k, v):
+            config = own_windows(config, self.heads, get_sp_parallel_rank(), get_sp_world_size())
+            about = {"grid": handle.grid, "config": config, "scale": self.scale, "backend": handle.backend}
+            return attention(q, k, v, **about)
+
+        device = query.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+        qkv = (x.to(dtype) for x in (query, key, value))  # as torch's own attention does under autocast
+        with torch.autocast(device, enabled=False):  # rounding is the config's business
+            return handle.schedule.map_by_stage(attend, handle.sigmas, *qkv, shift=handle.shift)
