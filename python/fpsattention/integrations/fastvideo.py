@@ -111,15 +111,18 @@ class Handle:
     def remove(self) -> None:
         """Give every layer its own attention back, save one that someone else has replaced since. Can be repeated."""
         for layer in self.layers:
-            if isinstance(layer.attn_impl, FPSAttentionImpl):
+            if self._is_in(layer):
                 layer.attn_impl = layer.attn_impl.replaced
         for hook in self.hooks:
             hook.remove()
 
+    def _is_in(self, layer: DistributedAttention) -> bool:
+        return isinstance(layer.attn_impl, FPSAttentionImpl) and layer.attn_impl.handle is self
+
     @torch.compiler.disable
     def _before_forward(self, module, args, kwargs):
         for layer in self.layers:
-            if not isinstance(layer.attn_impl, FPSAttentionImpl):
+            if not self._is_in(layer):
                 raise RuntimeError(
                     f"transformer: a layer's attention has become a {type(layer.attn_impl).__name__}, so FPSAttention "
                     f"would not run; call remove() of the handle, and enable() again"
