@@ -16,7 +16,6 @@ import argparse
 import gc
 import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import fpsattention as fps
+from common import forward_seconds
 from fpsattention.integrations.diffusers import enable
 from fpsattention.models import MODELS
 
@@ -137,21 +137,7 @@ def forward_of_a_step(case: Case) -> tuple[nn.Module, dict]:
     size = {"height": height, "width": width, "num_frames": frames}
     pipe(**call, **size, num_inference_steps=2, output_type="latent")
     hook.remove()
-    return transformer, calls[0]
-
-
-def seconds_of(transformer: nn.Module, inputs: dict, repeats: int) -> float:
-    times = []
-    with torch.no_grad():
-        for _ in range(repeats + 1):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            out = transformer(**inputs | {"return_dict": False})[0]
-            torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-    if not out.isfinite().all():
-        raise RuntimeError("the output is not finite")
-    return statistics.median(times[1:])
+    return transformer, {name: x for name, x in calls[0].items() if name != "return_dict"}
 
 
 def measure(name: str, case: Case, repeats: int) -> list[Result]:
@@ -161,18 +147,20 @@ def measure(name: str, case: Case, repeats: int) -> list[Result]:
     transformer, inputs = forward_of_a_step(case)
     results = []
     for contender in ("stock", "fps", "stock, compiled", "fps, compiled"):
+        ours = contender.startswith("fps")
         torch.compiler.reset()
         run = torch.compile(transformer, fullgraph=True) if contender.endswith("compiled") else transformer
-        if contender.startswith("fps"):
+        if ours:
             handle = enable(transformer, fps.StepSchedule(config, config, config), shift=1.0, backend="sm90")
-        seconds = seconds_of(run, inputs, repeats)
-        if contender.startswith("fps"):
+        _, *times = forward_seconds(f"{name}, {contender}", run, inputs, repeats + 1)
+        if ours:
             (row,) = handle.report(num_steps=1).rows
             if row.configs[0].grid != model.grid:
                 raise RuntimeError(f"{name}: ran the grid {row.configs[0].grid} instead of {model.grid}")
             handle.remove()
+        seconds = statistics.median(times)
         stock = results[0].seconds if results else seconds
-        used = density if contender.startswith("fps") else 1.0
+        used = density if ours else 1.0
         results.append(Result(name, contender, model.tokens, used, seconds, stock / seconds))
         print(
             f"{name:18s} {contender:16s} {used:8.3f} {1e3 * seconds:8.1f} ms {stock / seconds:6.2f}",

@@ -23,7 +23,6 @@ import gc
 import json
 import os
 import statistics
-import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fpsattention as fps
+from common import forward_seconds
 from fpsattention.integrations.diffusers import enable, use_fp8_linears
 
 # Config of Wan-AI/Wan2.1-T2V-14B-Diffusers, transformer/config.json.
@@ -143,20 +143,12 @@ def measure(
     """Median of `repeats` forwards of each stage, after one that is not timed and compiles what is to be compiled."""
     dense = sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if name.startswith("stock") else nullcontext()
     seconds, warm_up = {}, 0.0
-    with dense, torch.no_grad():
+    with dense:
         torch.cuda.reset_peak_memory_stats()
         for stage, sigma in stages.items():
-            timestep = torch.tensor([1000 * sigma], device="cuda")
-            times = []
-            for _ in range(repeats + 1):
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                (out,) = model(timestep=timestep, return_dict=False, **inputs)
-                torch.cuda.synchronize()
-                times.append(time.perf_counter() - start)
-            if not out.isfinite().all():
-                raise RuntimeError(f"{name}, {stage}: the output is not finite")
-            warm_up += times.pop(0)
+            of_stage = inputs | {"timestep": torch.tensor([1000 * sigma], device="cuda")}
+            first, *times = forward_seconds(f"{name}, {stage}", model, of_stage, repeats + 1)
+            warm_up += first
             seconds[stage] = statistics.median(times)
     steps = {"all": STEPS} if "all" in stages else steps_of_stage()
     weighted = sum(seconds[stage] * n for stage, n in steps.items()) / STEPS
@@ -169,8 +161,13 @@ def measure(
     return Result(name, seconds, weighted, warm_up, peak)
 
 
+def is_first() -> bool:
+    """Whether this is the only process, or the first."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def say(*text, **kwargs) -> None:
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if is_first():
         print(*text, **kwargs)
 
 
@@ -219,7 +216,7 @@ def main() -> None:
         del model
         gc.collect()  # modules and their hooks refer to each other
         results[-1].speedup = results[0].weighted / results[-1].weighted
-        if args.output and int(os.environ.get("RANK", 0)) == 0:
+        if args.output and is_first():
             rows = [asdict(r) for r in results]  # after each, so that a run cut short leaves what it has
             args.output.write_text(json.dumps({**about, "results": rows}, indent=1) + "\n")
 

@@ -52,6 +52,21 @@ class BenchClock(CudaClock):
         return torch.cuda.max_memory_allocated() / 2**30
 
 
+def forward_seconds(name: str, model: torch.nn.Module, inputs: dict, forwards: int) -> list[float]:
+    """Of each forward of a host's model. The first compiles what is to be compiled."""
+    seconds = []
+    with torch.no_grad():
+        for _ in range(forwards):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            (out,) = model(**inputs, return_dict=False)
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+    if not out.isfinite().all():
+        raise RuntimeError(f"{name}: the output is not finite")
+    return seconds
+
+
 def largest_gap(events: list[tuple[float, float]], replays: int) -> float:
     """The longest time for which the GPU idles within one of several equal replays.
 
