@@ -76,11 +76,15 @@ class WanTransformer3DModel(nn.Module):
         self.patch_size = (1, 2, 2)
         self.patch_embedding = nn.Conv3d(4, heads * head_dim, self.patch_size, self.patch_size)
         self.blocks = nn.ModuleList(Block(heads, head_dim) for _ in range(layers))
+        self.gradient_checkpointing = False
 
     def forward(self, hidden_states, encoder_hidden_states, timestep, guidance=None, **kwargs) -> Tensor:
         x = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2)
         for block in self.blocks:
-            x = block(x)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(block, x)
+            else:
+                x = block(x)
         return x
 
 

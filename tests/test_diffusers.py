@@ -7,6 +7,7 @@ import importlib
 import os
 import pickle
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -385,10 +386,41 @@ def opaque(
 ) -> torch.Tensor:
     config = fps.AttentionConfig(tuple(tile) or None, tuple(window) or None, quant="none")
     text = {"prefix_len": prefix_len, "suffix_len": suffix_len, "suffix_valid": suffix_valid}
-    return fps.attention(q, k, v, grid=grid, config=config, **text)
+    return fps.attention(q, k, v, grid=grid, config=config, **text).contiguous()
 
 
-opaque.register_fake(lambda q, *_: torch.empty_like(q))
+opaque.register_fake(lambda q, *_, **__: q.new_empty(q.shape))
+
+
+@torch.library.custom_op("fpsattention_test::attention_backward", mutates_args=())
+def opaque_backward(
+    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: list[int], tile: list[int],
+    window: list[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    config = fps.AttentionConfig(tuple(tile) or None, tuple(window) or None, quant="none")
+
+    def gradients():
+        qkv = [x.detach().requires_grad_() for x in (q, k, v)]
+        grads = torch.autograd.grad(fps.attention(*qkv, grid=grid, config=config), qkv, dout)
+        return tuple(x.contiguous() for x in grads)
+
+    with ThreadPoolExecutor(1) as thread:  # inside of an op there is no autograd
+        return thread.submit(gradients).result()
+
+
+opaque_backward.register_fake(lambda dout, q, *_: tuple(q.new_empty(q.shape) for _ in "qkv"))
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+    ctx.call = inputs[3:6]
+
+
+def _differentiate(ctx, dout):
+    return *opaque_backward(dout, *ctx.saved_tensors, *ctx.call), *[None] * 6
+
+
+opaque.register_autograd(_differentiate, setup_context=_save)
 
 
 @pytest.fixture

@@ -250,12 +250,13 @@ def test_the_op_is_the_attention(dtype):
     """Every part of the config goes through it, and text; what it tells the compiler of its result is true."""
     grid = (2, 4, 4)
     q, k, v = torch.randn(3, 1, 32 + 5, HEADS, 16, generator=tiny.noise()).to(dtype).unbind()
-    windows = torch.tensor([[1, 1, 3], [1, 3, 1]])
+    windows = torch.tensor([[[1, 1, 1], [1, 1, 1]], [[1, 1, 3], [1, 3, 1]]])  # of two layers
+    layer = torch.tensor(1)
     config = fps.AttentionConfig(tile=(2, 1, 1), border="truncate", quant_tile=(2, 2, 4), smooth_k=True)
     kwargs = {"grid": grid, "backend": "reference", "prefix_len": 2, "suffix_len": 3}
     kwargs["suffix_valid"] = torch.tensor([1], dtype=torch.int32)
     op = torch.compile(windowed.attention_in_windows, backend="aot_eager", fullgraph=True)
-    out = op(q, k, v, windows=windows, config=config, **kwargs)
+    out = op(q, k, v, windows=windows, layer=layer, config=config, **kwargs)
     own = fps.AttentionConfig(
         tile=(2, 1, 1),
         window=((1, 1, 3), (1, 3, 1)),
@@ -267,7 +268,7 @@ def test_the_op_is_the_attention(dtype):
     rounding = [2, 1, 1], "truncate", "fp8", [2, 2, 4], True
     torch.library.opcheck(
         torch.ops.fpsattention.attention_in_windows,
-        (q, k, v, windows, *rounding),
+        (q, k, v, windows, layer, *rounding),
         kwargs | {"grid": list(grid)},
     )
 

@@ -47,6 +47,7 @@ from .dense import (  # noqa: E402
 )
 from .diffusers_linears import use_fp8_linears  # noqa: E402
 from .diffusers_models import MODELS, Forward, Processor, model_of  # noqa: E402  (imports what the check above is for)
+from .scope import Scope  # noqa: E402
 
 __all__ = ["Handle", "Report", "Row", "enable", "use_fp8_linears"]
 
@@ -73,7 +74,8 @@ def enable(
 
     Works with `transformer.compile()`, `torch.compile(transformer)` and `transformer.compile_repeated_blocks()`, before
     or after: one graph per stage, or one for all windows of a table, and one for the host's own attention where steps
-    keep it. Under gradient checkpointing, run the backward of a forward before the next forward.
+    keep it; twice as many when sizes change. Works under gradient checkpointing, by `enable_gradient_checkpointing()`
+    or torch.distributed's `checkpoint_wrapper`: layers are recomputed as they ran in their forward, whatever ran since.
 
     So does `transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=...))` of Wan and LTX-Video, if
     all its processes get the same inputs.
@@ -160,7 +162,7 @@ class Handle:
         """
         rows = []
         for host in self._hosts:
-            tokens = host.forward.grid if grid is None else as_grid(grid)
+            tokens = host.last_grid if grid is None else as_grid(grid)
             if tokens is None:
                 continue  # of Wan2.2's transformers one may not have run
             check_schedule(self._clock.schedule, "the report", grid=tokens)
@@ -236,7 +238,8 @@ class _Host:
         check_schedule(clock.schedule, name, num_layers=len(self.layers), heads=self.heads)
         self.dense_layers = as_dense_layers(dense_layers, len(self.layers))
         self.signature = inspect.signature(type(transformer).forward)
-        self.forward = Forward(backend)
+        self.scope = Scope()
+        self.last_grid: Triple | None = None  # tokens (T, H, W) of the last forward, for reports
         self.hooks = ()
         self.processors: dict[int, Processor] = {}
         for i, layer in enumerate(self.layers):
@@ -249,7 +252,7 @@ class _Host:
                     f"take the place of {self.model.stock.__name__}{advice}"
                 )
             if i not in self.dense_layers:
-                self.processors[i] = self.model(layer.processor, self.forward)
+                self.processors[i] = self.model(layer.processor, self.scope, i, backend)
 
     def install(self):
         for i, processor in self.processors.items():
@@ -257,13 +260,14 @@ class _Host:
         # Methods, not functions: a deep copy of the transformer gets hooks of a host of its own.
         self.hooks = (
             self.transformer.register_forward_pre_hook(self.before_forward, with_kwargs=True),
-            self.transformer.register_forward_hook(self.after_forward),
+            self.transformer.register_forward_hook(self.after_forward, always_call=True),
         )
 
     def remove(self):
         for i, processor in self.processors.items():
             if self.layers[i].processor is processor:
                 self.layers[i].processor = processor.replaced
+        self.scope.put_down(self.transformer)
         for hook in self.hooks:
             hook.remove()
 
@@ -271,12 +275,17 @@ class _Host:
     # every timestep anew.
 
     @torch.compiler.disable
-    def after_forward(self, module, args, output):
-        if not torch.is_grad_enabled():  # else the backward may run layers again, to recompute what it needs
-            self.forward.parts = ()
+    def before_forward(self, module, args, kwargs):
+        self.scope.enter(None)  # first of all: `after_forward` leaves it even if this raises
+        self.scope.forward = self.forward(module, args, kwargs)
+        if torch.is_grad_enabled():
+            self.scope.carry(module)
 
     @torch.compiler.disable
-    def before_forward(self, module, args, kwargs):
+    def after_forward(self, module, args, output):
+        self.scope.leave()
+
+    def forward(self, module, args, kwargs) -> Forward:
         for i, processor in self.processors.items():
             if self.layers[i].processor is not processor:
                 raise RuntimeError(
@@ -284,15 +293,17 @@ class _Host:
                     f"so FPSAttention would not run; call remove() of the handle, and enable() again"
                 )
         inputs = self.signature.bind(module, *args, **kwargs).arguments
-        forward = self.forward
-        forward.group = self.group(module)
-        forward.grid = self.model.grid(module.config, inputs)
-        check_schedule(self.clock.schedule, f"{self.name}'s input", grid=forward.grid)
-        forward.text_valid = self.model.text_valid(inputs)
-        forward.parts, forward.order, windows = self.clock.parts(inputs["timestep"], self.model)
-        for i, processor in self.processors.items():
-            # Each has a tensor of its own, always of this shape, so that to a graph only what is in it changes.
-            processor.windows = None if windows is None else torch.tensor(windows[i], device="cpu")
+        grid = self.last_grid = self.model.grid(module.config, inputs)
+        check_schedule(self.clock.schedule, f"{self.name}'s input", grid=grid)
+        parts, order, windows = self.clock.parts(inputs["timestep"], self.model)
+        return Forward(
+            torch.empty(*grid, 0, device="cpu"),
+            parts,
+            order,
+            None if windows is None else torch.tensor(windows, device="cpu"),
+            self.model.text_valid(inputs),
+            self.group(module),
+        )
 
     def group(self, module) -> torch.distributed.ProcessGroup | None:
         """The processes among which the host has split the tokens; None: it has not."""

@@ -34,32 +34,38 @@ from ..parallel import ulysses_attention
 from ..prologue import norm_rope_quantize
 from .dense import host_class
 from .fp8_linear import apply_all, has_hooks
+from .scope import Scope
 from .windowed import attention_in_windows, in_windows
 
 TRAIN_TIMESTEPS = 1000  # num_train_timesteps of all these models' schedulers
 
 
-@dataclass
+@dataclass(frozen=True)
 class Forward:
-    """What the layers of one transformer must know of its forward under way; set before it starts.
+    """What the self-attention layers run in one forward of a transformer.
 
     Attributes:
-        backend: as in `fpsattention.attention`.
-        grid: tokens (T, H, W); None before the first forward.
-        text_valid: int32 [B], real text tokens of each sample, in a model that takes padded text; else None.
+        extent: an empty tensor [T, H, W, 0], the token grid by its shape: torch.compile takes the sizes of a tensor for
+            symbols, and numbers for constants.
         parts: the configs to run, each with the samples it is for (int64; None: all). None: the host's own attention.
-            Empty between forwards.
         order: int64 [B], where each sample is in the parts put one after the other; None with a single part.
+        windows: of a `WindowTable`, those of all layers, int64 [layers, H, 3] on the CPU; else None.
+        text_valid: int32 [B], real text tokens of each sample, in a model that takes padded text; else None.
         group: the processes that hold a share of the tokens each (`fpsattention.parallel.ulysses_attention`); None:
             this one holds all.
     """
 
-    backend: str
-    grid: Triple | None = None
-    text_valid: Tensor | None = None
-    parts: tuple[tuple[AttentionConfig, Tensor | None], ...] | None = ()
+    extent: Tensor
+    parts: tuple[tuple[AttentionConfig, Tensor | None], ...] | None
     order: Tensor | None = None
+    windows: Tensor | None = None
+    text_valid: Tensor | None = None
     group: ProcessGroup | None = None
+
+    @property
+    def grid(self) -> Triple:
+        """Tokens (T, H, W)."""
+        return tuple(self.extent.shape[:3])
 
 
 class Processor:
@@ -70,7 +76,6 @@ class Processor:
     grid: tokens (T, H, W), from the transformer's configuration and the arguments of its forward.
     text_valid: see `Forward`, from the same arguments.
     sigma: the noise level, 1 at pure noise, of a timestep that the transformer's forward gets.
-    windows: of a `WindowTable`, those of this layer in the forward under way, int64 [H, 3] on the CPU; else None.
     unknown: arguments of `__call__` that the model's self-attention layers are never given.
     self_attention: what a layer returns, from the arguments of `__call__`.
     context_parallel: whether the host can split the tokens of its self-attention among processes.
@@ -80,16 +85,17 @@ class Processor:
     unknown: tuple[str, ...] = ()
     context_parallel = False
 
-    def __init__(self, replaced, forward: Forward):
+    def __init__(self, replaced, scope: Scope, layer: int, backend: str):
         self.replaced = replaced
-        self.forward = forward
-        self.windows: Tensor | None = None
+        self.scope = scope
+        self.layer = torch.tensor(layer, device="cpu")  # a number would be a constant to torch.compile
+        self.backend = backend
 
     # The host passes on by keyword only what the signature names.
     def __call__(
         self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        if self.forward.parts is None:
+        if self.scope.current().parts is None:
             return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         given = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": attention_mask}
         for name in self.unknown:
@@ -129,10 +135,10 @@ class Processor:
         """Whether `attend` can take projections that are not normalised and turned yet, with a prologue in place of the
         norms.
         """
-        forward = self.forward
-        if not forward.parts or forward.group is not None or qkv[0].shape[1] != math.prod(forward.grid):
+        forward = self.scope.current()
+        if forward.group is not None or qkv[0].shape[1] != math.prod(forward.grid):
             return False
-        if self.windows is not None and torch.compiler.is_compiling():
+        if forward.windows is not None and torch.compiler.is_compiling():
             return False
         if torch.is_autocast_enabled(qkv[0].device.type):
             return False
@@ -158,12 +164,7 @@ class Processor:
 
         prologue: norm and rotary embedding still to be applied, as `norm_rope_quantize` takes them.
         """
-        forward = self.forward
-        if not forward.parts:
-            raise RuntimeError(
-                "a layer was called outside of its transformer's forward, where neither the token grid nor the step is "
-                "known; call the transformer itself (not .forward, which skips hooks)"
-            )
+        forward = self.scope.current()
         alone = forward.group is None
         if alone and q.shape[1] != prefix_len + math.prod(forward.grid) + suffix_len:
             raise RuntimeError(
@@ -173,7 +174,7 @@ class Processor:
         device = q.device.type
         if torch.is_autocast_enabled(device):  # as torch's own attention does there
             q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
-        kwargs = {"grid": forward.grid, "backend": forward.backend}
+        kwargs = {"grid": forward.grid, "backend": self.backend}
         if not alone:
             kwargs["group"] = forward.group
         if prefix_len or suffix_len:
@@ -187,15 +188,15 @@ class Processor:
                 valid = forward.text_valid.to(q.device)
                 kwargs["suffix_valid"] = valid if rows is None else valid[rows]
             run = attention if alone else ulysses_attention
-            if self.windows is not None and torch.compiler.is_compiling():
+            if forward.windows is not None and torch.compiler.is_compiling():
                 if not alone:
                     raise RuntimeError(
                         "a WindowTable under both torch.compile and context parallelism: switch one of the two off, or "
                         "give a StepSchedule"
                     )
-                run = partial(attention_in_windows, windows=self.windows)
-            elif self.windows is not None:
-                config = in_windows(config, self.windows)
+                run = partial(attention_in_windows, windows=forward.windows, layer=self.layer)
+            elif forward.windows is not None:
+                config = in_windows(config, forward.windows, self.layer)
             if prologue is not None:
                 part = (norm_rope_quantize(*part, config=config, **kwargs, **prologue),)
             with torch.autocast(device, enabled=False):  # rounding is the config's business
@@ -228,7 +229,7 @@ class Wan(Processor):
         cos, sin = image_rotary_emb[0][..., 0::2], image_rotary_emb[1][..., 1::2]
         if self.fuses((attn.norm_q, attn.norm_k), q, k, v):
             norms = {"q_weight": attn.norm_q.weight, "k_weight": attn.norm_k.weight, "eps": attn.norm_q.eps}
-            rope = _axis_tables(cos, sin, self.forward.grid)
+            rope = _axis_tables(cos, sin, self.scope.current().grid)
             out = self.attend(*_split_heads(attn, q, k, v), prologue={**norms, "rope": rope})
         else:
             q, k, v = _split_heads(attn, attn.norm_q(q), attn.norm_k(k), v)

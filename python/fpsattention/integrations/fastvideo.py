@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection
+from dataclasses import dataclass
 from importlib import metadata
 
 import torch
@@ -23,6 +24,7 @@ from ..geometry import Triple
 from ..parallel import own_windows
 from ..schedule import StepSchedule
 from .dense import as_dense_layers, host_class, noisiest
+from .scope import Scope
 
 COMPARED = ("0.2.1",)
 if metadata.version("fastvideo") not in COMPARED:
@@ -45,8 +47,9 @@ def enable(
     """Let the self-attention layers of a transformer run FPSAttention.
 
     The stage of each sample is that of its noise level, timestep / 1000 (`StepSchedule.for_sigma`); the token grid is
-    read from each forward's latents. Works under FastVideo's sequence parallelism, and before or after its FSDP. A
-    forward waits for the GPU once, to read the timesteps.
+    read from each forward's latents. Works under FastVideo's sequence parallelism, and before or after its FSDP and its
+    activation checkpointing: layers are recomputed as they ran in their forward, whatever ran since. A forward waits
+    for the GPU once, to read the timesteps.
 
     Args:
         transformer: FastVideo's Wan2.1 or 2.2, text or image to video (`WanTransformer3DModel`).
@@ -85,27 +88,39 @@ def enable(
     return Handle(transformer, schedule, shift, [x for i, x in enumerate(layers) if i not in dense], backend)
 
 
+@dataclass(frozen=True)
+class Forward:
+    """What the layers must know of one forward of the transformer.
+
+    Attributes:
+        grid: tokens (T, H, W).
+        sigmas: fp32 [B] on the CPU, the noise level of each sample.
+    """
+
+    grid: Triple
+    sigmas: Tensor
+
+
 class Handle:
-    """FPSAttention in a transformer, from `enable` to `remove`, and what its layers must know of a forward.
+    """FPSAttention in a transformer, from `enable` to `remove`.
 
     Attributes:
         grid: tokens (T, H, W) of the last forward; None before the first.
-        sigmas: fp32 [B] on the CPU, the noise level of each sample of the forward under way; None between forwards.
     """
 
     def __init__(
         self, transformer: nn.Module, schedule: StepSchedule, shift: float, layers: list, backend: str
     ):
-        self.schedule, self.shift, self.backend = schedule, shift, backend
+        self.transformer, self.schedule, self.shift, self.backend = transformer, schedule, shift, backend
+        self.scope = Scope()
         self.grid: Triple | None = None
-        self.sigmas: Tensor | None = None
         self.signature = inspect.signature(WanTransformer3DModel.forward)
         self.layers = layers
         for layer in layers:
             layer.attn_impl = FPSAttentionImpl(layer, self)
         self.hooks = (
             transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            transformer.register_forward_hook(self._after_forward),
+            transformer.register_forward_hook(self._after_forward, always_call=True),
         )
 
     def remove(self) -> None:
@@ -113,6 +128,7 @@ class Handle:
         for layer in self.layers:
             if self._is_in(layer):
                 layer.attn_impl = layer.attn_impl.replaced
+        self.scope.put_down(self.transformer)
         for hook in self.hooks:
             hook.remove()
 
@@ -121,6 +137,16 @@ class Handle:
 
     @torch.compiler.disable
     def _before_forward(self, module, args, kwargs):
+        self.scope.enter(None)  # first of all: `_after_forward` leaves it even if this raises
+        self.scope.forward = self._forward(module, args, kwargs)
+        if torch.is_grad_enabled():
+            self.scope.carry(module)
+
+    @torch.compiler.disable
+    def _after_forward(self, module, args, output):
+        self.scope.leave()
+
+    def _forward(self, module, args, kwargs) -> Forward:
         for layer in self.layers:
             if not self._is_in(layer):
                 raise RuntimeError(
@@ -129,13 +155,8 @@ class Handle:
                 )
         inputs = self.signature.bind(module, *args, **kwargs).arguments
         latents = inputs["hidden_states"].shape[2:]
-        self.grid = tuple(n // patch for n, patch in zip(latents, module.patch_size, strict=True))
-        self.sigmas = noisiest(inputs["timestep"]).float().cpu() / TRAIN_TIMESTEPS
-
-    @torch.compiler.disable
-    def _after_forward(self, module, args, output):
-        if not torch.is_grad_enabled():  # else the backward may run layers again, to recompute what it needs
-            self.sigmas = None
+        grid = self.grid = tuple(n // patch for n, patch in zip(latents, module.patch_size, strict=True))
+        return Forward(grid, noisiest(inputs["timestep"]).float().cpu() / TRAIN_TIMESTEPS)
 
 
 class FPSAttentionImpl(AttentionImpl):
@@ -149,19 +170,15 @@ class FPSAttentionImpl(AttentionImpl):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata) -> Tensor:
         """query, key, value: [B, L, H / P, D], all tokens of this process's heads. Returns the like."""
         handle = self.handle
-        if handle.sigmas is None:
-            raise RuntimeError(
-                "a layer was called outside of its transformer's forward, where neither the token grid nor the noise "
-                "level is known; call the transformer itself (not .forward, which skips hooks)"
-            )
+        forward = handle.scope.current()
 
         def attend(config, q, k, v):
             config = own_windows(config, self.heads, get_sp_parallel_rank(), get_sp_world_size())
-            about = {"grid": handle.grid, "config": config, "scale": self.scale, "backend": handle.backend}
+            about = {"grid": forward.grid, "config": config, "scale": self.scale, "backend": handle.backend}
             return attention(q, k, v, **about)
 
         device = query.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
         qkv = (x.to(dtype) for x in (query, key, value))  # as torch's own attention does under autocast
         with torch.autocast(device, enabled=False):  # rounding is the config's business
-            return handle.schedule.map_by_stage(attend, handle.sigmas, *qkv, shift=handle.shift)
+            return handle.schedule.map_by_stage(attend, forward.sigmas, *qkv, shift=handle.shift)

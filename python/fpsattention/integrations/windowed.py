@@ -14,19 +14,24 @@ from ..config import AttentionConfig
 from ..windows import with_windows
 
 
-def in_windows(config: AttentionConfig, windows: Tensor) -> AttentionConfig:
-    """`config`, which has no window, with these: int64 [H, 3] on the CPU, tiles (wt, wh, ww) of each head."""
-    return with_windows(config, tuple(map(tuple, windows.tolist())))
+def in_windows(config: AttentionConfig, windows: Tensor, layer: Tensor) -> AttentionConfig:
+    """`config`, which has no window, with those of a layer.
+
+    Args:
+        windows: int64 [layers, H, 3] on the CPU, tiles (wt, wh, ww) of each head.
+        layer: int64 [] on the CPU, its index.
+    """
+    return with_windows(config, tuple(map(tuple, windows[layer].tolist())))
 
 
 def attention_in_windows(
-    q: Tensor, k: Tensor, v: Tensor, *, windows: Tensor, config: AttentionConfig, **kwargs
+    q: Tensor, k: Tensor, v: Tensor, *, windows: Tensor, layer: Tensor, config: AttentionConfig, **kwargs
 ) -> Tensor:
-    """`attention` with `in_windows(config, windows)`, as one op to trace, which has no gradient."""
+    """`attention` with `in_windows(config, windows, layer)`, as one op to trace, which has no gradient."""
     rounding = config.border, config.quant, list(config.quant_tile or ()), config.smooth_k
     kwargs["grid"] = list(kwargs["grid"])
     return torch.ops.fpsattention.attention_in_windows(
-        q, k, v, windows, list(config.tile or ()), *rounding, **kwargs
+        q, k, v, windows, layer, list(config.tile or ()), *rounding, **kwargs
     )
 
 
@@ -41,6 +46,7 @@ def _op(
     k: Tensor,
     v: Tensor,
     windows: Tensor,
+    layer: Tensor,
     tile: list[int],
     border: str,
     quant: str,
@@ -54,7 +60,7 @@ def _op(
 ) -> Tensor:
     config = AttentionConfig(tuple(tile) or None, None, border, quant, tuple(quant_tile) or None, smooth_k)
     text = {"prefix_len": prefix_len, "suffix_len": suffix_len, "suffix_valid": suffix_valid}
-    out = attention(q, k, v, grid=grid, config=in_windows(config, windows), backend=backend, **text)
+    out = attention(q, k, v, grid=grid, config=in_windows(config, windows, layer), backend=backend, **text)
     return out.contiguous()
 
 
