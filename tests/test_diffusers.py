@@ -439,11 +439,11 @@ WAYS_TO_COMPILE = pytest.mark.parametrize(
 )
 
 
-def compile_transformer(pipe, how: str) -> CompileCounter:
+def compile_transformer(pipe, how: str, fullgraph: bool = True) -> CompileCounter:
     """Counts the graphs."""
     torch.compiler.reset()
     counter = CompileCounter()
-    options = {"backend": counter, "fullgraph": True}
+    options = {"backend": counter, "fullgraph": fullgraph}
     if how == "torch.compile":
         pipe.transformer = torch.compile(pipe.transformer, **options)
     elif how == "compile_repeated_blocks":
@@ -477,6 +477,49 @@ def test_one_graph_per_stage_of_the_other_models(opaque_attention, name):
     counter = compile_transformer(model.pipe, "module.compile")
     torch.testing.assert_close(model.run(), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
     assert counter.frame_count == 3
+
+
+@pytest.mark.parametrize(
+    "name, how",
+    [
+        ("wan", "module.compile"),
+        ("wan", "compile_repeated_blocks"),
+        ("hunyuan", "module.compile"),
+        ("cogvideox", "module.compile"),
+    ],
+)
+def test_two_graphs_per_stage_whatever_the_sizes(opaque_attention, name, how):
+    """Sizes that differ on one axis after the other, three stages and dense steps: eight graphs, as many as torch keeps
+    by default. Beyond them it would give an error with fullgraph, and run eagerly without.
+    """
+    sizes = [(9, 64, 96), (17, 64, 96), (17, 96, 64), (9, 64, 128)]
+    model = tiny.MODELS[name]()
+    model.kwargs["output_type"] = "latent"
+    enable(model.pipe, fps.StepSchedule(NARROW, EXACT, WIDE, alpha=(0.4, 0.8)), dense_steps=1)
+
+    def run(frames, height, width):
+        return model.run(num_frames=frames, height=height, width=width)
+
+    expected = [run(*size) for size in sizes]
+    counter = compile_transformer(model.pipe, how)
+    for size, video in zip(sizes, expected, strict=True):
+        torch.testing.assert_close(run(*size), video, rtol=1e-4, atol=1e-5 * video.abs().max().item())
+    assert counter.frame_count == 8
+
+
+@pytest.mark.parametrize("how", ["module.compile", "torch.compile", "compile_repeated_blocks"])
+def test_more_graphs_than_torch_keeps(wan, opaque_attention, how):
+    """Said once, and not only in torch's log."""
+    compile_transformer(wan.pipe, how, fullgraph=False)
+    enable(wan.pipe, fps.StepSchedule(NARROW, EXACT, WIDE, alpha=(0.4, 0.8)))
+    message = r"needs graph 3 .* keeps 2; .* set torch\._dynamo\.config\.recompile_limit = 8"
+    with (
+        torch._dynamo.config.patch(recompile_limit=2),
+        pytest.warns(UserWarning, match=message) as caught,
+    ):
+        wan.run()
+        wan.run()
+    assert len([x for x in caught if "needs graph" in str(x.message)]) == 1
 
 
 @pytest.mark.parametrize(
@@ -662,8 +705,31 @@ def test_dense_steps_beyond_the_sampler(wan, dense_steps, error):
 def test_timestep_that_is_none_of_the_schedulers(wan):
     enable(wan.pipe, STAGES)
     wan.run()
-    with pytest.raises(RuntimeError, match="timestep: 500.0 is none of pipe.scheduler.timesteps"):
+    message = r"timestep: 500.0 is none of the 5 timesteps, 1000.0 to .* of the WanPipeline .*enable that one"
+    with pytest.raises(RuntimeError, match=message):
         wan.pipe.transformer(**inputs(), timestep=torch.tensor([500.0]))
+
+
+def test_another_pipeline_runs_the_transformer(wan):
+    """Before the enabled one has run its scheduler has a thousand timesteps; the message lists none of them."""
+    enable(wan.pipe, STAGES)
+    wan.pipe.scheduler = tiny.flow(1.0)
+    other = diffusers.WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        scheduler=tiny.flow(7.3),
+        transformer=wan.pipe.transformer,
+    )
+    with pytest.raises(RuntimeError, match="is none of the 1000 timesteps.*enable that one") as raised:
+        replace(wan, pipe=other).run(7)
+    assert len(str(raised.value)) <= 400
+
+
+def test_modular_pipeline():
+    blocks = diffusers.modular_pipelines.WanBlocks()
+    with pytest.raises(ValueError, match="is a Wan.*ModularPipeline, .*enable its transformer instead"):
+        enable(blocks.init_pipeline(), STAGES)
 
 
 def test_call_that_skips_the_hooks(wan):
@@ -716,6 +782,33 @@ def test_prompt_of_another_length():
         model.kwargs |= tiny.masks(11, valid)
         torch.testing.assert_close(model.run(), stock, rtol=1e-4, atol=1e-5)
     assert (stocks[0] - stocks[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["hunyuan", "mochi"])
+def test_several_videos_of_a_prompt(name):
+    """HunyuanVideo's pipeline repeats the latents, not the text's mask."""
+    model = tiny.MODELS[name]()
+    stock = model.run(2, num_videos_per_prompt=2)
+    enable(model.pipe, SAME)
+    ours = model.run(2, num_videos_per_prompt=2)
+    assert len(ours) == 2
+    torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5 * stock.abs().max().item())
+
+
+def test_masks_of_another_number_of_samples():
+    model = tiny.hunyuan()
+    transformer, calls = model.pipe.transformer, []
+    hook = transformer.register_forward_pre_hook(lambda *call: calls.append(call[2]), with_kwargs=True)
+    model.run(1)
+    hook.remove()
+    enable(transformer, SAME, shift=1.0)
+    call = {
+        name: torch.cat([x] * 3) if isinstance(x, torch.Tensor) and name != "guidance" else x
+        for name, x in calls[0].items()
+    }
+    call["encoder_attention_mask"] = call["encoder_attention_mask"][:2]
+    with pytest.raises(ValueError, match="encoder_attention_mask: is of 2 samples, hidden_states of 3"):
+        transformer(**call)
 
 
 def test_attention_backend_of_the_host_holds_for_dense_steps(wan):

@@ -2,9 +2,9 @@
 
 `fpsattention::quantize` turns raster-order Q, K, V into FP8 block images, `fpsattention::attend` attends over them;
 `fpsattention::attention` is both, and differentiable: its gradient is `fpsattention::attention_backward`. All take
-plain integers, so that `torch.compile` traces them without looking inside, use the current stream of the tensors'
-device, never synchronise, and allocate through torch only, so that CUDA graphs capture them. NVTX ranges bear the names
-of quantize, attend and attention_backward.
+plain integers, so that `torch.compile` traces them without looking inside, with symbols for sizes that change. They use
+the current stream of the tensors' device, never synchronise, and allocate through torch only, so that CUDA graphs
+capture them. NVTX ranges bear the names of quantize, attend and attention_backward.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from . import _C
 from .config import AttentionConfig, ResolvedConfig
 from .geometry import tile_geometry
+from .planning import plan
 
 HEAD_DIMS = (64, 128)
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -194,20 +195,28 @@ def _strides(name: str, x: Tensor) -> tuple[int, int, int]:
     return strides
 
 
-def _quantize_shapes(q: Tensor, k: Tensor, v: Tensor, resolved: ResolvedConfig, tensor_layout: str) -> Images:
+def _rows(grid, tile, prefix_len: int, suffix_len: int) -> int:
+    """Rows of all tiles' slots, text's too: `TileGeometry`'s, in arithmetic that is symbolic where the sizes are."""
+    # A tile is planned for one grid, so that a graph without one is of that grid alone.
+    tile = tile or plan([int(x) for x in grid]).best.tile
+    slot = -(-math.prod(tile) // _C.BLOCK) * _C.BLOCK
+    tiles = math.prod(-(-g // t) for g, t in zip(grid, tile, strict=True))
+    return (tiles - -prefix_len // slot - -suffix_len // slot) * slot
+
+
+def _quantize_shapes(q: Tensor, rows: int, smooth_k: bool, tensor_layout: str) -> Images:
     batch, heads, tokens, head_dim = _heads_first(q, tensor_layout).shape
     if head_dim not in HEAD_DIMS:
         raise ValueError(f"q: head_dim {head_dim} must be one of {HEAD_DIMS} for the sm90 kernels")
     if q.dtype not in DTYPES:
         raise ValueError(f"q: dtype {q.dtype} must be bfloat16 or float16 for the sm90 kernels")
-    rows = resolved.geometry.n_tiles * resolved.geometry.slot
     return (
         q.new_empty(batch, heads, rows // _C.QUERY_BLOCK, _C.q_block_bytes(head_dim), dtype=torch.uint8),
         q.new_empty(batch, heads, rows // _C.BLOCK, _C.kv_block_bytes(head_dim), dtype=torch.uint8),
         q.new_empty(batch, heads, head_dim, dtype=torch.float32),
         q.new_empty(batch, heads, 2, dtype=torch.float32),
-        q.new_empty((batch, heads, tokens) if resolved.smooth_k else 0, dtype=torch.float32),
-        q.new_empty((batch, heads, head_dim) if resolved.smooth_k else 0, dtype=torch.float32),
+        q.new_empty((batch, heads, tokens) if smooth_k else 0, dtype=torch.float32),
+        q.new_empty((batch, heads, head_dim) if smooth_k else 0, dtype=torch.float32),
     )
 
 
@@ -222,7 +231,8 @@ def _quantize_cuda(
         grid, tile, heads, quant_tile, smooth_k=smooth_k, prefix_len=prefix_len, suffix_len=suffix_len
     )
     prefix_valid, suffix_valid = _contiguous(prefix_valid, suffix_valid)
-    images = _quantize_shapes(q, k, v, resolved, tensor_layout)
+    rows = resolved.geometry.n_tiles * resolved.geometry.slot
+    images = _quantize_shapes(q, rows, smooth_k, tensor_layout)
     q_blocks, kv_blocks, v_amax, norms, lse_shift, k_mean = images
     v_amax.zero_()
     norms.zero_()
@@ -270,11 +280,7 @@ def _quantize_fake(
     q, k, v, grid, tile, quant_tile, smooth_k, scale, tensor_layout, prefix_len=0, suffix_len=0, prefix_valid=None,
     suffix_valid=None
 ) -> Images:  # fmt: skip
-    heads = _heads_first(q, tensor_layout).shape[1]
-    resolved = _resolve(
-        grid, tile, heads, quant_tile, smooth_k=smooth_k, prefix_len=prefix_len, suffix_len=suffix_len
-    )
-    return _quantize_shapes(q, k, v, resolved, tensor_layout)
+    return _quantize_shapes(q, _rows(grid, tile, prefix_len, suffix_len), smooth_k, tensor_layout)
 
 
 def _norm_rope_quantize_cuda(
@@ -295,11 +301,8 @@ def _norm_rope_quantize_fake(
     return _quantize_fake(q, k, v, grid, tile, quant_tile, False, scale, tensor_layout)
 
 
-def _attend_shapes(
-    v_amax: Tensor, resolved: ResolvedConfig, tensor_layout: str, dtype
-) -> tuple[Tensor, Tensor]:
+def _attend_shapes(v_amax: Tensor, tokens: int, tensor_layout: str, dtype) -> tuple[Tensor, Tensor]:
     batch, heads, head_dim = v_amax.shape
-    tokens = resolved.geometry.n_tokens
     shape = (batch, tokens, heads, head_dim) if tensor_layout == "NHD" else (batch, heads, tokens, head_dim)
     return v_amax.new_empty(shape, dtype=dtype), v_amax.new_empty(batch, heads, tokens)
 
@@ -328,7 +331,7 @@ def _attend_cuda(
         grid, tile, heads, windows=windows, truncate=truncate, prefix_len=prefix_len, suffix_len=suffix_len
     )
     counts = _contiguous(prefix_valid, suffix_valid)
-    out, lse = _attend_shapes(v_amax, resolved, tensor_layout, dtype)
+    out, lse = _attend_shapes(v_amax, resolved.geometry.n_tokens, tensor_layout, dtype)
     if out.numel() == 0:
         return out, lse
     _fill_sections(_heads_first(out, tensor_layout), 0.0, 2, resolved, *counts)
@@ -371,17 +374,7 @@ def _attend_fake(
     prefix_valid=None,
     suffix_valid=None,
 ) -> tuple[Tensor, Tensor]:
-    heads = v_amax.shape[1]
-    resolved = _resolve(
-        grid,
-        tile,
-        heads,
-        windows=windows,
-        truncate=truncate,
-        prefix_len=prefix_len,
-        suffix_len=suffix_len,
-    )
-    return _attend_shapes(v_amax, resolved, tensor_layout, dtype)
+    return _attend_shapes(v_amax, math.prod(grid) + prefix_len + suffix_len, tensor_layout, dtype)
 
 
 def _attention(quantize, attend):
@@ -482,30 +475,30 @@ def _refuse_second_derivative(ctx, *_):
     )
 
 
-_EXTRA = "int prefix_len=0, int suffix_len=0, Tensor? prefix_valid=None, Tensor? suffix_valid=None"
+_EXTRA = "SymInt prefix_len=0, SymInt suffix_len=0, Tensor? prefix_valid=None, Tensor? suffix_valid=None"
 _library = torch.library.Library("fpsattention", "DEF")
 _library.define(
-    "quantize(Tensor q, Tensor k, Tensor v, int[] grid, int[] tile, int[] quant_tile, bool smooth_k, float scale, "
+    "quantize(Tensor q, Tensor k, Tensor v, SymInt[] grid, int[] tile, int[] quant_tile, bool smooth_k, float scale, "
     f"str tensor_layout, {_EXTRA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "norm_rope_quantize(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, float eps, Tensor[] rope, "
-    "int[] grid, int[] tile, int[] quant_tile, float scale, str tensor_layout) "
+    "SymInt[] grid, int[] tile, int[] quant_tile, float scale, str tensor_layout) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "attend(Tensor q_blocks, Tensor kv_blocks, Tensor v_amax, Tensor norms, Tensor lse_shift, Tensor k_mean, "
-    "int[] grid, int[] tile, int[] windows, bool truncate, float scale, str tensor_layout, ScalarType dtype, "
+    "SymInt[] grid, int[] tile, int[] windows, bool truncate, float scale, str tensor_layout, ScalarType dtype, "
     f"{_EXTRA}) -> (Tensor, Tensor)"
 )
 _library.define(
-    "attention(Tensor q, Tensor k, Tensor v, int[] grid, int[] tile, int[] quant_tile, int[] windows, bool truncate, "
-    f"bool smooth_k, float scale, str tensor_layout, bool deterministic, {_EXTRA}) "
+    "attention(Tensor q, Tensor k, Tensor v, SymInt[] grid, int[] tile, int[] quant_tile, int[] windows, "
+    f"bool truncate, bool smooth_k, float scale, str tensor_layout, bool deterministic, {_EXTRA}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "attention_backward(Tensor dout, Tensor dlse, Tensor out, Tensor lse, Tensor q_blocks, Tensor kv_blocks, "
-    "Tensor v_amax, Tensor lse_shift, Tensor k_mean, int[] grid, int[] tile, int[] windows, bool truncate, "
+    "Tensor v_amax, Tensor lse_shift, Tensor k_mean, SymInt[] grid, int[] tile, int[] windows, bool truncate, "
     f"float scale, str tensor_layout, bool deterministic, {_EXTRA}) -> (Tensor, Tensor, Tensor)"
 )
 for _name, _cuda, _fake in (

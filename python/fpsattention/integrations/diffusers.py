@@ -9,6 +9,7 @@ handle.remove()
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,10 @@ from .diffusers_linears import use_fp8_linears  # noqa: E402
 from .diffusers_models import MODELS, Forward, Processor, model_of  # noqa: E402  (imports what the check above is for)
 from .scope import Scope  # noqa: E402
 
+RECOMPILE_LIMIT = (
+    "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+)
+
 __all__ = ["Handle", "Report", "Row", "enable", "use_fp8_linears"]
 
 
@@ -74,7 +79,8 @@ def enable(
 
     Works with `transformer.compile()`, `torch.compile(transformer)` and `transformer.compile_repeated_blocks()`, before
     or after: one graph per stage, or one for all windows of a table, and one for the host's own attention where steps
-    keep it; twice as many when sizes change. Works under gradient checkpointing, by `enable_gradient_checkpointing()`
+    keep it; twice as many when the video's size changes, and for LTX-Video and Mochi one for each size. A warning says
+    when these are more than torch keeps. Works under gradient checkpointing, by `enable_gradient_checkpointing()`
     or torch.distributed's `checkpoint_wrapper`: layers are recomputed as they ran in their forward, whatever ran since.
 
     So does `transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=...))` of Wan and LTX-Video, if
@@ -111,6 +117,11 @@ def enable(
         if not transformers:
             raise ValueError(f"model: {type(model).__name__} has no transformer")
         clock = _SchedulerClock(model, schedule, dense_steps)
+    elif isinstance(model, diffusers.ModularPipeline):
+        raise ValueError(
+            f"model: is a {type(model).__name__}, a ModularPipeline, whose steps FPSAttention does not know; enable "
+            f"its transformer instead, which goes by the noise level: enable(pipe.transformer, schedule, shift=...)"
+        )
     else:
         if not isinstance(schedule, StepSchedule):
             raise ValueError(
@@ -129,8 +140,7 @@ def enable(
         schedule.for_sigma(1.0, shift=shift)  # raises if shift is not legal
         clock = _NoiseClock(schedule, shift)
     hosts = [
-        _Host(name, getattr(transformer, "_orig_mod", transformer), clock, dense_layers, backend)
-        for name, transformer in transformers.items()
+        _Host(name, transformer, clock, dense_layers, backend) for name, transformer in transformers.items()
     ]
     for host in hosts:  # all have been checked: none is changed unless all can be
         host.install()
@@ -226,6 +236,10 @@ class _Host:
     """One transformer: its processors and the hook that sets their `Forward`."""
 
     def __init__(self, name, transformer, clock, dense_layers, backend):
+        compiled, transformer = (
+            hasattr(transformer, "_orig_mod"),
+            getattr(transformer, "_orig_mod", transformer),
+        )
         self.name = name
         self.transformer = transformer
         self.clock = clock
@@ -239,7 +253,10 @@ class _Host:
         self.dense_layers = as_dense_layers(dense_layers, len(self.layers))
         self.signature = inspect.signature(type(transformer).forward)
         self.scope = Scope()
-        self.last_grid: Triple | None = None  # tokens (T, H, W) of the last forward, for reports
+        self.last_grid: Triple | None = None  # tokens (T, H, W) of the last forward
+        self.sizes_change = False  # whether it was ever another than that of the forward before
+        self.compiled = compiled
+        self.graphs: set = set()  # what has a graph of its own, once the transformer is compiled
         self.hooks = ()
         self.processors: dict[int, Processor] = {}
         for i, layer in enumerate(self.layers):
@@ -293,17 +310,53 @@ class _Host:
                     f"so FPSAttention would not run; call remove() of the handle, and enable() again"
                 )
         inputs = self.signature.bind(module, *args, **kwargs).arguments
-        grid = self.last_grid = self.model.grid(module.config, inputs)
+        grid = self.model.grid(module.config, inputs)
         check_schedule(self.clock.schedule, f"{self.name}'s input", grid=grid)
         parts, order, windows = self.clock.parts(inputs["timestep"], self.model)
+        extent = torch.empty(*grid, 0, device="cpu")
+        if self.last_grid not in (None, grid):
+            self.sizes_change = True
+        if self.sizes_change and self.model.symbolic_dims:
+            # All sizes at once: torch.compile would find out one by one, each time with a graph more for each stage.
+            torch._dynamo.maybe_mark_dynamic(extent, [0, 1, 2])
+            torch._dynamo.maybe_mark_dynamic(inputs["hidden_states"], list(self.model.symbolic_dims))
+        self.last_grid = grid
+        if self.compiled or _is_compiled(module):
+            self.count_graphs(grid, parts)
         return Forward(
-            torch.empty(*grid, 0, device="cpu"),
+            extent,
             parts,
             order,
             None if windows is None else torch.tensor(windows, device="cpu"),
-            self.model.text_valid(inputs),
+            self.text_valid(inputs),
             self.group(module),
         )
+
+    def count_graphs(self, grid: Triple, parts) -> None:
+        """Warn once when torch.compile has to make more graphs than it keeps."""
+        size = self.sizes_change if self.model.symbolic_dims else grid
+        configs = parts and tuple(config for config, _ in parts)
+        self.graphs.add((size, configs, torch.is_grad_enabled()))
+        limit = getattr(torch._dynamo.config, RECOMPILE_LIMIT)
+        if len(self.graphs) == limit + 1:
+            warnings.warn(
+                f"{self.name}: torch.compile needs graph {limit + 1} (each stage of the schedule has one, each "
+                f"size of the video may have), but keeps {limit}; what is beyond it runs uncompiled, or raises with "
+                f"fullgraph=True; set torch._dynamo.config.{RECOMPILE_LIMIT} = {4 * limit} before the first forward",
+                stacklevel=2,
+            )
+
+    def text_valid(self, inputs: dict) -> Tensor | None:
+        """The model's, for each sample: a mask of one sample is of them all, as the host lets it broadcast."""
+        valid, batch = self.model.text_valid(inputs), len(inputs["hidden_states"])
+        if valid is None or len(valid) == batch:
+            return valid
+        if len(valid) != 1:
+            raise ValueError(
+                f"encoder_attention_mask: is of {len(valid)} samples, hidden_states of {batch}; it must be of as many, "
+                f"or of one"
+            )
+        return valid.expand(batch)
 
     def group(self, module) -> torch.distributed.ProcessGroup | None:
         """The processes among which the host has split the tokens; None: it has not."""
@@ -327,6 +380,11 @@ class _Host:
                 f"ContextParallelConfig(ulysses_degree={config.ring_degree * config.ulysses_degree})"
             )
         return config._ulysses_mesh.get_group()
+
+
+def _is_compiled(transformer: nn.Module) -> bool:
+    """Whether `compile()` was called on it, or on one of its blocks."""
+    return any(module._compiled_call_impl is not None for module in transformer.modules())
 
 
 class _SchedulerClock:
@@ -368,9 +426,12 @@ class _SchedulerClock:
         rounded = self.steps.to(timestep.dtype).tolist()
         steps = [i for i, value in enumerate(rounded) if {value} == values]
         if not steps:
+            given = sorted(values)
             raise RuntimeError(
-                f"timestep: {', '.join(map(str, sorted(values)))} is none of pipe.scheduler.timesteps, {rounded}; to "
-                f"train, or to sample without the pipeline, enable the transformer alone, with shift="
+                f"timestep: {', '.join(map(str, given[:3]))}{', ...' if len(given) > 3 else ''} is none of the "
+                f"{len(rounded)} timesteps, {rounded[0]} to {rounded[-1]}, of the {type(self.pipe).__name__} that "
+                f"FPSAttention was enabled in; if another pipeline runs this transformer, enable that one; to train, "
+                f"or to sample without a pipeline, enable the transformer alone, with shift="
             )
         if len({configs[i] for i in steps}) > 1:
             # Rounding made neighbours equal that do not run the same: the scheduler knows which one it is at.
@@ -380,7 +441,8 @@ class _SchedulerClock:
             step = self.step_of[index]
             if step not in steps:
                 raise RuntimeError(
-                    f"timestep: {values.pop()} may be any of the steps {steps}, but the scheduler is at {step}"
+                    f"timestep: {values.pop()} may be that of the steps {steps[0]} to {steps[-1]}, but the scheduler "
+                    f"is at step {step}"
                 )
             steps = [step]
         config = configs[steps[0]]

@@ -58,8 +58,15 @@ def use_fp8_linears(transformer: nn.Module) -> None:
                 f"quantization_config"
             )
         if any(n % 16 for n in linear.weight.shape):
+            advice = (
+                "; it is of an adapter: merge that first, by pipe.fuse_lora() and pipe.unload_lora_weights(), or take "
+                "a rank that is a multiple of 16"
+                if "lora_" in name
+                else ""
+            )
             raise ValueError(
-                f"transformer: the weight of {name} is {list(linear.weight.shape)}; FP8 products need multiples of 16"
+                f"transformer: the weight of {name} is {list(linear.weight.shape)}; FP8 products need multiples of "
+                f"16{advice}"
             )
     chosen = {id(x) for x in linears.values()}
     config = Float8DynamicActivationFloat8WeightConfig(

@@ -74,6 +74,8 @@ class Processor:
     stock: the host's processor class whose place it takes.
     layers: the self-attention modules of a transformer, in the order they run in.
     grid: tokens (T, H, W), from the transformer's configuration and the arguments of its forward.
+    symbolic_dims: the dimensions of the forward's hidden_states that the grid depends on; none where the host makes
+        constants of them, so that torch.compile has a graph for each size.
     text_valid: see `Forward`, from the same arguments.
     sigma: the noise level, 1 at pure noise, of a timestep that the transformer's forward gets.
     unknown: arguments of `__call__` that the model's self-attention layers are never given.
@@ -82,6 +84,7 @@ class Processor:
     """
 
     stock: type
+    symbolic_dims: tuple[int, ...] = (2, 3, 4)  # [B, C, T, H, W]
     unknown: tuple[str, ...] = ()
     context_parallel = False
 
@@ -241,6 +244,7 @@ class LTXVideo(Processor):
     """LTX-Video, text or image to video; text is attended elsewhere. Its forward gets the tokens already packed."""
 
     stock = transformer_ltx.LTXVideoAttnProcessor
+    symbolic_dims = ()  # the grid comes as numbers
     unknown = ("encoder_hidden_states", "attention_mask")
     context_parallel = True
 
@@ -269,6 +273,7 @@ class CogVideoX(Processor):
     """CogVideoX 1.0 and 1.5, text or image to video: text first, none of it padding to the host."""
 
     stock = CogVideoXAttnProcessor2_0
+    symbolic_dims = (1, 3, 4)  # [B, T, C, H, W]
     unknown = ("attention_mask",)
 
     @staticmethod
@@ -340,6 +345,7 @@ class Mochi(Processor):
     """Mochi 1: text last, padded. Its time runs from 0 (noise) to 1000 (clean)."""
 
     stock = MochiAttnProcessor2_0
+    symbolic_dims = ()  # its positions come from torch.linspace
 
     @staticmethod
     def layers(transformer: MochiTransformer3DModel) -> list[nn.Module]:
