@@ -4,12 +4,14 @@ import torch
 
 import fpsattention as fps
 
-on_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-if on_hopper:
-    device, backend, heads, grid = "cuda", "sm90", 40, (21, 45, 80)
+device = "cuda" if torch.cuda.is_available() else "cpu"
+probe = torch.empty(1, 1, 1, 128, device=device, dtype=torch.bfloat16)
+backend, _ = fps.backend_for(probe, fps.AttentionConfig())
+if backend == "sm90":
+    heads, grid = 40, (21, 45, 80)
     config = fps.AttentionConfig(tile=(7, 9, 2), window=(3, 3, 9))  # tokens, tiles
 else:
-    device, backend, heads, grid = "cpu", "reference", 2, (6, 24, 24)
+    heads, grid = 2, (6, 24, 24)
     config = fps.AttentionConfig(tile=(2, 8, 8), window=(3, 3, 1))
 
 print(fps.plan(grid).explain(config, heads=heads))

@@ -426,8 +426,8 @@ def test_doctor_reports_what_raises(capsys, monkeypatch, no_gpu):
 def test_bench_needs_a_hopper_gpu(capsys, monkeypatch, no_gpu):
     assert "torch finds no GPU" in fails(capsys, "bench", WAN, status=1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA A100")
     assert "compute capability 9.0), NVIDIA A100 has 8.0" in fails(capsys, "bench", WAN, status=1)
     assert "--head-dim 96: the Hopper kernel takes 64 and 128" in fails(
         capsys, "bench", WAN, "--head-dim", 96
@@ -439,8 +439,8 @@ def test_bench_needs_a_hopper_gpu(capsys, monkeypatch, no_gpu):
 def hopper(monkeypatch):
     """A machine that says it has a Hopper GPU; nothing may be computed on it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100")
 
 
 def test_bench_reports_what_the_clock_says(capsys, monkeypatch, hopper):

@@ -37,7 +37,7 @@ def device(backend, monkeypatch):
     if backend == "reference":
         yield "cpu"
         return
-    monkeypatch.setattr(api, "_capability", lambda index: 90)
+    monkeypatch.setattr(api, "hopper_obstacle", lambda index: None)
     with FakeTensorMode():
         yield "cuda"
 
@@ -264,7 +264,7 @@ def test_quant_tile_that_does_not_fit_the_planned_tile():
 
 @pytest.mark.parametrize("head_dim", [32, 96, 256])
 def test_sm90_head_dims(monkeypatch, head_dim):
-    monkeypatch.setattr(api, "_capability", lambda index: 90)
+    monkeypatch.setattr(api, "hopper_obstacle", lambda index: None)
     with FakeTensorMode():
         q = tensor(1, 192, 2, head_dim, device="cuda")
         with pytest.raises(
@@ -277,7 +277,7 @@ def test_sm90_head_dims(monkeypatch, head_dim):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_sm90_dtypes(monkeypatch, dtype):
-    monkeypatch.setattr(api, "_capability", lambda index: 90)
+    monkeypatch.setattr(api, "hopper_obstacle", lambda index: None)
     with FakeTensorMode():
         q = tensor(dtype=dtype, device="cuda")
         with pytest.raises(RuntimeError, match=says('backend="sm90"', "dtype", str(dtype), "bfloat16")):
@@ -289,9 +289,11 @@ def test_sm90_dtypes(monkeypatch, dtype):
 @pytest.mark.parametrize("capability", [80, 89, 100, 120])
 def test_sm90_devices(monkeypatch, capability):
     """The kernels are of one architecture; a newer GPU cannot run them either."""
-    monkeypatch.setattr(api, "_capability", lambda index: capability)
     with FakeTensorMode():
         q = tensor(device="cuda")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: divmod(capability, 10))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
         with pytest.raises(RuntimeError, match=says('backend="sm90"', "Hopper", "9.0", f"{capability / 10}")):
             attend(q, backend="sm90")
         assert fps.backend_for(q, CONFIG)[0] == "reference"
@@ -305,7 +307,7 @@ def test_sm90_on_the_cpu():
 
 
 def test_backend_for_names_what_would_run(monkeypatch):
-    monkeypatch.setattr(api, "_capability", lambda index: 90)
+    monkeypatch.setattr(api, "hopper_obstacle", lambda index: None)
     unquantized = fps.AttentionConfig(quant="none")
     assert fps.backend_for(tensor(), CONFIG, "reference")[0] == "reference"
     assert fps.backend_for(tensor(), unquantized)[0] == "reference"

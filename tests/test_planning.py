@@ -145,21 +145,31 @@ def test_explanation_of_dense_and_of_per_head_windows():
             96,
             "the reference (emulated FP8): the Hopper kernel needs head_dim 64 or 128, not 96",
         ),
-        ("fp8", (8, 9), 128, "the reference (emulated FP8): the Hopper kernel needs compute capability 9.0"),
-        ("fp8", None, 64, "the reference (emulated FP8): the Hopper kernel needs a GPU"),
+        (
+            "fp8",
+            (8, 9),
+            128,
+            "the Hopper kernel needs a Hopper GPU (compute capability 9.0), Some GPU has 8.9",
+        ),
+        (
+            "fp8",
+            None,
+            64,
+            "the Hopper kernel needs a Hopper GPU (compute capability 9.0), torch finds no GPU",
+        ),
         ("none", (8, 9), 128, "torch FlexAttention on Some GPU"),
         ("none", None, 128, "the reference (exact attention): no GPU for torch FlexAttention"),
     ],
 )
 def test_explanation_says_what_runs(monkeypatch, quant, capability, head_dim, runs):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     config = AttentionConfig(tile=(2, 2, 2), window=(1, 1, 3), quant=quant)
     assert runs in plan((4, 4, 8)).explain(config, head_dim=head_dim)
 
 
 def test_explanation_of_dense_attention_without_rounding(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
     assert "torch SDPA on Some GPU" in plan((4, 4, 8)).explain(AttentionConfig(quant="none"))

@@ -12,13 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import ops, reference  # noqa: F401  ops registers torch.ops.fpsattention
 from .config import AttentionConfig, as_config
 from .geometry import as_grid
-from .ops import DTYPES, HEAD_DIMS
+from .support import DTYPES, HEAD_DIMS, hopper_obstacle
 
 BACKENDS = ("auto", "sm90", "reference")
-HOPPER = 90
 
 
 @dataclass(frozen=True)
@@ -281,21 +280,14 @@ def check_backend(backend: str) -> None:
 def _sm90_obstacle(q: Tensor) -> str | None:
     if not q.is_cuda:
         return f"q: must be on a CUDA device, got {q.device}"
-    capability = _capability(q.device.index)
-    if capability != HOPPER:
-        return f"q: needs a Hopper GPU (compute capability 9.0), {q.device} has {capability / 10}"
+    obstacle = hopper_obstacle(q.device.index)
+    if obstacle is not None:
+        return f"q: {obstacle}"
     if q.dtype not in DTYPES:
         return f"q: dtype must be bfloat16 or float16, got {q.dtype}"
     if q.shape[-1] not in HEAD_DIMS:
         return f"q: head_dim must be one of {HEAD_DIMS}, got {q.shape[-1]}"
     return None
-
-
-@torch.compiler.assume_constant_result
-def _capability(device: int) -> int:
-    """Compute capability times 10: a number, since torch.compile takes no tuple for a constant."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def _notice(reason: str) -> None:

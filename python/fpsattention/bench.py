@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from . import models
-from .api import HOPPER, attention, quantize_qkv
+from .api import attention, quantize_qkv
 from .cli import MachineError, asked
 from .config import AttentionConfig, ResolvedConfig
 from .console import by, milliseconds, people, print_json, progress, table_of
-from .ops import HEAD_DIMS
+from .support import HEAD_DIMS, hopper_obstacle
 from .timing import CudaClock, DeviceLost, Timing, time_interleaved
 
 BURST_MS = 100  # of each contender in each round
@@ -113,12 +113,8 @@ def _resolve(model, grid, heads, head_dim, tile, window, border) -> tuple[models
 
 def _obstacle() -> str | None:
     """Why the Hopper kernel cannot run on this machine; None when it can."""
-    if not torch.cuda.is_available():
-        return "it needs a Hopper GPU, and torch finds no GPU"
-    major, minor = torch.cuda.get_device_capability()
-    if 10 * major + minor != HOPPER:
-        return f"it needs a Hopper GPU (compute capability 9.0), {torch.cuda.get_device_name()} has {major}.{minor}"
-    return None
+    obstacle = hopper_obstacle()
+    return None if obstacle is None else f"it {obstacle}"
 
 
 def _ours(shape: models.VideoModel, resolved: ResolvedConfig) -> tuple[tuple, dict]:

@@ -69,12 +69,17 @@ def _installed() -> dict[str, str]:
         "fpsattention": __version__,
         "compiled module": f"loaded from {_C.__file__}, kernels for sm_90a",
         "Python": f"{platform.python_version()}, {platform.platform()}",
-        "torch": f"{torch.__version__}, "
-        + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"),
+        "torch": f"{torch.__version__}, {_built_for()}",
     }
     for name in EXTRAS:
         versions[name] = _version(name) or "not installed: pip install 'fpsattention[cli]'"
     return versions | {name: version for name in PEERS if (version := _version(name))}
+
+
+def _built_for() -> str:
+    if torch.version.hip:
+        return f"ROCm {torch.version.hip}"
+    return f"CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
 
 
 def _version(name: str) -> str | None:
@@ -88,9 +93,12 @@ def _devices() -> list[str]:
     if not torch.cuda.is_available():
         return []
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    kinds = [
+        p.gcnArchName if torch.version.hip else f"compute capability {p.major}.{p.minor}" for p in properties
+    ]
     return [
-        f"{p.name}, compute capability {p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB"
-        for p in properties
+        f"{p.name}, {kind}, {p.total_memory / 2**30:.0f} GiB"
+        for p, kind in zip(properties, kinds, strict=True)
     ]
 
 

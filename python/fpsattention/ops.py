@@ -18,9 +18,8 @@ from . import _C
 from .config import AttentionConfig, ResolvedConfig
 from .geometry import tile_geometry
 from .planning import plan
+from .support import DTYPES, HEAD_DIMS
 
-HEAD_DIMS = (64, 128)
-DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # q_blocks, kv_blocks, v_amax, norms, lse_shift, k_mean
 Images = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 

@@ -12,6 +12,7 @@ import torch
 
 from . import _C
 from .geometry import Triple, as_grid, as_int, tile_geometry
+from .support import HEAD_DIMS, hopper_obstacle
 
 if TYPE_CHECKING:
     from .config import AttentionConfig, ResolvedConfig
@@ -197,18 +198,12 @@ def _legal(n: int, axis: str) -> str:
 
 def what_runs(resolved: ResolvedConfig, head_dim: int) -> str:
     """What would run for a config on this machine, and why nothing better."""
-    from .ops import HEAD_DIMS  # ops.py imports this module, through config.py
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     if resolved.quant == "none":
         torchs = "torch SDPA" if resolved.windows == (resolved.geometry.tiles,) else "torch FlexAttention"
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         return f"{torchs} on {gpu}" if gpu else f"the reference (exact attention): no GPU for {torchs}"
     if head_dim not in HEAD_DIMS:
         return f"the reference (emulated FP8): the Hopper kernel needs head_dim 64 or 128, not {head_dim}"
-    if not gpu:
-        return "the reference (emulated FP8): the Hopper kernel needs a GPU of compute capability 9.0"
-    major, minor = torch.cuda.get_device_capability()
-    if (major, minor) != (9, 0):
-        has = f"{gpu} has {major}.{minor}"
-        return f"the reference (emulated FP8): the Hopper kernel needs compute capability 9.0, {has}"
-    return f"the FP8 Hopper kernel on {gpu}"
+    if obstacle := hopper_obstacle():
+        return f"the reference (emulated FP8): the Hopper kernel {obstacle}"
+    return f"the FP8 Hopper kernel on {torch.cuda.get_device_name()}"
