@@ -2,21 +2,24 @@
 
 The rule itself is C++ (include/fpsattention/geometry.h, shared by host and device) and is reached through
 `_C`; this module turns its answers into index tensors and counts. All tensors live on the CPU, whatever the default
-device.
+device; those that are kept are plain tensors, whatever mode torch is in.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
+from typing import TypeVar
 
 import torch
 
 from . import _C
 
 Triple = tuple[int, int, int]
+T = TypeVar("T")
 
 MAX_TOKENS = 2**31 - _C.MAX_SLOT  # token indices are int32 in the kernels, rounded up to tiles too
 
@@ -93,6 +96,24 @@ def as_truncate(border: str) -> bool:
     return border == "truncate"
 
 
+def apart(make: Callable[..., T], *args) -> T:
+    """`make(*args)` in a thread of its own, for tensors that outlive the call.
+
+    What torch does to new tensors belongs to a thread: modes make fake or meta tensors of them, inference mode bars them
+    from autograd, torch.func wraps them. A new thread has none of that.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(make, *args).result()
+
+
+class _Kept(cached_property):
+    """A property computed once, `apart`."""
+
+    def __init__(self, compute):
+        super().__init__(lambda instance: apart(compute, instance))
+        self.__doc__ = compute.__doc__
+
+
 class TileGeometry:
     """A token grid (T, H, W) cut in tiles of (t, h, w) tokens. Get one from `tile_geometry`, which caches.
 
@@ -136,7 +157,7 @@ class TileGeometry:
             -(-n // self.slot) for n in (self.prefix_len, self.suffix_len)
         )
 
-    @cached_property
+    @_Kept
     def slot_tokens(self) -> torch.Tensor:
         """int64 [n_tiles, slot]: index of the token in each row, -1 for padding."""
         rows = torch.empty(self.n_tiles, self.slot, dtype=torch.int32, device="cpu")
@@ -144,18 +165,18 @@ class TileGeometry:
             _C.slot_tokens(self.grid, self.tile, self.prefix_len, self.suffix_len, rows.data_ptr())
         return rows.long()
 
-    @cached_property
+    @_Kept
     def extra_tokens(self) -> torch.Tensor:
         """int64 [n_extra_tokens], ascending: indices of the prefix's and the suffix's tokens."""
         tokens = torch.arange(self.n_tokens, device="cpu")
         return torch.cat([tokens[: self.prefix_len], tokens[self.n_tokens - self.suffix_len :]])
 
-    @cached_property
+    @_Kept
     def valid(self) -> torch.Tensor:
         """int64 [n_tiles]: tokens of each tile."""
         return (self.slot_tokens >= 0).sum(1)
 
-    @cached_property
+    @_Kept
     def tile_of_token(self) -> torch.Tensor:
         """int64 [n_tokens]: the tile of each token."""
         tile_of_row = torch.arange(self.n_tiles, device="cpu").repeat_interleave(self.valid)
@@ -235,11 +256,17 @@ class TileGeometry:
 
     def tile_mask(self, window: Triple, border: str) -> torch.Tensor:
         """bool [n_tiles, n_tiles]: which tiles (rows) attend which (columns)."""
-        coordinates = torch.cartesian_prod(*(torch.arange(n, device="cpu") for n in self.tiles))
-        lo, hi = self.key_boxes(window, border)[:, None].unbind(-1)
+        per_axis = []
+        for axis, n in enumerate(self.tiles):
+            keys = self._axis_keys(axis, window, border)
+            lo, hi = torch.tensor(keys, dtype=torch.int64, device="cpu").reshape(-1, 2, 1).unbind(1)
+            coordinate = torch.arange(n, device="cpu")
+            per_axis.append((coordinate >= lo) & (coordinate < hi))
+        t, h, w = per_axis
+        video = self.n_video_tiles
         mask = torch.ones(self.n_tiles, self.n_tiles, dtype=torch.bool, device="cpu")
-        video = slice(self.n_video_tiles)
-        mask[video, video] = ((coordinates >= lo) & (coordinates < hi)).all(-1)
+        attended = t[:, None, None, :, None, None] & h[None, :, None, None, :, None] & w[None, None, :, None, None]
+        mask[:video, :video] = attended.reshape(video, video)
         return mask
 
     def attended_pairs(self, window: Triple, border: str) -> int:
