@@ -17,7 +17,6 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import brute
 import fpsattention as fps
-from fpsattention.api import as_lists
 
 try:
     import diffusers
@@ -428,7 +427,7 @@ def opaque_attention(monkeypatch):
     """One op stands for the attention, as on the sm90 backend; tracing the reference would break the graph."""
 
     def attention(q, k, v, *, grid, config, backend, **text):
-        tile, _, window, _ = as_lists(config)
+        tile, _, window, _ = config.as_lists()
         return torch.ops.fpsattention_test.attention(q, k, v, list(grid), tile, window, **text)
 
     monkeypatch.setattr(diffusers_models, "attention", attention)

@@ -449,7 +449,7 @@ def test_ops(case):
     rows = geometry.n_tiles * geometry.slot
     with FakeTensorMode():
         q, k, v = (torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-        lists = api.as_lists(case.config())
+        lists = case.config().as_lists()
         given = (case.prefix_valid, case.suffix_valid)
         valid = [None if x is None else torch.zeros(len(x), dtype=torch.int32) for x in given]
         extra = (case.prefix_len, case.suffix_len, *valid)

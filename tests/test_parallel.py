@@ -20,7 +20,6 @@ from torch.distributed.device_mesh import init_device_mesh
 import fpsattention as fps
 import many_gpus
 from fpsattention import parallel
-from fpsattention.api import as_lists
 from processes import Processes
 
 GRID = (4, 5, 6)
@@ -197,7 +196,7 @@ opaque.register_autograd(lambda ctx, d: (d, 2 * d, 3 * d, None, None, None))
 
 
 def attend_opaquely(q, k, v, *, grid, config, **_):
-    tile, _, windows, _ = as_lists(config)
+    tile, _, windows, _ = config.as_lists()
     return torch.ops.fpsattention_test.attention_of_heads(q, k, v, list(grid), tile, windows)
 
 

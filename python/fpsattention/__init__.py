@@ -3,7 +3,9 @@
 out = fpsattention.attention(q, k, v, grid=(21, 45, 80), config=AttentionConfig(tile=(7, 9, 2), window=(3, 3, 9)))
 """
 
-from . import integrations, parallel, reference
+from importlib import import_module
+
+from . import integrations, reference
 from .api import QuantizedQKV, attention, backend_for, quantize_qkv
 from .config import AttentionConfig
 from .planning import Plan, plan
@@ -28,3 +30,9 @@ __all__ = [
     "reference",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name == "parallel":  # a torch that is built without torch.distributed has all the rest
+        return import_module(".parallel", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops, reference  # noqa: F401  ops registers torch.ops.fpsattention
+from . import ops, reference, traced  # noqa: F401  ops and traced register torch.ops.fpsattention
 from .config import AttentionConfig, as_config
 from .geometry import as_grid
 from .support import DTYPES, HEAD_DIMS, hopper_obstacle
@@ -20,9 +20,10 @@ from .support import DTYPES, HEAD_DIMS, hopper_obstacle
 BACKENDS = ("auto", "sm90", "reference")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class QuantizedQKV:
-    """Q, K and V rounded to FP8 by `quantize_qkv`, for one or more calls of `attention`.
+    """Q, K and V rounded to FP8 by `quantize_qkv`, for one or more calls of `attention`, which refuses one whose fields
+    were replaced. An object equals itself alone.
 
     Attributes:
         operands: on the sm90 backend the block images and what belongs to them (`fpsattention.ops.quantize`); on the
@@ -50,6 +51,12 @@ class QuantizedQKV:
     suffix_len: int = 0
     prefix_valid: Tensor | None = None
     suffix_valid: Tensor | None = None
+    made_with: tuple = field(default=(), repr=False)  # all other fields, as they were
+
+    @classmethod
+    def of(cls, *fields) -> QuantizedQKV:
+        """What a quantisation has made: the fields in their order, but for the last."""
+        return cls(*fields, made_with=fields)
 
 
 def quantize_qkv(
@@ -77,17 +84,18 @@ def quantize_qkv(
     Args and errors are those of `attention`; config.quant must be "fp8".
     """
     config = as_config(config)
+    q, k, v = reference.as_autocast(q, k, v)
     check_rounding(config, {"q": q, "k": k, "v": v}, instead="hand q, k, v to attention")
     extra = (prefix_len, suffix_len, prefix_valid, suffix_valid)
     name, scale = set_up(q, k, v, grid, config, scale, tensor_layout, backend, *extra)
     check_window(q, grid, config, tensor_layout, prefix_len, suffix_len)
     operands = (q.detach(), k.detach(), v.detach())
     if name == "sm90":
-        tile, quant_tile, _, _ = as_lists(config)
+        tile, quant_tile, _, _ = config.as_lists()
         operands = torch.ops.fpsattention.quantize(
             *operands, list(grid), tile, quant_tile, config.smooth_k, scale, tensor_layout, *extra
         )
-    return QuantizedQKV(tuple(operands), tuple(grid), config, scale, tensor_layout, q.dtype, name, *extra)
+    return QuantizedQKV.of(tuple(operands), tuple(grid), config, scale, tensor_layout, q.dtype, name, *extra)
 
 
 def attention(
@@ -149,12 +157,15 @@ def attention(
         given = {"k": k, "v": v, "grid": grid, "scale": scale, "tensor_layout": tensor_layout}
         given |= {"prefix_len": prefix_len or None, "suffix_len": suffix_len or None}  # 0: not said
         given |= {"prefix_valid": prefix_valid, "suffix_valid": suffix_valid}
-        _check_repeated(q, given | {"backend": None if backend == "auto" else backend})
+        given |= {"deterministic": deterministic, "backend": None if backend == "auto" else backend}
+        _check_repeated(q, given)
+        _check_untouched(q)
         out, lse = _attend(q, q.config if config is None else _same_rounding(as_config(config), q))
         return (out, lse) if return_lse else out
     if grid is None:
         raise TypeError("grid: is missing; give the tokens (T, H, W)")
     config = as_config(config)
+    q, k, v = reference.as_autocast(q, k, v)
     tensor_layout = "NHD" if tensor_layout is None else tensor_layout
     lengths, counts = (prefix_len, suffix_len), (prefix_valid, suffix_valid)
     name, scale = set_up(q, k, v, grid, config, scale, tensor_layout, backend, *lengths, *counts)
@@ -173,7 +184,7 @@ def attention(
             deterministic = torch.are_deterministic_algorithms_enabled()
         rounding = config.smooth_k, scale, tensor_layout, deterministic
         out, lse, *_ = torch.ops.fpsattention.attention(
-            q, k, v, list(grid), *as_lists(config), *rounding, *lengths, *counts
+            q, k, v, list(grid), *config.as_lists(), *rounding, *lengths, *counts
         )
     elif config.quant == "fp8":
         out, lse = reference.emulated_attention(q, k, v, **call)
@@ -211,7 +222,7 @@ def _attend(quantized: QuantizedQKV, config: AttentionConfig) -> tuple[Tensor, T
             tensor_layout=x.tensor_layout,
             **extra,
         )
-    tile, _, window, truncate = as_lists(config)
+    tile, _, window, truncate = config.as_lists()
     return torch.ops.fpsattention.attend(
         *(*x.operands, list(x.grid), tile, window, truncate, x.scale, x.tensor_layout, x.dtype),
         **extra,
@@ -225,9 +236,30 @@ def _check_repeated(quantized: QuantizedQKV, given: dict) -> None:
             continue
         if name in ("k", "v", "prefix_valid", "suffix_valid"):
             raise TypeError(f"{name}: is part of the QuantizedQKV given as q; leave it out")
+        if name == "deterministic":
+            raise TypeError(
+                "deterministic: is of the backward, and quantised Q, K, V have none; leave it out"
+            )
         own = getattr(quantized, name)
         if (as_grid(value) if name == "grid" else value) != own:
             raise ValueError(f"{name}: {value!r} is not that of the quantised Q, K, V, {own!r}; leave it out")
+
+
+def _check_untouched(quantized: QuantizedQKV) -> None:
+    """Raises ValueError when a field is not what it was: the operands belong to one grid, tile, scale and backend."""
+    if torch.compiler.is_compiling():  # it was made in the same graph
+        return
+    names = [x.name for x in fields(quantized) if x.name != "made_with"]
+    if len(quantized.made_with) != len(names):
+        raise ValueError("q: is a QuantizedQKV that quantize_qkv has not made; call quantize_qkv")
+    for name, made in zip(names, quantized.made_with, strict=True):
+        value = getattr(quantized, name)
+        comparable = name not in ("operands", "prefix_valid", "suffix_valid")
+        if value is not made and not (comparable and type(value) is type(made) and value == made):
+            raise ValueError(
+                f"q: is a QuantizedQKV whose {name} was replaced, but not the operands to match; call "
+                f"quantize_qkv anew (another window or border goes into attention's config)"
+            )
 
 
 def _same_rounding(config: AttentionConfig, quantized: QuantizedQKV) -> AttentionConfig:
@@ -323,13 +355,6 @@ def check_window(q, grid, config: AttentionConfig, tensor_layout: str, prefix_le
     """Raises ValueError, ahead of `attention`, when the window does not fit the grid or the heads."""
     if not torch.compiler.is_compiling():  # a graph has the check in `attention`
         config.resolve(grid, reference.to_heads_first(q, tensor_layout).shape[1], prefix_len, suffix_len)
-
-
-def as_lists(config: AttentionConfig) -> tuple[list[int], list[int], list[int], bool]:
-    """tile, quant_tile, windows and truncate of a config as the ops take them; what is None is empty."""
-    window = config.window or ()
-    windows = window if not window or isinstance(window[0], int) else [x for triple in window for x in triple]
-    return list(config.tile or ()), list(config.quant_tile or ()), list(windows), config.border == "truncate"
 
 
 def _unquantized(q, k, v, resolved, scale, tensor_layout, return_lse, *counts):

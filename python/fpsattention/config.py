@@ -74,6 +74,28 @@ class AttentionConfig:
                 f'leave it out, or use quant="fp8"'
             )
 
+    def as_lists(self) -> tuple[list[int], list[int], list[int], bool]:
+        """tile, quant_tile, windows and truncate as ops take them; what is None is empty."""
+        window = self.window or ()
+        per_head = window and not isinstance(window[0], int)
+        windows = [x for triple in window for x in triple] if per_head else window
+        return list(self.tile or ()), list(self.quant_tile or ()), list(windows), as_truncate(self.border)
+
+    @classmethod
+    def from_lists(
+        cls, tile, quant_tile=(), windows=(), truncate=False, smooth_k=False, quant="fp8"
+    ) -> AttentionConfig:
+        """The config behind what `as_lists` gives: an empty tile is planned, empty windows are dense."""
+        triples = tuple(tuple(windows[i : i + 3]) for i in range(0, len(windows), 3))
+        return cls(
+            tile=tuple(tile) or None,
+            window=(triples[0] if len(triples) == 1 else triples) or None,
+            border="truncate" if truncate else "clamp",
+            quant=quant,
+            quant_tile=tuple(quant_tile) or None,
+            smooth_k=smooth_k,
+        )
+
     def resolve(
         self, grid: Sequence[int], heads: int, prefix_len: int = 0, suffix_len: int = 0
     ) -> ResolvedConfig:

@@ -99,8 +99,8 @@ def as_truncate(border: str) -> bool:
 def apart(make: Callable[..., T], *args) -> T:
     """`make(*args)` in a thread of its own, for tensors that outlive the call.
 
-    What torch does to new tensors belongs to a thread: modes make fake or meta tensors of them, inference mode bars them
-    from autograd, torch.func wraps them. A new thread has none of that.
+    What torch does to new tensors belongs to a thread: a mode makes fake or meta tensors of them, inference mode bars
+    them from autograd, torch.func wraps them. A new thread has none of that.
     """
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(make, *args).result()
@@ -265,7 +265,9 @@ class TileGeometry:
         t, h, w = per_axis
         video = self.n_video_tiles
         mask = torch.ones(self.n_tiles, self.n_tiles, dtype=torch.bool, device="cpu")
-        attended = t[:, None, None, :, None, None] & h[None, :, None, None, :, None] & w[None, None, :, None, None]
+        attended = (
+            t[:, None, None, :, None, None] & h[None, :, None, None, :, None] & w[None, None, :, None, None]
+        )
         mask[:video, :video] = attended.reshape(video, video)
         return mask
 

@@ -127,15 +127,8 @@ def _resolve(
     prefix_len=0,
     suffix_len=0,
 ) -> ResolvedConfig:
-    """The config behind an op's integer lists. An empty tile is planned, empty windows are dense."""
-    triples = tuple(tuple(windows[i : i + 3]) for i in range(0, len(windows), 3))
-    config = AttentionConfig(
-        tile=tuple(tile) or None,
-        window=(triples[0] if len(triples) == 1 else triples) or None,
-        border="truncate" if truncate else "clamp",
-        quant_tile=tuple(quant_tile) or None,
-        smooth_k=smooth_k,
-    )
+    """The config behind an op's integer lists, fitted to the grid."""
+    config = AttentionConfig.from_lists(tile, quant_tile, windows, truncate, smooth_k)
     return config.resolve(tuple(grid), heads, prefix_len, suffix_len)
 
 

@@ -15,12 +15,11 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import _functional_collectives as collectives
 
 from .api import attention
 from .config import AXES, AttentionConfig, as_config
 from .geometry import Triple, as_grid, as_int
-from .reference import check_tensor, kind_of, to_heads_first
+from .reference import as_autocast, check_tensor, kind_of, refuse_transforms, to_heads_first
 
 
 def ulysses_attention(
@@ -60,6 +59,7 @@ def ulysses_attention(
     raises, the others wait for it: end them all, as torchrun does.
     """
     rank, ranks = _place(group)
+    q, k, v = as_autocast(q, k, v)
     tokens = (
         math.prod(as_grid(grid)) + as_int("prefix_len", prefix_len, 0) + as_int("suffix_len", suffix_len, 0)
     )
@@ -114,6 +114,7 @@ def ring_attention(
     number of tiles or a window is narrower than the axis t.
     """
     rank, ranks = _place(group)
+    q, k, v = as_autocast(q, k, v)
     grid = as_grid(grid)
     tokens, where = math.prod(grid) // ranks, f"grid {grid}, process {rank} of {ranks}"
     heads = _checked_heads(q, k, v, tensor_layout, tokens, where)
@@ -191,6 +192,7 @@ def _checked_heads(q, k, v, tensor_layout: str, tokens: int, where: str) -> int:
         if not isinstance(x, Tensor) or x.dim() != 4:
             what = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{name}: must be a tensor with 4 dimensions, got {what}")
+        refuse_transforms(name, x)
         held = _as_nhd(x, tensor_layout).shape[1]
         if held != tokens:
             raise ValueError(
@@ -264,5 +266,9 @@ def _from_previous(x: Tensor, rank: int, ranks: int, group) -> Tensor:
 
 def _all_to_all(x: Tensor, sent: list[int], received: list[int], group) -> Tensor:
     """Rows for and from each process, in the order of ranks. Differentiable; the result is waited for when read."""
+    from torch.distributed import (
+        _functional_collectives as collectives,
+    )  # torch has no public one with a gradient
+
     group = dist.group.WORLD if group is None else group
     return collectives.all_to_all_single_autograd(x.contiguous(), received, sent, group)

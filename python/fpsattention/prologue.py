@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .api import QuantizedQKV, as_lists, check_rounding, check_window, quantize_qkv, set_up
+from .api import QuantizedQKV, check_rounding, check_window, quantize_qkv, set_up
 from .config import AttentionConfig, as_config
 from .geometry import as_grid
 
@@ -43,7 +43,7 @@ def norm_rope_quantize(
     Returns what `attention` takes in place of q, k and v.
     Raises as `quantize_qkv` and `norm_rope` do.
     """
-    config, rope = as_config(config), _as_tables(rope)
+    config, rope, no_text = as_config(config), _as_tables(rope), (0, 0, None, None)
     inputs = {"q": q, "k": k, "v": v, "q_weight": q_weight, "k_weight": k_weight}
     inputs |= {f"rope[{axis}]": x for axis, x in enumerate(rope)}
     check_rounding(config, inputs, instead="hand norm_rope of q and k, and v, to attention")
@@ -52,7 +52,8 @@ def norm_rope_quantize(
             "config: smooth_k=True needs the mean of K before it is rounded; use smooth_k=False, or norm_rope and "
             "quantize_qkv"
         )
-    name, scale = set_up(q, k, v, grid, config, scale, tensor_layout, backend, 0, 0, None, None)
+    cast = reference.as_autocast(q, k, v)
+    name, scale = set_up(*cast, grid, config, scale, tensor_layout, backend, *no_text)
     if (q_weight is None) != (k_weight is None):
         missing = "q_weight" if q_weight is None else "k_weight"
         raise ValueError(f"{missing}: is missing; give the weights of both norms, or none")
@@ -64,20 +65,21 @@ def norm_rope_quantize(
             f"channels, or both of all heads'"
         )
     check_window(q, grid, config, tensor_layout)
-    if name == "reference":
+    if name == "reference" or cast[0].dtype != q.dtype:  # autocast is of attention, not of norm and rotation
         q, k = (
             norm_rope(x, weight, eps=eps, rope=rope, grid=grid, tensor_layout=tensor_layout)
             for x, weight in ((q, q_weight), (k, k_weight))
         )
         about = {"grid": grid, "config": config, "scale": scale, "tensor_layout": tensor_layout}
-        return quantize_qkv(q, k, v, **about, backend="reference")
-    tile, quant_tile, _, _ = as_lists(config)
+        return quantize_qkv(q, k, v, **about, backend=name)
+    tile, quant_tile, _, _ = config.as_lists()
     weights = (None, None) if q_weight is None else (q_weight.detach(), k_weight.detach())
     images = torch.ops.fpsattention.norm_rope_quantize(
         *(q.detach(), k.detach(), v.detach(), *weights, eps, [x.detach() for x in rope]),
         *(list(grid), tile, quant_tile, scale, tensor_layout),
     )
-    return QuantizedQKV(tuple(images), tuple(grid), config, scale, tensor_layout, q.dtype, name)
+    about = tuple(grid), config, scale, tensor_layout, q.dtype, name
+    return QuantizedQKV.of(tuple(images), *about, *no_text)
 
 
 def norm_rope(

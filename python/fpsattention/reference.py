@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import math
 import numbers
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from .config import AttentionConfig, ResolvedConfig, as_config
@@ -61,6 +60,51 @@ def check_tensor(name: str, x: torch.Tensor, tensor_layout: str) -> torch.Tensor
     return heads_first
 
 
+def dispatches(x: torch.Tensor) -> bool:
+    """Whether x says itself what an op does with it, as a FakeTensor: there are no values to compute with."""
+    return type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+
+
+def as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors as torch's own attention takes them under autocast: in its dtype, save those of fp64."""
+
+    def cast(x):
+        if not isinstance(x, torch.Tensor) or x.device.type == "meta":  # which autocast does not know
+            return x
+        if not torch.is_autocast_enabled(x.device.type) or x.dtype not in DTYPES or x.dtype == torch.float64:
+            return x
+        return x.to(torch.get_autocast_dtype(x.device.type))
+
+    return tuple(map(cast, tensors))
+
+
+def check_values(name: str, x: torch.Tensor) -> None:
+    """Raises TypeError when x has no values of its own."""
+    if dispatches(x):
+        raise TypeError(
+            f"{name}: is a {type(x).__name__}, which has no values to compute with; give a plain torch.Tensor"
+        )
+
+
+def refuse_transforms(name: str, x: torch.Tensor) -> None:
+    """Raises RuntimeError where a derivative or a batch would be lost, or fail far from here: under forward-mode
+    differentiation and the transforms of torch.func.
+    """
+    if forward_ad.unpack_dual(x).tangent is not None:
+        raise RuntimeError(
+            f"{name}: has a forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad), which attention does "
+            f"not have; differentiate backward (torch.autograd.grad), or use torch's scaled_dot_product_attention "
+            f"under sdpa_kernel(SDPBackend.MATH)"
+        )
+    # Behind torch.compile none of its wrappers are left; torch itself asks in this way.
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        raise RuntimeError(
+            f"{name}: is inside a transform of torch.func (vmap, grad, vjp or one built on them), which attention does "
+            f"not support; batch along dimension 0 in place of vmap, and differentiate with torch.autograd.grad or "
+            f"backward()"
+        )
+
+
 def check_inputs(
     q, k, v, grid, tensor_layout, prefix_len=0, suffix_len=0, prefix_valid=None, suffix_valid=None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -73,6 +117,7 @@ def check_inputs(
     heads_first = []
     for name, x in (("q", q), ("k", k), ("v", v)):
         heads_first.append(check_tensor(name, x, tensor_layout))
+        refuse_transforms(name, x)
         for what in ("shape", "dtype", "device"):
             mine, first = getattr(x, what), getattr(q, what)
             if mine != first:
@@ -130,7 +175,9 @@ def _check_valid(name: str, valid, section: str, length: int, q: torch.Tensor) -
         )
     if valid.device != q.device:
         raise ValueError(f"{name}: device {valid.device} must be that of q, {q.device}")
-    if valid.is_cpu and not torch.compiler.is_compiling():  # elsewhere looking would stop the device
+    if (
+        valid.is_cpu and not dispatches(valid) and not torch.compiler.is_compiling()
+    ):  # elsewhere looking would stop the device
         for sample, count in enumerate(valid.tolist()):
             if not 0 <= count <= length:
                 raise ValueError(
@@ -242,6 +289,7 @@ def quantize(
     Raises as `check_inputs` does.
     """
     lengths, counts = (resolved.prefix_len, resolved.suffix_len), (prefix_valid, suffix_valid)
+    check_values("q", q)
     q, k, v = check_inputs(q, k, v, resolved.grid, tensor_layout, *lengths, *counts)
     return _quantize(q, k, v, resolved, valid_tokens(resolved.geometry, *counts))
 
@@ -275,24 +323,25 @@ def _quantize(q, k, v, resolved: ResolvedConfig, valid: torch.Tensor | None) -> 
     return Quantized(q8, k8, v8, q_scale, k_scale, v_scale, k_mean, tile_of_token)
 
 
-_PRECISION = threading.RLock()  # the setting is the process's: two threads must not restore each other's
+def _products_are_fp32(device: torch.device) -> bool:
+    """Whether torch multiplies fp32 matrices in fp32 there, not in TF32 or bf16, as users may allow."""
+    if device.type not in ("cuda", "cpu"):
+        return True
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    precision = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
+    if precision is None:  # torch < 2.9 has one setting for all
+        return torch.get_float32_matmul_precision() == "highest"
+    return precision in ("ieee", "none")
 
 
-@contextmanager
-def _ieee_matmul(device: torch.device) -> Iterator[None]:
-    """fp32 matrix products on CUDA in fp32, not TF32; the caller's setting is restored."""
-    if device.type != "cuda":
-        yield
-        return
-    matmul = torch.backends.cuda.matmul
-    name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
-    with _PRECISION:
-        before = getattr(matmul, name)
-        setattr(matmul, name, exact)
-        try:
-            yield
-        finally:
-            setattr(matmul, name, before)
+def _exact_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b, in fp32 at least, whatever torch is allowed: the setting is the process's, so it is not touched.
+
+    The FP8 arithmetic needs no such care: its operands have 8 bits at most, which TF32 and bf16 hold.
+    """
+    if a.dtype != torch.float32 or _products_are_fp32(a.device):
+        return a @ b
+    return (a.double() @ b.double()).float()
 
 
 def _chunks(
@@ -364,7 +413,7 @@ def _blockwise(
     def run(queries, keys, padding, *operands):
         values = [x[:, queries] for x in operands[: len(of_queries)]]
         values += [x[:, keys] for x in operands[len(of_queries) :]]
-        with _ieee_matmul(queries.device):
+        with torch.autocast(queries.device.type, enabled=False):  # the dtypes are part of the contract
             return compute(*values, padding)
 
     for queries, keys in _chunks(resolved, window, heads, head_dim):
@@ -426,12 +475,28 @@ def _set_up(q, k, v, grid, config, scale, tensor_layout, prefix_len, suffix_len,
     return q, k, v, valid, resolved, as_scale(scale, q.shape[3])
 
 
-def _set_up_fp8(q, k, v, grid, config, *rest):
+def _check_fp8(config) -> None:
     if as_config(config).quant != "fp8":
         raise ValueError(
             f'config: quant={config.quant!r} has nothing to emulate; use "fp8", or exact_attention'
         )
-    return _set_up(q, k, v, grid, config, *rest)
+
+
+def _goes_by_the_op(q) -> bool:
+    """Whether what is asked for is shapes, or a node of a graph: then one op stands for the whole."""
+    return isinstance(q, torch.Tensor) and (dispatches(q) or torch.compiler.is_compiling())
+
+
+def _call_op(kind, q, k, v, dtype, grid, config, scale, tensor_layout, *extra):
+    """`exact_attention` or `emulated_attention` by the op of traced.py."""
+    _, heads, _, head_dim = check_inputs(q, k, v, grid, tensor_layout, *extra)[0].shape
+    config = as_config(config)
+    if not torch.compiler.is_compiling():  # a graph has the check inside of the op
+        config.resolve(grid, heads, *extra[:2])
+    return torch.ops.fpsattention.reference(
+        *(q, k, v, kind, list(grid), *config.as_lists(), config.smooth_k),
+        *(as_scale(scale, head_dim), tensor_layout, dtype, *extra),
+    )
 
 
 def _scores(q8, q_scale, k8, k_scale, scale: float, padding) -> torch.Tensor:
@@ -466,8 +531,7 @@ def exact_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention under the config's window, on the values as given: nothing is rounded to FP8.
 
-    Differentiable; the backward recomputes block by block. With `dtype` float32 its products follow torch's
-    TF32 setting.
+    Differentiable; the backward recomputes block by block.
 
     Extra tokens, text for instance, lie before the grid's (the prefix) and after them (the suffix). Their keys are seen
     by every query, and their queries see every key, whatever the window. Where fewer than a section holds are valid,
@@ -489,19 +553,19 @@ def exact_attention(
     Raises TypeError or ValueError that name the argument.
     """
     _check_dtype(dtype)
-    q, k, v, valid, resolved, scale = _set_up(
-        *(q, k, v, grid, config, scale, tensor_layout),
-        *(prefix_len, suffix_len, prefix_valid, suffix_valid),
-    )
+    call = grid, config, scale, tensor_layout, prefix_len, suffix_len, prefix_valid, suffix_valid
+    if _goes_by_the_op(q):
+        return _call_op("exact", q, k, v, dtype, *call)
+    q, k, v, valid, resolved, scale = _set_up(q, k, v, *call)
 
     def compute(q, k, v, padding):
-        scores = (q * scale) @ k.mT
+        scores = _exact_product(q * scale, k.mT)
         if padding is not None:
             scores.masked_fill_(padding, -math.inf)
         shift = scores.detach().amax(-1, keepdim=True)
         p = scores.sub_(shift).exp_()
         l = p.sum(-1)  # noqa: E741
-        return p @ v / l[..., None], shift[..., 0] + l.log()
+        return _exact_product(p, v) / l[..., None], shift[..., 0] + l.log()
 
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
@@ -556,12 +620,13 @@ def emulated_attention(
     Returns out, like q, and lse fp32 [B, H, L], natural logarithm; with `dtype`, both of it.
     Raises TypeError or ValueError that name the argument.
     """
-    q, k, v, valid, resolved, scale = _set_up_fp8(
-        *(q, k, v, grid, config, scale, tensor_layout),
-        *(prefix_len, suffix_len, prefix_valid, suffix_valid),
-    )
     if dtype is not None:
         _check_dtype(dtype)
+    _check_fp8(config)
+    call = grid, config, scale, tensor_layout, prefix_len, suffix_len, prefix_valid, suffix_valid
+    if _goes_by_the_op(q):
+        return _call_op("emulated", q, k, v, dtype, *call)
+    q, k, v, valid, resolved, scale = _set_up(q, k, v, *call)
     out_dtype, dtype = dtype or q.dtype, dtype or torch.float32
 
     def compute(q8, q_scale, k8, k_scale, v8, padding):
@@ -650,10 +715,10 @@ def emulated_backward(
     Returns dq, dk, dv, like q.
     Raises TypeError or ValueError that name the argument.
     """
-    q, k, v, valid, resolved, scale = _set_up_fp8(
-        *(q, k, v, grid, config, scale, tensor_layout),
-        *(prefix_len, suffix_len, prefix_valid, suffix_valid),
-    )
+    _check_fp8(config)
+    check_values("q", q)
+    call = grid, config, scale, tensor_layout, prefix_len, suffix_len, prefix_valid, suffix_valid
+    q, k, v, valid, resolved, scale = _set_up(q, k, v, *call)
     out, dout = (check_tensor(name, x, tensor_layout) for name, x in (("out", out), ("dout", dout)))
     dlse = torch.zeros(q.shape[:3], device=q.device) if dlse is None else dlse
     for name, x, shape in (
@@ -697,7 +762,7 @@ def emulated_backward(
             unseen = ~(rows[..., None] & seen[:, None])
             if some_valid is not None:
                 unseen = unseen | ~some_valid[:, keys.clamp(min=0)][:, :, None]
-            with _ieee_matmul(queries.device):
+            with torch.autocast(queries.device.type, enabled=False):
                 z = _scores(q8, s_q, k8, s_k, scale, unseen)
                 x448 = z.sub_(m_[..., None]).exp2_().mul_(E4M3_MAX)
                 ds = _to_bf16(x448 * (do @ v_.mT - d[..., None]))
