@@ -1,16 +1,20 @@
 """quant="none": what FlexAttention is told to compute, and on the CPU, uncompiled, what it computes."""
 
 import builtins
+import itertools
+from functools import lru_cache
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import brute
 import extra_cases
 from fpsattention import flex
 from fpsattention.config import AttentionConfig
+from fpsattention.geometry import tile_geometry
 from fpsattention.reference import exact_attention, valid_tokens
 from inputs import to_nhd
 
@@ -154,12 +158,143 @@ def test_kinds_of_calls_beyond_torchs_limit(monkeypatch):
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda call, **options: compile_(call, backend=counter, **options))
     monkeypatch.setattr(flex, "_module", lambda: stub)
-    kernel = flex._kernel.__wrapped__(True)
+    monkeypatch.setattr(flex, "_compiled", lru_cache(flex._compiled.__wrapped__))
+    mask = SimpleNamespace(shape=())
     for rank in range(1, 13):
         x = torch.ones([2] * rank)
-        out, _ = kernel(x, x, x, None, 0.5)
+        out, _ = flex._run(x, x, x, mask, 0.5, True)
         assert torch.equal(out, x + x)
     assert counter.frame_count == 12
+    flex._run(x, x, x, mask, 0.5, True)
+    assert counter.frame_count == 12, "of a kind that there was"
     # In a graph of the caller's it is part of that.
-    whole = compile_(lambda x: kernel(x, x, x, None, 0.5)[0] + 1, backend="eager", fullgraph=True)
+    whole = compile_(lambda x: flex._run(x, x, x, mask, 0.5, True)[0] + 1, backend="eager", fullgraph=True)
     assert torch.equal(whole(x), 2 * x + 1) and counter.frame_count == 12
+
+
+def test_torchs_limit_stays_as_it_is_while_we_compile(monkeypatch):
+    """It is the process's, or the thread's, and others compile too."""
+    limits = []
+
+    def compile_(call, **_):
+        limits.append(torch._dynamo.config.recompile_limit)
+        return lambda *args: limits.append(torch._dynamo.config.recompile_limit)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(flex, "_compiled", lru_cache(flex._compiled.__wrapped__))
+    before = torch._dynamo.config.recompile_limit
+    x = torch.ones(3)
+    flex._run(x, x, x, SimpleNamespace(shape=()), 0.5, True)
+    assert limits == [before, before]
+
+
+# What is kept from call to call
+
+
+class Kept:
+    """A cache for 10 bytes of fake tensors on a GPU, whose stream and capture the test sets."""
+
+    def __init__(self, monkeypatch):
+        self.stream, self.capturing, self.recorded, self.made = "a", False, [], []
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.stream)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        self.cache = flex._Cache(10)
+
+    def make(self, name, device):
+        self.made.append(name)
+        tensor = SimpleNamespace(nbytes=4, record_stream=lambda stream: self.recorded.append((name, stream)))
+        return name, (tensor,)
+
+    def get(self, name):
+        return self.cache.get(self.make, name, torch.device("cuda", 0))
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    return Kept(monkeypatch)
+
+
+def test_the_least_recently_used_goes(kept):
+    for name in "xyxyxzxz":
+        assert kept.get(name) == name
+    assert kept.made == ["x", "y", "z"]
+    kept.get("y")
+    assert kept.made == ["x", "y", "z", "y"], "x was used after y"
+
+
+def test_the_allocator_is_told_of_every_stream(kept):
+    """Another stream may read what is dropped."""
+    kept.get("x")
+    kept.stream = "b"
+    kept.get("x")
+    assert not kept.recorded
+    kept.get("y")
+    kept.get("z")
+    assert sorted(kept.recorded) == [("x", "a"), ("x", "b")]
+
+
+def test_what_a_graph_reads_is_never_dropped(kept):
+    kept.get("x")
+    kept.capturing = True
+    kept.get("x")
+    kept.capturing = False
+    for name in "yzyz":
+        kept.get(name)
+    kept.get("x")
+    assert kept.made.count("x") == 1 and not [name for name, _ in kept.recorded if name == "x"]
+
+
+def test_nothing_is_made_for_a_graph(kept):
+    kept.capturing = True
+    with pytest.raises(RuntimeError, match="CUDA graph cannot capture; make the same call once before"):
+        kept.get("x")
+    assert not kept.made
+
+
+def test_many_windows_are_made_once(monkeypatch):
+    """Heads combine few windows in many ways; more than four configs once rebuilt their masks in every call."""
+    monkeypatch.setattr(flex, "_kept", flex._Cache(2**30))
+    windows = [(1, h, w) for h in (1, 3) for w in (1, 3, 5)]
+    made = []
+    build = flex._listed_blocks
+    monkeypatch.setattr(flex, "_listed_blocks", lambda *args: made.append(args[1]) or build(*args))
+    for _ in range(2):
+        for pair in itertools.product(windows, windows):
+            resolved = AttentionConfig(quant="none", tile=(5, 2, 1), window=pair).resolve(GRID, 2)
+            mask = flex.block_mask(resolved, torch.device("cpu"), compiled=True)
+            assert mask.kv_num_blocks.shape[1] == len(resolved.windows)
+    assert sorted(made) == sorted(windows)
+
+
+@pytest.mark.parametrize("mode", ["fake", "inference", "grad"])
+def test_masks_are_of_no_mode(monkeypatch, mode):
+    """The first call for a window may come in a mode whose tensors are no good for any other."""
+    monkeypatch.setattr(flex, "_kept", flex._Cache(2**30))
+    tile_geometry.cache_clear()
+    resolved = AttentionConfig(quant="none", tile=(5, 2, 1), window=(1, 1, 3)).resolve(GRID, 1)
+    made = []
+
+    def make(x):
+        mask = flex.block_mask(resolved, torch.device("cpu"), compiled=True)
+        made.extend(
+            [mask.kv_indices, mask.full_kv_num_blocks, *flex.permutation(resolved, torch.device("cpu"))]
+        )
+        return x.sum()
+
+    if mode == "grad":
+        torch.func.grad(make)(torch.ones(2))
+    else:
+        with FakeTensorMode() if mode == "fake" else torch.inference_mode():
+            make(torch.ones(2))
+    for x in made:
+        assert type(x) is torch.Tensor and not x.is_inference()
+        assert not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def test_small_tiles_of_a_long_video_are_refused():
+    """Every token a tile: lists of 75,600 x 75,600 blocks would take 90 GB."""
+    resolved = AttentionConfig(quant="none", tile=(1, 1, 1), window=(3, 3, 3)).resolve((21, 45, 80), 1)
+    with pytest.raises(
+        ValueError, match=r"tile \(1, 1, 1\) .* 75,600 blocks .* 16,384.*larger tile, for example \(7, 9, 2"
+    ):
+        flex.block_mask(resolved, torch.device("cpu"), compiled=True)

@@ -1,8 +1,7 @@
 """The reference: exact attention against torch and brute force, emulated FP8 against a naive loop."""
 
 import math
-import threading
-import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -587,28 +586,62 @@ def test_emulation_of_nothing_is_an_error():
         emulated_attention(*qkv(), grid=GRID, config=AttentionConfig(quant="none"))
 
 
-def test_two_threads_leave_the_precision_of_products_as_it_was():
-    """It is one setting of the whole process."""
-    matmul = torch.backends.cuda.matmul
-    new = hasattr(matmul, "fp32_precision")  # torch >= 2.9
-    name, exact, coarse = ("fp32_precision", "ieee", "tf32") if new else ("allow_tf32", False, True)
-    before = getattr(matmul, name)
-    setattr(matmul, name, coarse)
-    inside, seen = threading.Event(), []
-
-    def work(seconds):
-        with reference._ieee_matmul(torch.device("cuda")):
-            inside.set()
-            time.sleep(seconds)
-            seen.append(getattr(matmul, name))
-
-    threads = [threading.Thread(target=work, args=(seconds,)) for seconds in (0.02, 0.06)]
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_coarse_products_are_not_used_and_the_setting_is_left_alone(monkeypatch, precision):
+    """It is one setting of the whole process, which other threads see: it is read, never set."""
+    q, k, v = qkv()
+    call = {**ARGS, "dtype": torch.float32}
+    want = exact_attention(q, k, v, **call)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
     try:
-        for thread in threads:
-            thread.start()
-            inside.wait()
-        for thread in threads:
-            thread.join()
-        assert seen == [exact, exact] and getattr(matmul, name) == coarse
+        for device in ("cuda", "cpu"):
+            assert not reference._products_are_fp32(torch.device(device)), device
+        seen = set()
+        product = reference._exact_product
+
+        def watch(a, b):
+            seen.add(torch.get_float32_matmul_precision())
+            return product(a, b)
+
+        monkeypatch.setattr(reference, "_exact_product", watch)
+        got = exact_attention(q, k, v, **call)
+        assert seen == {precision}
     finally:
-        setattr(matmul, name, before)
+        torch.set_float32_matmul_precision(before)
+    assert reference._products_are_fp32(torch.device("cuda"))
+    for x, y in zip(got, want, strict=True):
+        assert x.dtype == torch.float32
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_coarse_products_are_replaced(monkeypatch):
+    """By products in fp64, since a GPU is not at hand to round to TF32."""
+    a, b = torch.full((1, 1), 1 + 2.0**-20), torch.full((1, 1), 1 - 2.0**-20)
+    seen = []
+    product = torch.Tensor.__matmul__
+    monkeypatch.setattr(reference, "_products_are_fp32", lambda device: False)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda x, y: seen.append(x.dtype) or product(x, y))
+    assert reference._exact_product(a, b).dtype == torch.float32
+    assert seen == [torch.float64]
+
+
+def test_operands_of_the_fp8_arithmetic_fit_in_tf32_and_bf16(monkeypatch):
+    """So that its products need no care: 8 significant bits are enough for every operand of every product."""
+    operands = []
+    product = torch.Tensor.__matmul__
+
+    def watch(a, b):
+        operands.extend((a.detach().clone(), b.detach().clone()))
+        return product(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", watch)
+    q, k, v = qkv()
+    config = replace(ARGS["config"], quant="fp8", smooth_k=True)
+    call = {**ARGS, "config": config}
+    out, lse = emulated_attention(q, k, v, **call)
+    forward = len(operands)
+    reference.emulated_backward(q, k, v, out, lse, torch.randn_like(out), torch.randn_like(lse), **call)
+    assert 0 < forward < len(operands)
+    for x in operands:
+        assert x.dtype == torch.float32 and torch.equal(x, x.bfloat16().float())
