@@ -9,17 +9,18 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import pickle
 import subprocess
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fpsattention as fps
-from fpsattention import api
+from fpsattention import api, ops
 from inputs import poisoned
 
 GRID = (4, 6, 8)
@@ -69,7 +70,12 @@ BAD_TENSORS = {
     "rank 3": ("q", (192, 2, 64), {}, ("4", r"\[192, 2, 64\]")),
     "rank 5": ("k", (1, 1, 192, 2, 64), {}, ("4", r"\[1, 1, 192, 2, 64\]")),
     "fewer tokens": ("k", (1, 96, 2, 64), {}, ("shape", "1, 96, 2, 64")),
-    "fewer heads": ("k", (1, 192, 1, 64), {}, ("shape", "1, 192, 1, 64")),
+    "fewer heads": (
+        "k",
+        (1, 192, 1, 64),
+        {},
+        ("shape", "1, 192, 1, 64", "grouped", r"k\.repeat_interleave\(2, dim=2\)"),
+    ),
     "more channels": ("v", (1, 192, 2, 128), {}, ("shape", "1, 192, 2, 128")),
     "larger batch": ("v", (2, 192, 2, 64), {}, ("shape", "2, 192, 2, 64")),
     "k of another dtype": ("k", (), {"dtype": torch.float16}, ("dtype", "torch.float16", "torch.bfloat16")),
@@ -125,6 +131,20 @@ BAD_ARGUMENTS = {
         ("config", "AttentionConfig", "StepSchedule", r"schedule\.at"),
     ),
     "scale a string": ({"scale": "auto"}, (ValueError, TypeError), ("scale", "auto")),
+    "deterministic a string": ({"deterministic": "yes"}, TypeError, ("deterministic", "yes", "None")),
+    "attn_mask": ({"attn_mask": None}, TypeError, ("attn_mask", "scaled_dot_product_attention", "window")),
+    "is_causal": (
+        {"is_causal": False},
+        TypeError,
+        ("is_causal", "scaled_dot_product_attention", "both sides"),
+    ),
+    "dropout_p": (
+        {"dropout_p": 0.1},
+        TypeError,
+        ("dropout_p", "scaled_dot_product_attention", "leave it out"),
+    ),
+    "enable_gqa": ({"enable_gqa": True}, TypeError, ("enable_gqa", "scaled_dot_product_attention", "repeat")),
+    "unknown argument": ({"mask": None}, TypeError, ("unexpected keyword argument", "mask")),
 }
 
 
@@ -203,6 +223,12 @@ BAD_REPEATS = {
     "scale": (lambda q: {"scale": 0.5}, ValueError, ("scale", r"0\.5", r"0\.125")),
     "layout": (lambda q: {"tensor_layout": "HND"}, ValueError, ("tensor_layout", "HND", "NHD")),
     "backend": (lambda q: {"backend": "sm90"}, ValueError, ("backend", "sm90", "reference")),
+    "deterministic": (
+        lambda q: {"deterministic": True},
+        TypeError,
+        ("deterministic", "backward", "leave it out"),
+    ),
+    "not deterministic": (lambda q: {"deterministic": False}, TypeError, ("deterministic", "leave it out")),
     "tile": (
         lambda q: {"config": replace(CONFIG, tile=(4, 3, 2))},
         ValueError,
@@ -225,6 +251,46 @@ def test_quantized_otherwise(change, error, words):
     quantized = fps.quantize_qkv(q, q, q, grid=GRID, config=CONFIG, backend="reference")
     with pytest.raises(error, match=says(*words)):
         fps.attention(quantized, **change(q))
+
+
+REPLACED = {
+    "grid": (8, 6, 4),
+    "config": replace(CONFIG, tile=(3, 2, 2)),  # of equal size: the operands' shapes would not give it away
+    "scale": 0.5,
+    "tensor_layout": "HND",
+    "dtype": torch.float16,
+    "backend": "torch",
+    "prefix_len": 1,
+    "suffix_len": 1,
+    "prefix_valid": torch.ones(1, dtype=torch.int32),
+    "suffix_valid": torch.ones(1, dtype=torch.int32),
+    "operands": (torch.zeros(1, 192, 2, 64, dtype=torch.bfloat16),) * 3,
+    "made_with": (),
+}
+
+
+@BACKENDS
+@pytest.mark.parametrize(("name", "value"), REPLACED.items(), ids=REPLACED.keys())
+def test_replaced_field_of_quantized(backend, device, name, value):
+    """The operands are of one grid, tile and so on: under others the kernel would read past their end."""
+    q = tensor(device=device)
+    quantized = fps.quantize_qkv(q, q, q, grid=GRID, config=CONFIG, backend=backend)
+    assert fps.attention(replace(quantized)).shape == q.shape, "with the same fields"
+    what = "has not made" if name == "made_with" else f"whose {name} was replaced"
+    with pytest.raises(ValueError, match=says("q: is a QuantizedQKV", what, "quantize_qkv")):
+        fps.attention(replace(quantized, **{name: value}))
+
+
+def test_quantized_are_compared_by_identity():
+    q = tensor()
+    one, other = (fps.quantize_qkv(q, q, q, grid=GRID, config=CONFIG, backend="reference") for _ in range(2))
+    assert one == one and one != other and len({one, other}) == 2
+    copy = pickle.loads(pickle.dumps(one))
+    assert torch.equal(fps.attention(copy), fps.attention(one))
+
+
+def test_every_field_of_quantized_is_guarded():
+    assert {x.name for x in fields(fps.QuantizedQKV)} == REPLACED.keys()
 
 
 def test_quantized_with_what_none_stands_for():
@@ -400,6 +466,106 @@ def test_gradient_of_the_reference(name):
         assert not fps.attention(**operands, **call).requires_grad
 
 
+# The ops themselves: what they are not told of q, k and v they would read past the end of.
+
+RESOLVED = CONFIG.resolve(GRID, 2, 3, 0)
+
+
+def image_arguments(**changes):
+    """Arguments of `attend` for 195 tokens, on the CPU: right until a kernel would be launched."""
+    images = dict(
+        zip(
+            ("q_blocks", "kv_blocks", "v_amax", "norms", "lse_shift", "k_mean"),
+            ops._quantize_shapes(*[torch.empty(1, 195, 2, 64, dtype=torch.bfloat16)] * 3, RESOLVED, "NHD"),
+            strict=True,
+        )
+    )
+    call = {"grid": GRID, "tile": CONFIG.tile, "windows": CONFIG.window, "truncate": False, "scale": 0.125}
+    call |= {"tensor_layout": "NHD", "prefix_len": 3, "prefix_valid": torch.ones(1, dtype=torch.int32)}
+    return images | call | changes
+
+
+BAD_IMAGES = {
+    "another grid": ({"grid": (60, 60, 60)}, "q_blocks"),
+    "another tile": ({"tile": (1, 1, 1), "windows": ()}, "q_blocks"),
+    "other extra tokens": ({"prefix_len": 300}, "q_blocks"),
+    "fewer heads of q": ({"q_blocks": image_arguments()["q_blocks"][:, :1]}, "q_blocks"),
+    "blocks of k cut": ({"kv_blocks": image_arguments()["kv_blocks"][:, :, 1:]}, "kv_blocks"),
+    "blocks of k apart": ({"kv_blocks": image_arguments()["kv_blocks"].mT.contiguous().mT}, "kv_blocks"),
+    "blocks of k as fp32": ({"kv_blocks": image_arguments()["kv_blocks"].float()}, "kv_blocks"),
+    "amax without heads": ({"v_amax": torch.zeros(64)}, "v_amax"),
+    "amax in bf16": ({"v_amax": torch.zeros(1, 2, 64, dtype=torch.bfloat16)}, "v_amax"),
+    "amax on another device": ({"v_amax": torch.zeros(1, 2, 64, device="meta")}, "q_blocks"),
+    "one norm": ({"norms": torch.zeros(1, 2, 1)}, "norms"),
+    "shift without mean": ({"lse_shift": torch.zeros(1, 2, 195)}, "k_mean"),
+    "counts in int64": ({"prefix_valid": torch.ones(1, dtype=torch.int64)}, "prefix_valid"),
+    "counts of two samples": ({"prefix_valid": torch.ones(2, dtype=torch.int32)}, "prefix_valid"),
+    "counts on another device": ({"prefix_valid": torch.ones(1, dtype=torch.int32, device="meta")}, "prefix_valid"),
+    "counts of no section": ({"suffix_valid": torch.ones(1, dtype=torch.int32)}, "suffix_valid"),
+    "fp32 out": ({"dtype": torch.float32}, "dtype"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "name"), BAD_IMAGES.values(), ids=BAD_IMAGES.keys())
+def test_operands_of_attend_are_checked(changes, name):
+    with pytest.raises(ValueError, match=rf"^{name}: "):
+        ops._attend_cuda(**{"dtype": torch.bfloat16} | image_arguments(**changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("out", torch.zeros(1, 192, 2, 64, dtype=torch.bfloat16)),
+        ("dout", torch.zeros(1, 195, 2, 64)),
+        ("lse", torch.zeros(1, 2, 195, dtype=torch.float64)),
+        ("dlse", torch.zeros(1, 2, 195, 1)),
+        ("q_blocks", image_arguments()["q_blocks"][:, :, 1:]),
+        ("prefix_valid", torch.ones(1)),
+    ],
+)
+def test_operands_of_the_backward_are_checked(name, value):
+    rows = {x: torch.zeros(1, 195, 2, 64, dtype=torch.bfloat16) for x in ("out", "dout")}
+    rows |= {x: torch.zeros(1, 2, 195) for x in ("lse", "dlse")}
+    arguments = image_arguments() | rows | {"deterministic": False, name: value}
+    del arguments["norms"]
+    with pytest.raises(ValueError, match=rf"^{name}: "):
+        ops._attention_backward_cuda(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("k", {"k": tensor(1, 96, 2, 64)}),
+        ("v", {"v": tensor(dtype=torch.float16)}),
+        ("v", {"v": tensor(device="meta")}),
+        ("q", {"grid": (4, 6, 9)}),
+        ("suffix_valid", {"suffix_valid": torch.ones(1, dtype=torch.int32)}),
+        ("prefix_valid", {"grid": (4, 6, 7), "prefix_len": 24, "prefix_valid": torch.ones(1)}),
+    ],
+)
+def test_operands_of_quantize_are_checked(name, changes):
+    call = {"grid": GRID, "tile": CONFIG.tile, "quant_tile": (), "smooth_k": False, "scale": 1.0}
+    with pytest.raises(ValueError, match=rf"^{name}: "):
+        ops._quantize_cuda(**dict.fromkeys("qkv", tensor()) | call | {"tensor_layout": "NHD"} | changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("q_weight", {"q_weight": torch.ones(63)}),
+        ("k_weight", {"k_weight": torch.ones(128)}),
+        (r"rope\[1\]", {"rope": [torch.ones(n, 11, 2) for n in (4, 5, 8)]}),
+        (r"rope\[0\]", {"rope": [torch.ones(4), *(torch.ones(n, 16, 2) for n in (6, 8))]}),
+        ("rope", {"rope": [torch.ones(n, 11, 2) for n in GRID]}),
+    ],
+)
+def test_operands_of_norm_rope_quantize_are_checked(name, changes):
+    call = {"q_weight": torch.ones(64), "k_weight": torch.ones(64), "eps": 1e-6, "rope": []}
+    call |= {"grid": GRID, "tile": CONFIG.tile, "quant_tile": (), "scale": 1.0, "tensor_layout": "NHD"}
+    with pytest.raises(ValueError, match=rf"^{name}: "):
+        ops._norm_rope_quantize_cuda(**dict.fromkeys("qkv", tensor()) | call | changes)
+
+
 @BACKENDS
 @pytest.mark.parametrize(("batch", "grid"), [(0, (4, 6, 8)), (1, (0, 6, 8)), (1, (4, 0, 0))])
 def test_empty(backend, device, batch, grid):
@@ -498,6 +664,24 @@ assert not [m for m in new if m.startswith(late)], new
 print(fpsattention.__version__)
 """
     assert run_python(code) == fps.__version__
+
+
+def test_import_needs_no_distributed_torch():
+    """torch can be built without it, and its collectives with a gradient are in a private module."""
+    code = """
+import sys
+sys.modules["torch.distributed._functional_collectives"] = None
+import torch, fpsattention as fps
+assert "fpsattention.parallel" not in sys.modules
+q = torch.zeros(1, 8, 1, 64)
+print(fps.attention(q, q, q, grid=(2, 2, 2), backend="reference").shape[1])
+import fpsattention.parallel
+try:
+    fps.something
+except AttributeError as error:
+    assert "fpsattention" in str(error) and "something" in str(error)
+"""
+    assert run_python(code) == "8"
 
 
 def test_compiled_module_needs_neither_torch_nor_cuda():

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops, reference, traced  # noqa: F401  ops and traced register torch.ops.fpsattention
-from .config import AttentionConfig, as_config
-from .geometry import as_grid
+from .config import AttentionConfig, ResolvedConfig, as_config
+from .geometry import as_grid, shown
 from .support import DTYPES, HEAD_DIMS, hopper_obstacle
 
 BACKENDS = ("auto", "sm90", "reference")
@@ -114,6 +114,7 @@ def attention(
     suffix_valid: Tensor | None = None,
     backend: str = "auto",
     deterministic: bool | None = None,
+    **unsupported,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over a 3D grid of video tokens, in FP8 and under a sliding window of tiles.
 
@@ -131,9 +132,12 @@ def attention(
     Args:
         q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), L = prefix_len + T * H * W + suffix_len tokens in this
             order, the video's in raster order, w fastest. The Hopper kernel takes bf16 and fp16, D 64 and 128, any
-            strides with D contiguous and rows on 16 bytes. NaN or Inf in a token make the rows that attend it
-            non-finite. Or one `QuantizedQKV` as q, which brings grid, scale, layout, extra tokens and backend with it;
-            its config holds unless another one is given, which may differ in window and border.
+            strides with D contiguous and rows on 16 bytes. Under autocast they are cast to its dtype first, as in
+            torch's scaled_dot_product_attention. NaN or Inf spreads over all that shares its scale: in q it makes the
+            rows of its tile (or quant_tile) non-finite, in k the rows that attend its tile, in v its channel in all
+            rows of the head; in k under smooth_k all rows of the head. Or one `QuantizedQKV` as q, which brings grid,
+            scale, layout, extra tokens and backend with it; its config holds unless another one is given, which may
+            differ in window and border.
         grid: tokens (T, H, W) after patchifying.
         config: tile, window and rounding; None: FP8, dense, the planned tile.
         return_lse: also return the log-sum-exp of the scores, fp32 [B, H, L], natural logarithm.
@@ -148,11 +152,17 @@ def attention(
             RuntimeError). See `backend_for`.
         deterministic: whether the Hopper kernel's backward gives the same bits every time, which takes longer; without
             it the last bits of q's gradient may differ. None: what `torch.use_deterministic_algorithms` asks for.
+        unsupported: nothing; attn_mask, is_causal, dropout_p and enable_gqa are refused by name.
 
     Returns out, like q in shape, dtype and layout; with return_lse, (out, lse).
     Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value; RuntimeError
-    when the backend asked for cannot run, or a second derivative is asked of the Hopper kernel.
+    when the backend asked for cannot run, for a second derivative of the Hopper kernel, and inside the transforms of
+    torch.func and torch.autograd.forward_ad.
     """
+    if unsupported:
+        _refuse(next(iter(unsupported)))
+    if deterministic is not None and not isinstance(deterministic, bool):
+        raise TypeError(f"deterministic: {shown(deterministic)} must be True, False or None")
     if isinstance(q, QuantizedQKV):
         given = {"k": k, "v": v, "grid": grid, "scale": scale, "tensor_layout": tensor_layout}
         given |= {"prefix_len": prefix_len or None, "suffix_len": suffix_len or None}  # 0: not said
@@ -190,13 +200,27 @@ def attention(
         out, lse = reference.emulated_attention(q, k, v, **call)
     elif name == "torch":
         heads = reference.to_heads_first(q, tensor_layout).shape[1]
-        resolved = config.resolve(grid, heads, *lengths)
-        out, lse = _unquantized(q, k, v, resolved, scale, tensor_layout, return_lse, *counts)
+        out, lse = _unquantized(q, k, v, config.resolve(grid, heads, *lengths), return_lse, call)
     else:
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        out, lse = reference.exact_attention(q, k, v, **call, dtype=dtype)
-        out, lse = out.to(q.dtype), lse.float()
+        out, lse = _exact(q, k, v, call)
     return (out, lse) if return_lse else out
+
+
+# Arguments of torch's scaled_dot_product_attention that attention has not, and what to do.
+_SDPA_ONLY = {
+    "attn_mask": "config's window says what is attended, prefix_valid and suffix_valid which text tokens count",
+    "is_causal": "every token of a video attends to both sides; for a causal mask call torch's function",
+    "dropout_p": "there is no dropout; leave it out, or drop from the output",
+    "enable_gqa": "q, k and v have equally many heads; repeat those of k and v with repeat_interleave",
+}
+
+
+def _refuse(name: str) -> None:
+    if name in _SDPA_ONLY:
+        raise TypeError(
+            f"{name}: scaled_dot_product_attention of torch has this argument, attention has not: {_SDPA_ONLY[name]}"
+        )
+    raise TypeError(f"attention() got an unexpected keyword argument {shown(name)}")
 
 
 def set_up(q, k, v, grid, config, scale, tensor_layout, backend, *extra) -> tuple[str, float]:
@@ -242,7 +266,9 @@ def _check_repeated(quantized: QuantizedQKV, given: dict) -> None:
             )
         own = getattr(quantized, name)
         if (as_grid(value) if name == "grid" else value) != own:
-            raise ValueError(f"{name}: {value!r} is not that of the quantised Q, K, V, {own!r}; leave it out")
+            raise ValueError(
+                f"{name}: {shown(value)} is not that of the quantised Q, K, V, {shown(own)}; leave it out"
+            )
 
 
 def _check_untouched(quantized: QuantizedQKV) -> None:
@@ -273,8 +299,8 @@ def _same_rounding(config: AttentionConfig, quantized: QuantizedQKV) -> Attentio
         for name in names:
             if getattr(given, name) != getattr(expected, name):
                 raise ValueError(
-                    f"config: {name}={getattr(config, name)!r}, but Q, K, V were quantised with "
-                    f"{name}={getattr(own, name)!r}; only window and border may differ"
+                    f"config: {name}={shown(getattr(config, name))}, but Q, K, V were quantised with "
+                    f"{name}={shown(getattr(own, name))}; only window and border may differ"
                 )
     return config
 
@@ -305,8 +331,8 @@ def backend_for(q: Tensor, config: AttentionConfig, backend: str = "auto") -> tu
 
 def check_backend(backend: str) -> None:
     """Raises ValueError for an unknown backend."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: {backend!r} must be one of {BACKENDS}")
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise ValueError(f"backend: {shown(backend)} must be one of {BACKENDS}")
 
 
 def _sm90_obstacle(q: Tensor) -> str | None:
@@ -327,7 +353,7 @@ def _notice(reason: str) -> None:
     message = f"fpsattention runs its reference instead of the Hopper kernel, slowly: {reason}"
     strict = os.environ.get("FPSATTENTION_STRICT", "0")
     if strict not in ("", "0", "1"):
-        raise ValueError(f"FPSATTENTION_STRICT: {strict!r} must be 0 or 1")
+        raise ValueError(f"FPSATTENTION_STRICT: {shown(strict)} must be 0 or 1")
     if strict == "1":
         raise RuntimeError(f"{message} (FPSATTENTION_STRICT=1)")
     _warn_once(message)
@@ -357,13 +383,26 @@ def check_window(q, grid, config: AttentionConfig, tensor_layout: str, prefix_le
         config.resolve(grid, reference.to_heads_first(q, tensor_layout).shape[1], prefix_len, suffix_len)
 
 
-def _unquantized(q, k, v, resolved, scale, tensor_layout, return_lse, *counts):
+def _unquantized(
+    q, k, v, resolved: ResolvedConfig, return_lse: bool, call: dict
+) -> tuple[Tensor, Tensor | None]:
     """quant="none" on a GPU: torch's SDPA where it can say all that is asked, else FlexAttention."""
+    scale, tensor_layout = call["scale"], call["tensor_layout"]
+    counts = call["prefix_valid"], call["suffix_valid"]
     everything = resolved.windows == (resolved.geometry.tiles,) and counts == (None, None)
     if everything and not return_lse:
         heads_first = [reference.to_heads_first(x, tensor_layout) for x in (q, k, v)]
         out = F.scaled_dot_product_attention(*heads_first, scale=scale)
         return reference.to_heads_first(out, tensor_layout), None
+    if reference.dispatches(q):  # FlexAttention's lists of blocks have values
+        return _exact(q, k, v, call)
     from .flex import flex_attention  # needs torch >= 2.5
 
     return flex_attention(q, k, v, resolved, scale, tensor_layout, *counts)
+
+
+def _exact(q, k, v, call: dict) -> tuple[Tensor, Tensor]:
+    """The reference without rounding, in fp32 at least."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    out, lse = reference.exact_attention(q, k, v, **call, dtype=dtype)
+    return out.to(q.dtype), lse.float()

@@ -17,6 +17,7 @@ from .geometry import (
     as_tile,
     as_triple,
     as_truncate,
+    shown,
     tile_geometry,
 )
 from .planning import plan
@@ -59,10 +60,10 @@ class AttentionConfig:
         if self.window is not None:
             put("window", _as_window(self.window))
         as_truncate(self.border)
-        if self.quant not in ("fp8", "none"):
-            raise ValueError(f'quant: {self.quant!r} must be "fp8" or "none"')
+        if not isinstance(self.quant, str) or self.quant not in ("fp8", "none"):
+            raise ValueError(f'quant: {shown(self.quant)} must be "fp8" or "none"')
         if not isinstance(self.smooth_k, bool):
-            raise TypeError(f"smooth_k: {self.smooth_k!r} must be True or False")
+            raise TypeError(f"smooth_k: {shown(self.smooth_k)} must be True or False")
         if self.quant_tile is not None:
             put("quant_tile", as_triple("quant_tile", self.quant_tile, 1))
             if self.tile is not None:
@@ -70,7 +71,7 @@ class AttentionConfig:
         if self.quant == "none" and (self.quant_tile is not None or self.smooth_k):
             name = "smooth_k" if self.quant_tile is None else "quant_tile"
             raise ValueError(
-                f'{name}: {getattr(self, name)!r} has no effect with quant="none", which rounds nothing; '
+                f'{name}: {shown(getattr(self, name))} has no effect with quant="none", which rounds nothing; '
                 f'leave it out, or use quant="fp8"'
             )
 
@@ -119,7 +120,7 @@ def as_config(value: AttentionConfig | None) -> AttentionConfig:
     if not isinstance(value, AttentionConfig):
         of_schedule = "; a schedule's is schedule.at(...) or schedule.for_sigma(...)"
         raise TypeError(
-            f"config: {value!r} must be an AttentionConfig or None, got {type(value).__name__}"
+            f"config: {shown(value)} must be an AttentionConfig or None, got {type(value).__name__}"
             f"{of_schedule if hasattr(value, 'at') else ''}"
         )
     return value
@@ -194,8 +195,8 @@ def _check_quant_tile(quant_tile: Triple, tile: Triple) -> None:
     nearest = tuple(t * max(1, round(b / t)) for b, t in zip(quant_tile, tile, strict=True))
     if quant_tile != nearest:
         raise ValueError(
-            f"quant_tile: {quant_tile} must be a whole multiple of the tile {tile} on each axis; "
-            f"nearest legal value {nearest}"
+            f"quant_tile: {shown(quant_tile)} must be a whole multiple of the tile {tile} on each axis; "
+            f"nearest legal value {shown(nearest)}"
         )
 
 
@@ -204,7 +205,7 @@ def fit_window(window: Triple, tiles: Triple) -> Triple:
     for axis, w, n in zip(AXES, window, tiles, strict=True):
         if w < n and w % 2 == 0:
             raise ValueError(
-                f"window: {window} has {w} on axis {axis}, which has {n} tiles; it must be odd, or at least "
+                f"window: {shown(window)} has {w} on axis {axis}, which has {n} tiles; it must be odd, or at least "
                 f"{n} (the whole axis); nearest legal values {w - 1} and {w + 1}"
             )
     return tuple(min(w, n) for w, n in zip(window, tiles, strict=True))

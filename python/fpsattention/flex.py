@@ -277,7 +277,8 @@ def flex_attention(
     if valid is not None:
         mask = _of_valid(mask, valid[:, token_of_row])
     q, k, v = (zero_invalid(x, valid)[:, :, token_of_row] for x in (q, k, v))
-    out, lse = _run(q, k, v, mask, scale, q.is_cuda)
+    with torch.autocast(q.device.type, enabled=False):  # whose dtype q, k and v have
+        out, lse = _run(q, k, v, mask, scale, q.is_cuda)
     out, lse = zero_invalid(out[:, :, row_of_token], valid), lse[:, :, row_of_token]
     if valid is not None:
         lse = lse.masked_fill(~valid[:, None], -torch.inf)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+import reprlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
@@ -24,22 +25,49 @@ T = TypeVar("T")
 MAX_TOKENS = 2**31 - _C.MAX_SLOT  # token indices are int32 in the kernels, rounded up to tiles too
 
 
+class _Shown(reprlib.Repr):
+    """`repr` for error messages: short, whatever the value."""
+
+    MOST = 80  # characters
+
+    def repr1(self, x, level):
+        if isinstance(x, torch.Tensor):
+            return f"a {x.dtype} tensor of shape {self.repr1(list(x.shape), level)}"
+        try:
+            return super().repr1(x, level)
+        except Exception:  # of the value's own: Python refuses to print an int of 4,300 digits, for one
+            return f"<{type(x).__name__}>"
+
+    def __call__(self, x) -> str:
+        text = self.repr(x)
+        return text if len(text) <= self.MOST else f"{text[: self.MOST - 3]}..."
+
+
+shown = _Shown()
+
+
 def as_triple(name: str, value: Sequence[int], least: int) -> Triple:
     """`value` as three plain ints (t, h, w), each at least `least`.
 
     Raises TypeError when it is no sequence of integers, ValueError when it has not three or one is too small;
     both name the argument.
     """
-    form = f"{name}: {value!r} must be three integers (t, h, w), each at least {least}"
+
+    def form() -> str:
+        return f"{name}: {shown(value)} must be three integers (t, h, w), each at least {least}"
+
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-        raise TypeError(form)
+        raise TypeError(form())
     if any(isinstance(x, bool) or not hasattr(x, "__index__") for x in value):
-        raise TypeError(form)
-    triple = tuple(operator.index(x) for x in value)
-    if len(triple) != 3:
-        raise ValueError(f"{form}; got {len(triple)}")
+        raise TypeError(form())
+    if len(value) != 3:
+        raise ValueError(f"{form()}; got {len(value)}")
+    try:
+        triple = tuple(operator.index(x) for x in value)
+    except TypeError:  # a tensor of floats has the attribute too
+        raise TypeError(form()) from None
     if min(triple) < least:
-        raise ValueError(f"{form}; nearest legal value {tuple(max(x, least) for x in triple)}")
+        raise ValueError(f"{form()}; nearest legal value {shown(tuple(max(x, least) for x in triple))}")
     return triple
 
 
@@ -48,7 +76,7 @@ def as_int(name: str, value: int, least: int, most: int | None = None) -> int:
 
     def rule() -> str:
         bounds = f"at least {least}" if most is None else f"at least {least} and at most {most}"
-        return f"{name}: {value!r} must be an integer, {bounds}"
+        return f"{name}: {shown(value)} must be an integer, {bounds}"
 
     # torch.compile knows that a symbolic integer is an int, but not what attributes it has.
     if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):
@@ -66,7 +94,9 @@ def as_grid(value: Sequence[int]) -> Triple:
     """`value` as a token grid (T, H, W); an axis of 0 makes the empty grid. Raises as `as_triple` does."""
     grid = as_triple("grid", value, 0)
     if math.prod(grid) > MAX_TOKENS:
-        raise ValueError(f"grid: {grid} has {math.prod(grid)} tokens, at most {MAX_TOKENS} are possible")
+        raise ValueError(
+            f"grid: {shown(grid)} has {shown(math.prod(grid))} tokens, at most {MAX_TOKENS} are possible"
+        )
     return grid
 
 
@@ -83,7 +113,7 @@ def as_tile(value: Sequence[int]) -> Triple:
     tile = as_triple("tile", value, 1)
     if math.prod(tile) > _C.MAX_SLOT:
         raise ValueError(
-            f"tile: {tile} has {math.prod(tile)} tokens, at most {_C.MAX_SLOT} fit in a slot; "
+            f"tile: {shown(tile)} has {shown(math.prod(tile))} tokens, at most {_C.MAX_SLOT} fit in a slot; "
             f"nearest legal tile {shrink_tile(tile)}"
         )
     return tile
@@ -91,8 +121,8 @@ def as_tile(value: Sequence[int]) -> Triple:
 
 def as_truncate(border: str) -> bool:
     """Whether `border`, "clamp" or "truncate", cuts the window at the grid's edge; ValueError for another."""
-    if border not in ("clamp", "truncate"):
-        raise ValueError(f'border: {border!r} must be "clamp" or "truncate"')
+    if not isinstance(border, str) or border not in ("clamp", "truncate"):
+        raise ValueError(f'border: {shown(border)} must be "clamp" or "truncate"')
     return border == "truncate"
 
 
@@ -147,8 +177,8 @@ class TileGeometry:
         self.n_tokens = math.prod(self.grid) + self.n_extra_tokens
         if self.n_tokens > MAX_TOKENS:
             raise ValueError(
-                f"prefix_len: {prefix_len} and suffix_len {suffix_len} make {self.n_tokens} tokens with grid "
-                f"{self.grid}, at most {MAX_TOKENS} are possible"
+                f"prefix_len: {shown(self.prefix_len)} and suffix_len {shown(self.suffix_len)} make "
+                f"{shown(self.n_tokens)} tokens with grid {self.grid}, at most {MAX_TOKENS} are possible"
             )
         self.blocks_per_tile = -(-math.prod(self.tile) // _C.BLOCK)
         self.slot = self.blocks_per_tile * _C.BLOCK
@@ -206,7 +236,7 @@ class TileGeometry:
     def coordinates(self, tile_index: int) -> Triple:
         """Coordinates (t, h, w) of a tile of the grid. Raises IndexError when there is no such tile."""
         if not 0 <= tile_index < self.n_video_tiles:
-            raise IndexError(f"tile_index: {tile_index} must be in [0, {self.n_video_tiles})")
+            raise IndexError(f"tile_index: {shown(tile_index)} must be in [0, {self.n_video_tiles})")
         rest, w = divmod(tile_index, self.tiles[2])
         return (*divmod(rest, self.tiles[1]), w)
 

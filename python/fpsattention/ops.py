@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import _C
 from .config import AttentionConfig, ResolvedConfig
-from .geometry import tile_geometry
+from .geometry import shown, tile_geometry
 from .planning import plan
 from .support import DTYPES, HEAD_DIMS
 
@@ -164,8 +164,56 @@ def _fill_sections(
         x.narrow(dim, x.shape[dim] - suffix, suffix).fill_(value)
 
 
-def _contiguous(*counts: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else x.contiguous() for x in counts]
+def _check(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ValueError unless the kernels may read x as this."""
+    if tuple(x.shape) != shape or x.dtype != dtype or x.device != device:
+        raise ValueError(
+            f"{name}: shape {shown(list(x.shape))}, {x.dtype} on {x.device} must be {list(shape)}, {dtype} on {device}"
+        )
+
+
+def _counts(
+    resolved: ResolvedConfig, like: Tensor, prefix_valid: Tensor | None, suffix_valid: Tensor | None
+) -> list[Tensor | None]:
+    """The counts as the kernels read them, for the samples of `like` [B, ...]. Raises ValueError for others."""
+    sections = ("prefix", resolved.prefix_len, prefix_valid), ("suffix", resolved.suffix_len, suffix_valid)
+    for name, length, valid in sections:
+        if valid is not None:
+            _check(f"{name}_valid", valid, (like.shape[0],), torch.int32, like.device)
+            if not length:
+                raise ValueError(
+                    f"{name}_valid: counts tokens of an empty section, {name}_len is 0; leave it out"
+                )
+    return [None if x is None else x.contiguous() for x in (prefix_valid, suffix_valid)]
+
+
+def _check_images(
+    q_blocks: Tensor, kv_blocks: Tensor, v_amax: Tensor, norms: Tensor | None, lse_shift: Tensor, k_mean: Tensor,
+    resolved: ResolvedConfig,
+) -> None:  # fmt: skip
+    """Raises ValueError unless `quantize` can have made these for this grid and tile."""
+    batch, heads, head_dim = v_amax.shape if v_amax.dim() == 3 else (0, 0, 0)
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(
+            f"v_amax: shape {shown(list(v_amax.shape))} must be [B, H, D] with D one of {HEAD_DIMS}"
+        )
+    rows = resolved.geometry.n_tiles * resolved.geometry.slot
+    q_bytes, kv_bytes = _C.q_block_bytes(head_dim), _C.kv_block_bytes(head_dim)
+    smooth = lse_shift.dim() > 1
+    expected = {
+        "q_blocks": (q_blocks, (rows // _C.QUERY_BLOCK, q_bytes), torch.uint8),
+        "kv_blocks": (kv_blocks, (rows // _C.BLOCK, kv_bytes), torch.uint8),
+        "v_amax": (v_amax, (head_dim,), torch.float32),
+        "norms": (norms, (2,), torch.float32),
+        "lse_shift": (lse_shift, (resolved.geometry.n_tokens,) if smooth else None, torch.float32),
+        "k_mean": (k_mean, (head_dim,) if smooth else None, torch.float32),
+    }
+    for name, (x, shape, dtype) in expected.items():
+        if x is None:
+            continue
+        _check(name, x, (0,) if shape is None else (batch, heads, *shape), dtype, v_amax.device)
+        if not x.is_contiguous():
+            raise ValueError(f"{name}: strides {x.stride()} must be those of a contiguous tensor")
 
 
 def _heads_first(x: Tensor, tensor_layout: str) -> Tensor:
@@ -222,7 +270,13 @@ def _quantize_cuda(
     resolved = _resolve(
         grid, tile, heads, quant_tile, smooth_k=smooth_k, prefix_len=prefix_len, suffix_len=suffix_len
     )
-    prefix_valid, suffix_valid = _contiguous(prefix_valid, suffix_valid)
+    for name, x in (("k", k), ("v", v)):
+        _check(name, x, tuple(q.shape), q.dtype, q.device)
+    if tokens != resolved.geometry.n_tokens:
+        raise ValueError(
+            f"q: has {tokens} tokens, the grid and the extra tokens are {resolved.geometry.n_tokens}"
+        )
+    prefix_valid, suffix_valid = _counts(resolved, q, prefix_valid, suffix_valid)
     rows = resolved.geometry.n_tiles * resolved.geometry.slot
     images = _quantize_shapes(q, rows, smooth_k, tensor_layout)
     q_blocks, kv_blocks, v_amax, norms, lse_shift, k_mean = images
@@ -282,6 +336,16 @@ def _norm_rope_quantize_cuda(
     if q_weight is not None:
         weights = [x.to(torch.float32).contiguous() for x in (q_weight, k_weight)]
         weights = [x if x.data_ptr() % 8 == 0 else x.clone() for x in weights]  # the kernel loads pairs
+        _, heads, _, head_dim = _heads_first(q, tensor_layout).shape
+        channels = head_dim if q_weight.numel() == head_dim else heads * head_dim
+        for name, x in zip(("q_weight", "k_weight"), weights, strict=True):
+            _check(name, x, (channels,), torch.float32, q.device)
+    for axis, (x, n) in enumerate(zip(rope, grid if rope else (), strict=True)):
+        _check(f"rope[{axis}]", x, (n, x.shape[1] if x.dim() > 1 else 0, 2), x.dtype, q.device)
+    if rope and 2 * sum(x.shape[1] for x in rope) != q.shape[3]:
+        raise ValueError(
+            f"rope: pairs {[x.shape[1] for x in rope]} must be half of head_dim, {q.shape[3]}, in all"
+        )
     return _quantize_cuda(
         q, k, v, grid, tile, quant_tile, False, scale, tensor_layout, weights=weights, eps=eps, rope=rope
     )
@@ -318,11 +382,15 @@ def _attend_cuda(
     prefix_valid=None,
     suffix_valid=None,
 ) -> tuple[Tensor, Tensor]:
-    batch, heads, head_dim = v_amax.shape
     resolved = _resolve(
-        grid, tile, heads, windows=windows, truncate=truncate, prefix_len=prefix_len, suffix_len=suffix_len
-    )
-    counts = _contiguous(prefix_valid, suffix_valid)
+        *(grid, tile, v_amax.shape[1] if v_amax.dim() == 3 else 1),
+        windows=windows, truncate=truncate, prefix_len=prefix_len, suffix_len=suffix_len,
+    )  # fmt: skip
+    _check_images(q_blocks, kv_blocks, v_amax, norms, lse_shift, k_mean, resolved)
+    batch, heads, head_dim = v_amax.shape
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: {dtype} must be bfloat16 or float16 for the sm90 kernels")
+    counts = _counts(resolved, v_amax, prefix_valid, suffix_valid)
     out, lse = _attend_shapes(v_amax, resolved.geometry.n_tokens, tensor_layout, dtype)
     if out.numel() == 0:
         return out, lse
@@ -399,7 +467,14 @@ def _attention_backward_cuda(
     resolved = _resolve(
         grid, tile, heads, windows=windows, truncate=truncate, prefix_len=prefix_len, suffix_len=suffix_len
     )
-    counts = _contiguous(prefix_valid, suffix_valid)
+    _check_images(q_blocks, kv_blocks, v_amax, None, lse_shift, k_mean, resolved)
+    tokens = resolved.geometry.n_tokens
+    shape = (batch, tokens, heads, head_dim) if tensor_layout == "NHD" else (batch, heads, tokens, head_dim)
+    for name, x in (("out", out), ("dout", dout)):
+        _check(name, x, shape, out.dtype, v_amax.device)
+    for name, x in (("lse", lse), ("dlse", dlse)):
+        _check(name, x, (batch, heads, tokens), torch.float32, v_amax.device)
+    counts = _counts(resolved, v_amax, prefix_valid, suffix_valid)
     grads = dq, dk, dv = tuple(torch.empty_like(out) for _ in range(3))
     if out.numel() == 0:
         return grads

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .api import attention
 from .config import AXES, AttentionConfig, as_config
-from .geometry import Triple, as_grid, as_int
-from .reference import as_autocast, check_tensor, kind_of, refuse_transforms, to_heads_first
+from .geometry import Triple, as_grid, as_int, shown
+from .reference import as_autocast, check_tensor, grouped, kind_of, refuse_transforms, to_heads_first
 
 
 def ulysses_attention(
@@ -159,7 +159,7 @@ def merge_states(
         for name, x, shape in (("outs", out, first.shape), ("lses", lse, first.shape[:3])):
             if x.shape != shape or x.device != first.device:
                 raise ValueError(
-                    f"{name}[{i}]: shape {list(x.shape)}, heads first, on {x.device}, must be {list(shape)} on "
+                    f"{name}[{i}]: shape {shown(list(x.shape))}, heads first, on {x.device}, must be {list(shape)} on "
                     f"{first.device}, as of outs[0]"
                 )
     lses = torch.stack(tuple(lses))
@@ -190,7 +190,7 @@ def _checked_heads(q, k, v, tensor_layout: str, tokens: int, where: str) -> int:
     """How many heads q, k, v have, once they are known to be alike and to have so many tokens."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor) or x.dim() != 4:
-            what = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            what = f"shape {shown(list(x.shape))}" if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{name}: must be a tensor with 4 dimensions, got {what}")
         refuse_transforms(name, x)
         held = _as_nhd(x, tensor_layout).shape[1]
@@ -199,7 +199,8 @@ def _checked_heads(q, k, v, tensor_layout: str, tokens: int, where: str) -> int:
                 f"{name}: has {held} tokens in layout {tensor_layout}, must have {tokens} ({where})"
             )
         if x.shape != q.shape:
-            raise ValueError(f"{name}: shape {list(x.shape)} must be that of q, {list(q.shape)}")
+            advice = grouped(name, x, q, tensor_layout)
+            raise ValueError(f"{name}: shape {list(x.shape)} must be that of q, {list(q.shape)}{advice}")
     return _as_nhd(q, tensor_layout).shape[2]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import reference
 from .api import QuantizedQKV, check_rounding, check_window, quantize_qkv, set_up
 from .config import AttentionConfig, as_config
-from .geometry import as_grid
+from .geometry import as_grid, shown
 
 
 def norm_rope_quantize(
@@ -149,7 +149,7 @@ def _check(name: str, x: Tensor, weight: Tensor | None, eps: float, rope: tuple,
     """Raise unless x [B, L, H, D], or heads first, can be normalised and turned; `name` is that of the weight."""
     _, heads, _, head_dim = reference.to_heads_first(x, tensor_layout).shape
     if not isinstance(eps, float) or not eps >= 0:
-        raise ValueError(f"eps: {eps!r} must be a float of at least 0")
+        raise ValueError(f"eps: {shown(eps)} must be a float of at least 0")
     if weight is not None:
         if not isinstance(weight, Tensor):
             raise TypeError(f"{name}: must be a tensor, got {reference.kind_of(weight)}")
@@ -159,7 +159,7 @@ def _check(name: str, x: Tensor, weight: Tensor | None, eps: float, rope: tuple,
             )
         if weight.dim() != 1 or weight.numel() not in (head_dim, heads * head_dim):
             raise ValueError(
-                f"{name}: shape {list(weight.shape)} must be [{head_dim}], for a norm of each head, or "
+                f"{name}: shape {shown(list(weight.shape))} must be [{head_dim}], for a norm of each head, or "
                 f"[{heads * head_dim}], for one of all heads"
             )
     if not rope:
@@ -169,7 +169,7 @@ def _check(name: str, x: Tensor, weight: Tensor | None, eps: float, rope: tuple,
     for axis, table, n in zip("thw", rope, grid, strict=True):
         if table.dim() != 3 or table.shape[0] != n or table.shape[2] != 2:
             raise ValueError(
-                f"rope: shape {list(table.shape)} on axis {axis} must be [{n}, pairs, 2], cosines and sines"
+                f"rope: shape {shown(list(table.shape))} on axis {axis} must be [{n}, pairs, 2], cosines and sines"
             )
         if table.device != x.device:
             raise ValueError(f"rope: device {table.device} on axis {axis} must be that of q, {x.device}")

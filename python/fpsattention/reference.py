@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from .config import AttentionConfig, ResolvedConfig, as_config
-from .geometry import TileGeometry, Triple, as_grid, as_int
+from .geometry import TileGeometry, Triple, as_grid, as_int, shown
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 E4M3_MAX = 448.0
@@ -30,9 +30,9 @@ MAX_SCALE = 2.0**126  # in the log2 domain still a number of fp32
 
 def to_heads_first(x: torch.Tensor, tensor_layout: str) -> torch.Tensor:
     """A view of `x` as [B, H, L, D], from "NHD" [B, L, H, D] or "HND" [B, H, L, D]. Its own inverse."""
-    if tensor_layout not in ("NHD", "HND"):
+    if not isinstance(tensor_layout, str) or tensor_layout not in ("NHD", "HND"):
         raise ValueError(
-            f'tensor_layout: {tensor_layout!r} must be "NHD" ([B, L, H, D]) or "HND" ([B, H, L, D])'
+            f'tensor_layout: {shown(tensor_layout)} must be "NHD" ([B, L, H, D]) or "HND" ([B, H, L, D])'
         )
     return x.transpose(1, 2) if tensor_layout == "NHD" else x
 
@@ -53,7 +53,7 @@ def check_tensor(name: str, x: torch.Tensor, tensor_layout: str) -> torch.Tensor
         raise TypeError(f"{name}: must be a dense tensor (torch.strided), got {kind}")
     if x.dim() != 4:
         shape = "[B, L, H, D]" if tensor_layout == "NHD" else "[B, H, L, D]"
-        raise ValueError(f"{name}: must have 4 dimensions {shape}, got shape {list(x.shape)}")
+        raise ValueError(f"{name}: must have 4 dimensions {shape}, got shape {shown(list(x.shape))}")
     heads_first = to_heads_first(x, tensor_layout)
     if not heads_first.shape[1] or not heads_first.shape[3]:
         raise ValueError(f"{name}: shape {list(x.shape)} has no heads or no channels; at least 1 of each")
@@ -105,6 +105,16 @@ def refuse_transforms(name: str, x: torch.Tensor) -> None:
         )
 
 
+def grouped(name: str, x: torch.Tensor, q: torch.Tensor, tensor_layout: str) -> str:
+    """What to do about x, k or v of the same tokens as q, if it has a head for each group of q's; else nothing."""
+    dim = 2 if tensor_layout == "NHD" else 1
+    alike = [n == m for i, (n, m) in enumerate(zip(x.shape, q.shape, strict=True)) if i != dim]
+    if not all(alike) or not 0 < x.shape[dim] < q.shape[dim] or q.shape[dim] % x.shape[dim]:
+        return ""
+    groups = q.shape[dim] // x.shape[dim]
+    return f" (grouped-query attention: pass {name}.repeat_interleave({groups}, dim={dim}))"
+
+
 def check_inputs(
     q, k, v, grid, tensor_layout, prefix_len=0, suffix_len=0, prefix_valid=None, suffix_valid=None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -121,7 +131,8 @@ def check_inputs(
         for what in ("shape", "dtype", "device"):
             mine, first = getattr(x, what), getattr(q, what)
             if mine != first:
-                raise ValueError(f"{name}: {what} {mine} must be that of q, {first}")
+                advice = grouped(name, x, q, tensor_layout) if what == "shape" else ""
+                raise ValueError(f"{name}: {what} {mine} must be that of q, {first}{advice}")
     if q.device.type == "meta":
         raise ValueError("q: has no values, its device is meta; move it to a CUDA device or the CPU")
     sections = {
@@ -146,7 +157,7 @@ def as_scale(scale: float | None, head_dim: int) -> float:
         return head_dim**-0.5
 
     def rule() -> str:
-        return f"scale: {scale!r} must be a positive number, at most 2**126"
+        return f"scale: {shown(scale)} must be a positive number, at most 2**126"
 
     # torch.compile knows what is a float, but not what is registered as a number.
     if type(scale) not in (int, float) and (type(scale) is bool or not isinstance(scale, numbers.Real)):
@@ -158,7 +169,7 @@ def as_scale(scale: float | None, head_dim: int) -> float:
 
 def _check_dtype(dtype: torch.dtype) -> None:
     if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"dtype: {dtype!r} must be torch.float32 or torch.float64")
+        raise ValueError(f"dtype: {shown(dtype)} must be torch.float32 or torch.float64")
 
 
 def _check_valid(name: str, valid, section: str, length: int, q: torch.Tensor) -> None:
@@ -171,7 +182,7 @@ def _check_valid(name: str, valid, section: str, length: int, q: torch.Tensor) -
         raise ValueError(f"{name}: counts tokens of an empty section, {section} is 0; leave it out")
     if valid.shape != q.shape[:1]:
         raise ValueError(
-            f"{name}: shape {list(valid.shape)} must be [{q.shape[0]}], one count for each sample of q"
+            f"{name}: shape {shown(list(valid.shape))} must be [{q.shape[0]}], one count for each sample of q"
         )
     if valid.device != q.device:
         raise ValueError(f"{name}: device {valid.device} must be that of q, {q.device}")
@@ -731,7 +742,7 @@ def emulated_backward(
             raise TypeError(f"{name}: must be a floating-point tensor, got {kind_of(x)}")
         if x.shape != shape or x.device != q.device:
             raise ValueError(
-                f"{name}: shape {list(x.shape)}, heads first, on {x.device}, must be {list(shape)} on {q.device}"
+                f"{name}: shape {shown(list(x.shape))}, heads first, on {x.device}, must be {list(shape)} on {q.device}"
             )
     if valid is not None:  # zeros from here on: an invalid query has no gradient to give
         out, dout = zero_invalid(out, valid), zero_invalid(dout, valid)
