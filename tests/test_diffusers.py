@@ -7,7 +7,6 @@ import importlib
 import os
 import pickle
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -371,68 +370,6 @@ def test_gradient_checkpointing_gives_the_same_gradient():
     assert torch.equal(gradient(), plain)
 
 
-@torch.library.custom_op("fpsattention_test::attention", mutates_args=())
-def opaque(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    grid: list[int],
-    tile: list[int],
-    window: list[int],
-    prefix_len: int = 0,
-    suffix_len: int = 0,
-    suffix_valid: torch.Tensor | None = None,
-) -> torch.Tensor:
-    config = fps.AttentionConfig(tuple(tile) or None, tuple(window) or None, quant="none")
-    text = {"prefix_len": prefix_len, "suffix_len": suffix_len, "suffix_valid": suffix_valid}
-    return fps.attention(q, k, v, grid=grid, config=config, **text).contiguous()
-
-
-opaque.register_fake(lambda q, *_, **__: q.new_empty(q.shape))
-
-
-@torch.library.custom_op("fpsattention_test::attention_backward", mutates_args=())
-def opaque_backward(
-    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: list[int], tile: list[int],
-    window: list[int]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    config = fps.AttentionConfig(tuple(tile) or None, tuple(window) or None, quant="none")
-
-    def gradients():
-        qkv = [x.detach().requires_grad_() for x in (q, k, v)]
-        grads = torch.autograd.grad(fps.attention(*qkv, grid=grid, config=config), qkv, dout)
-        return tuple(x.contiguous() for x in grads)
-
-    with ThreadPoolExecutor(1) as thread:  # inside of an op there is no autograd
-        return thread.submit(gradients).result()
-
-
-opaque_backward.register_fake(lambda dout, q, *_: tuple(q.new_empty(q.shape) for _ in "qkv"))
-
-
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3])
-    ctx.call = inputs[3:6]
-
-
-def _differentiate(ctx, dout):
-    return *opaque_backward(dout, *ctx.saved_tensors, *ctx.call), *[None] * 6
-
-
-opaque.register_autograd(_differentiate, setup_context=_save)
-
-
-@pytest.fixture
-def opaque_attention(monkeypatch):
-    """One op stands for the attention, as on the sm90 backend; tracing the reference would break the graph."""
-
-    def attention(q, k, v, *, grid, config, backend, **text):
-        tile, _, window, _ = config.as_lists()
-        return torch.ops.fpsattention_test.attention(q, k, v, list(grid), tile, window, **text)
-
-    monkeypatch.setattr(diffusers_models, "attention", attention)
-
-
 WAYS_TO_COMPILE = pytest.mark.parametrize(
     "how", ["module.compile", "torch.compile", "compile_repeated_blocks", "enable first"]
 )
@@ -453,7 +390,7 @@ def compile_transformer(pipe, how: str, fullgraph: bool = True) -> CompileCounte
 
 
 @WAYS_TO_COMPILE
-def test_one_graph_per_stage_under_compile(wan, opaque_attention, how):
+def test_one_graph_per_stage_under_compile(wan, how):
     schedule = fps.StepSchedule(NARROW, EXACT, WIDE, alpha=(0.4, 0.8))
     eager = enable(wan.pipe, schedule, dense_steps=1)
     expected = wan.run(steps=10)
@@ -469,7 +406,7 @@ def test_one_graph_per_stage_under_compile(wan, opaque_attention, how):
 
 
 @pytest.mark.parametrize("name", ["ltx", "hunyuan", "cogvideox", "mochi"])
-def test_one_graph_per_stage_of_the_other_models(opaque_attention, name):
+def test_one_graph_per_stage_of_the_other_models(name):
     model = tiny.MODELS[name]()
     enable(model.pipe, fps.StepSchedule(NARROW, EXACT, WIDE, alpha=(0.4, 0.8)))
     expected = model.run()
@@ -487,7 +424,7 @@ def test_one_graph_per_stage_of_the_other_models(opaque_attention, name):
         ("cogvideox", "module.compile"),
     ],
 )
-def test_two_graphs_per_stage_whatever_the_sizes(opaque_attention, name, how):
+def test_two_graphs_per_stage_whatever_the_sizes(name, how):
     """Sizes that differ on one axis after the other, three stages and dense steps: eight graphs, as many as torch keeps
     by default. Beyond them it would give an error with fullgraph, and run eagerly without.
     """
@@ -507,7 +444,7 @@ def test_two_graphs_per_stage_whatever_the_sizes(opaque_attention, name, how):
 
 
 @pytest.mark.parametrize("how", ["module.compile", "torch.compile", "compile_repeated_blocks"])
-def test_more_graphs_than_torch_keeps(wan, opaque_attention, how):
+def test_more_graphs_than_torch_keeps(wan, how):
     """Said once, and not only in torch's log."""
     compile_transformer(wan.pipe, how, fullgraph=False)
     enable(wan.pipe, fps.StepSchedule(NARROW, EXACT, WIDE, alpha=(0.4, 0.8)))

@@ -7,7 +7,6 @@ import importlib
 import os
 import pickle
 import threading
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -28,7 +27,6 @@ from fpsattention.integrations.scope import Scope
 try:
     import tiny_diffusers as tiny
     from fpsattention.integrations.diffusers import enable
-    from test_diffusers import opaque_attention  # noqa: F401 (a fixture)
 except ImportError as error:  # not installed, or a version that was not compared
     if os.environ.get("CI"):
         raise
@@ -303,15 +301,14 @@ COMPILED = {
 
 @pytest.mark.parametrize("how", ["own", "wrapper"])
 @pytest.mark.parametrize("what", COMPILED)
-def test_compiled(what, how, opaque_attention):  # noqa: F811
+def test_compiled(what, how):
     """A graph recomputes by itself; a checkpoint around compiled blocks is carried."""
-    schedule = fps.StepSchedule(*(replace(config, quant="none") for config in (NARROW, WIDE, EXACT)))
     plain = tiny.wan_transformer().train()
-    enable(plain, schedule, shift=1.0)
+    enable(plain, STAGES, shift=1.0)
     expected = gradient(diffusers_step, plain)
     torch.compiler.reset()
     model = tiny.wan_transformer().train()
-    enable(model, schedule, shift=1.0)
+    enable(model, STAGES, shift=1.0)
     COMPILED[what](model, backend="aot_eager", fullgraph=True)
     WAYS_TO_CHECKPOINT[how](model)
     torch.testing.assert_close(gradient(diffusers_step, model), expected, rtol=1e-4, atol=1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import threading
 from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
@@ -74,6 +75,39 @@ def test_each_step_and_block_runs_what_the_schedule_says(register, registry, qkv
         2,
         3,
     } and "max_seqlen_q" in layer.dense.calls[0]
+
+
+def test_forwards_in_flight(register, registry, qkv):
+    """A layer keeps nothing between calls: two schedulers at other steps, in threads that take turns."""
+    register(STAGES)
+    layer = registry["fps_attn"]()
+    expected = {step: call(layer, qkv, step=step) for step in (0, 4)}
+    barrier, outs = threading.Barrier(2, timeout=60), {0: [], 4: []}
+
+    def run(step):
+        for _ in range(3):
+            barrier.wait()
+            outs[step].append(call(layer, qkv, step=step))
+
+    threads = [threading.Thread(target=run, args=(step,)) for step in outs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not torch.equal(expected[0], expected[4])
+    for step in outs:
+        assert len(outs[step]) == 3 and all(torch.equal(out, expected[step]) for out in outs[step])
+
+
+def test_no_gradient(register, registry, qkv):
+    """A recomputation would read the scheduler anew, at a later step."""
+    register(STAGES)
+    layer = registry["fps_attn"]()
+    q, k, v = qkv
+    with pytest.raises(RuntimeError, match="fps_attn is for inference.*torch.no_grad"):
+        call(layer, (q, k, v.clone().requires_grad_()))
+    with torch.no_grad():
+        call(layer, (q, k, v.clone().requires_grad_()))
 
 
 def test_each_step_and_block_runs_the_windows_of_a_table(register, registry, qkv):

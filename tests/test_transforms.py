@@ -1,5 +1,5 @@
-"""Attention among torch's modes and transforms: fake tensors, export, compile, torch.func, autocast, and what is kept from
-call to call.
+"""Attention among torch's modes and transforms: fake tensors, export, compile, torch.func, autocast, and what is kept
+from call to call.
 """
 
 from dataclasses import replace

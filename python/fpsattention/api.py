@@ -348,6 +348,7 @@ def _sm90_obstacle(q: Tensor) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result  # torch.compile runs it while it traces, and leaves it out of the graph
 def _notice(reason: str) -> None:
     """Say that the slow path runs; an error in strict mode."""
     message = f"fpsattention runs its reference instead of the Hopper kernel, slowly: {reason}"

@@ -46,6 +46,17 @@ class _Shown(reprlib.Repr):
 shown = _Shown()
 
 
+# torch.compile knows that a symbol is an int, but not what attributes it has, and makes a constant of its index.
+
+
+def _is_integer(x) -> bool:
+    return not isinstance(x, bool) and (isinstance(x, int) or hasattr(x, "__index__"))
+
+
+def _plain(x) -> int:
+    return x if isinstance(x, int) else operator.index(x)
+
+
 def as_triple(name: str, value: Sequence[int], least: int) -> Triple:
     """`value` as three plain ints (t, h, w), each at least `least`.
 
@@ -58,15 +69,15 @@ def as_triple(name: str, value: Sequence[int], least: int) -> Triple:
 
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         raise TypeError(form())
-    if any(isinstance(x, bool) or not hasattr(x, "__index__") for x in value):
+    if not all(_is_integer(x) for x in value):
         raise TypeError(form())
     if len(value) != 3:
         raise ValueError(f"{form()}; got {len(value)}")
     try:
-        triple = tuple(operator.index(x) for x in value)
+        triple = tuple(_plain(x) for x in value)
     except TypeError:  # a tensor of floats has the attribute too
         raise TypeError(form()) from None
-    if min(triple) < least:
+    if any(x < least for x in triple):
         raise ValueError(f"{form()}; nearest legal value {shown(tuple(max(x, least) for x in triple))}")
     return triple
 
@@ -78,11 +89,10 @@ def as_int(name: str, value: int, least: int, most: int | None = None) -> int:
         bounds = f"at least {least}" if most is None else f"at least {least} and at most {most}"
         return f"{name}: {shown(value)} must be an integer, {bounds}"
 
-    # torch.compile knows that a symbolic integer is an int, but not what attributes it has.
-    if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):
+    if not _is_integer(value):
         raise TypeError(rule())
     try:
-        number = operator.index(value)
+        number = _plain(value)
     except TypeError:  # a tensor of floats has the attribute too
         raise TypeError(rule()) from None
     if number < least or (most is not None and number > most):

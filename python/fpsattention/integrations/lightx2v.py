@@ -66,9 +66,9 @@ def register(
 
     Returns the registered class; its `apply` is what LightX2V calls.
     Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value. During a
-    forward: RuntimeError when LightX2V does not say block, step or grid, or says what is none, ValueError when it asks
-    for what FPSAttention has not (masks, cross-attention, packed sequences, tokens in another order, anything unknown).
-    It never runs dense attention unasked.
+    forward: RuntimeError when LightX2V does not say block, step or grid, or says what is none, or when a gradient is
+    required; ValueError when it asks for what FPSAttention has not (masks, cross-attention, packed sequences, tokens in
+    another order, anything unknown). It never runs dense attention unasked.
     """
     num_layers = as_int("num_layers", num_layers, 1)
     check_schedule(schedule, "the model", num_layers=num_layers)
@@ -89,6 +89,11 @@ def register(
 
         def apply(self, q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
             """q, k, v: [L, H, D], one sequence in raster order. Returns [L, H * D]."""
+            if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+                raise RuntimeError(
+                    f"q, k, v: require a gradient, but {name} is for inference: it reads the step from LightX2V's "
+                    f"scheduler, which has moved on when a backward recomputes a layer; call it under torch.no_grad()"
+                )
             block, step, num_steps, grid = _said(name, kwargs)
             if block >= num_layers:
                 raise ValueError(f"num_layers: {num_layers} was given, but there is a block {block}")

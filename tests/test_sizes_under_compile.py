@@ -1,0 +1,146 @@
+"""Sizes that change under torch.compile: symbols, as those of torch's own operations, and few graphs.
+
+The ops of the Hopper kernels are computed by the reference here, so that what torch.compile sees of them is seen
+without a GPU.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fpsattention as fps
+from fpsattention import api, ops
+from fpsattention.config import AttentionConfig
+
+TILED = AttentionConfig(tile=(2, 4, 4), window=(1, 3, 3))
+SMOOTHED = AttentionConfig(tile=(2, 4, 4), quant_tile=(4, 4, 8), smooth_k=True, border="truncate")
+PLANNED = AttentionConfig()
+GRIDS = [(2, 8, 8), (4, 8, 8), (6, 12, 8), (3, 10, 12), (5, 9, 7), (8, 8, 8)]
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:fpsattention runs its reference"),
+]
+
+
+def config_of(grid, tile, quant_tile, windows, truncate, smooth_k) -> AttentionConfig:
+    return AttentionConfig.from_lists(tile, quant_tile, windows, truncate, smooth_k)
+
+
+def attention_on_cpu(
+    q, k, v, grid, tile, quant_tile, windows, truncate, smooth_k, scale, tensor_layout, deterministic, prefix_len=0,
+    suffix_len=0, prefix_valid=None, suffix_valid=None
+):  # fmt: skip
+    config = config_of(grid, tile, quant_tile, windows, truncate, smooth_k)
+    resolved = config.resolve(tuple(grid), q.shape[2], prefix_len, suffix_len)
+    out, lse = fps.reference.emulated_attention(
+        q, k, v, grid=grid, config=config, scale=scale, prefix_len=prefix_len, suffix_len=suffix_len,
+        prefix_valid=prefix_valid, suffix_valid=suffix_valid,
+    )  # fmt: skip
+    rows = resolved.geometry.n_tiles * resolved.geometry.slot
+    images = ops._quantize_shapes(q, rows, smooth_k, tensor_layout)
+    return out.contiguous(), lse.contiguous(), *(x.zero_() for x in images)
+
+
+def backward_on_cpu(dout, dlse, out, *_):
+    return tuple(torch.full_like(out, 1.5) for _ in "qkv")
+
+
+@pytest.fixture
+def kernels_on_cpu(monkeypatch):
+    library = torch.library.Library("fpsattention", "IMPL")
+    library.impl("attention", attention_on_cpu, "CPU")
+    library.impl("attention_backward", backward_on_cpu, "CPU")
+    monkeypatch.setattr(api, "backend_for", lambda *_: ("sm90", ""))
+    torch.compiler.reset()
+    yield
+    library._destroy()
+
+
+def qkv(grid, extra: int = 0, heads: int = 2) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    tokens = grid[0] * grid[1] * grid[2] + extra
+    return [torch.randn(1, tokens, heads, 64, generator=g).bfloat16() for _ in range(3)]
+
+
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["", "gradient"])
+@pytest.mark.parametrize("config", [TILED, SMOOTHED], ids=["tiled", "smoothed"])
+def test_sizes_become_symbols(kernels_on_cpu, config, requires_grad):
+    """One graph for the first size and few for all others, with text as well."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def call(q, k, v, grid, prefix_len):
+        return fps.attention(q, k, v, grid=grid, config=config, prefix_len=prefix_len)
+
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for i, grid in enumerate(GRIDS):
+        x = [x.requires_grad_(requires_grad) for x in qkv(grid, 3 + i)]
+        out = compiled(*x, grid, 3 + i)
+        assert torch.equal(out, call(*x, grid, 3 + i))
+        if requires_grad:
+            assert all((grad == 1.5).all() for grad in torch.autograd.grad(out.sum(), x))
+    assert counter.frame_count <= 4, "one more each time that an axis differs for the first time"
+
+
+def test_a_size_marked_dynamic_is_one_graph(kernels_on_cpu):
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=counter, dynamic=True)
+    def call(q, k, v, grid):
+        return fps.attention(q, k, v, grid=grid, config=TILED)
+
+    for grid in GRIDS:
+        x = qkv(grid)
+        assert torch.equal(call(*x, grid), fps.attention(*x, grid=grid, config=TILED))
+    assert counter.frame_count == 1
+
+
+def test_a_planned_tile_is_of_one_size(kernels_on_cpu):
+    """Without a tile each grid has its own, so it has its own graph."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def call(q, k, v, grid):
+        return fps.attention(q, k, v, grid=grid)
+
+    for grid in GRIDS[:3] * 2:
+        x = qkv(grid)
+        assert torch.equal(call(*x, grid), fps.attention(*x, grid=grid))
+    assert counter.frame_count == 3
+
+
+@pytest.mark.parametrize("config", [TILED, SMOOTHED, PLANNED], ids=["tiled", "smoothed", "planned"])
+def test_shapes_that_are_promised(kernels_on_cpu, config):
+    """Of every result, operands for the backward included, by torch's own check with symbolic sizes."""
+    for grid, prefix_len, suffix_len in ((GRIDS[2], 0, 0), (GRIDS[4], 3, 150)):
+        call = *qkv(grid, prefix_len + suffix_len), list(grid), *config.as_lists()
+        call = *call, config.smooth_k, 0.125, "NHD", False, prefix_len, suffix_len
+        torch.library.opcheck(
+            torch.ops.fpsattention.attention, call, test_utils=("test_schema", "test_faketensor")
+        )
+
+
+def test_errors_name_their_argument(kernels_on_cpu):
+    """What is wrong with the shapes is found in tracing, what is wrong with a window in the op."""
+
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
+    def call(q, k, v, grid, window):
+        return fps.attention(q, k, v, grid=grid, config=AttentionConfig(tile=(2, 4, 4), window=window))
+
+    call(*qkv(GRIDS[0]), GRIDS[0], (1, 1, 1))
+    with pytest.raises(Exception, match=r"q: has 128 tokens in layout NHD, but grid .* has 256"):
+        call(*qkv(GRIDS[0]), GRIDS[1], (1, 1, 1))
+    with pytest.raises(ValueError, match=r"window: \(1, 2, 3\) has 2 on axis h, which has 4 tiles"):
+        call(*qkv((2, 16, 16)), (2, 16, 16), (1, 2, 3))
+
+
+def test_auto_says_what_runs_while_it_traces():
+    """The notice of the slow path is no part of the graph."""
+    api._warn_once.cache_clear()
+    compiled = torch.compile(fps.attention, fullgraph=True, backend="aot_eager")
+    x = qkv(GRIDS[0])
+    with pytest.warns(UserWarning, match="fpsattention runs its reference"):
+        out = compiled(*x, grid=GRIDS[0], config=TILED)
+    assert torch.equal(out, fps.attention(*x, grid=GRIDS[0], config=TILED))
