@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-SOURCES := $(shell find kernels include python -name '*.py' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp' -o -name '*.safetensors')
+SOURCES := $(shell find kernels include python -name '*.py' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 # With no GPU in sight, torch comes from its CPU index: hundreds of megabytes instead of gigabytes of CUDA.
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 TORCH ?= torch==2.13.0
@@ -21,7 +21,7 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES) pyproject.toml setup.py build_backen
 	touch $@
 
 demo: $(VENV)/installed  ## dense, FP8, sparse and FPSAttention on a real clip: a table and a picture
-	$(VENV)/bin/fpsattention demo
+	$(VENV)/bin/fpsattention demo --checkpoints examples/tiny_dit
 
 test: $(VENV)/installed  ## the tests this machine can run; the GPU receipt stands for the others
 	$(RUN) -m pytest -q

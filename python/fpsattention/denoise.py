@@ -17,7 +17,12 @@ from .tiny_dit import clips, evaluation, export, flow
 from .tiny_dit.model import PATCH
 from .tiny_dit.training import Weights
 
-CHECKPOINTS = Path(__file__).parent / "tiny_dit"
+# The trained models: in the source, not in a wheel, which they would make several times as large.
+CHECKPOINTS = Path(__file__).resolve().parents[2] / "examples" / "tiny_dit"
+LEFT_OUT = (
+    "The denoising run was left out: its two trained models are not in the wheel. They are in examples/tiny_dit of the "
+    "source (https://github.com/fpsattention/fpsattention); name that folder with --checkpoints."
+)
 CLIP = "carphone_pristine.mp4"  # the smallest of the clips, read in a second; its last quarter is held out
 # Steps of the sampler, and the one at which it enters, under as much noise as that has: the evaluation's on a GPU;
 # without one, what takes two cores about two minutes and still has all three stages of the schedule.
@@ -51,9 +56,23 @@ class Case:
         ]
 
 
-def prepare(device: torch.device) -> Case:
-    """Load the checkpoints of this package and draw crop and noise as `evaluation` does, always the same."""
-    dense, tuned = (export.load(CHECKPOINTS / f"{name}.safetensors", device) for name in ("dense", "fps"))
+def checkpoints(folder: Path | None) -> list[Path]:
+    """The two trained models, dense and fine-tuned, in `folder`; None is the source checkout of this package.
+
+    Returns an empty list for None when the package was not imported from a checkout. Raises UserError when a folder
+    that was named lacks one of them.
+    """
+    paths = [(folder or CHECKPOINTS) / f"{name}.safetensors" for name in ("dense", "fps")]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing and folder:
+        rule = f"holds no {' and no '.join(missing)}; name the folder examples/tiny_dit of the source"
+        raise UserError(f"--checkpoints {folder}: {rule}")
+    return [] if missing else paths
+
+
+def prepare(paths: list[Path], device: torch.device) -> Case:
+    """Load the two trained models and draw crop and noise as `evaluation` does, always the same."""
+    dense, tuned = (export.load(path, device) for path in paths)
     try:
         path = video.default_clip().with_name(CLIP)
     except UserError as error:
