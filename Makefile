@@ -8,7 +8,7 @@ HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= $(if $(HAS_GPU),,--extra-index-url https://download.pytorch.org/whl/cpu --retries 0)
 
-.PHONY: demo test test-gpu sanitize bench bench-wan bench-models plots profile docs lint format sass wheel clean
+.PHONY: demo test test-gpu sanitize bench bench-wan bench-models plots profile docs lint format sass wheel wheels test-torch clean
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
@@ -91,8 +91,34 @@ format: $(VENV)/lint
 sass: $(VENV)/lint $(VENV)/installed  ## what ptxas made of the kernels: QGMMA there, no local memory, register counts
 	$(RUN) .ci/check_sass.py
 
-wheel: $(VENV)/torch
-	$(RUN) -m pip wheel --no-deps --wheel-dir dist .
+RELEASE := build/release
+
+$(RELEASE)/installed: pyproject.toml
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet --upgrade pip
+	$(RELEASE)/bin/python -m pip install --quiet --group release
+	touch $@
+
+WHEEL := $(RELEASE)/wheel-$(notdir $(PYTHON))
+
+$(WHEEL): $(RELEASE)/installed $(SOURCES) setup.py build_backend.py CMakeLists.txt MANIFEST.in .ci/build_wheels.py
+	$(RELEASE)/bin/python .ci/build_wheels.py --python $(PYTHON)
+	touch $@
+
+wheel: $(WHEEL)  ## the sdist and, from it, the wheel for $(PYTHON), in dist/
+
+wheels: $(RELEASE)/installed  ## the same for each of Python 3.10 to 3.14 that is on this machine
+	$(RELEASE)/bin/python .ci/build_wheels.py
+
+# The wheel in a clean environment, with another torch: make test-torch TORCH='torch==2.4.*'
+TEST_TORCH := build/test-torch
+
+test-torch: $(WHEEL)  ## the tests (TESTS) on another torch (TORCH), on the wheel for $(PYTHON)
+	$(PYTHON) -m venv --clear $(TEST_TORCH)
+	$(TEST_TORCH)/bin/python -m pip install --quiet --upgrade pip
+	$(TEST_TORCH)/bin/python -m pip install --quiet '$(TORCH)' $(TORCH_INDEX) \
+	    "$$(ls dist/fpsattention-*-$$($(PYTHON) -c 'import sys; print("cp%d%d" % sys.version_info[:2])')-*.whl)[test]"
+	$(TEST_TORCH)/bin/python -m pytest -q $(TESTS)
 
 clean:
 	rm -rf $(VENV) build dist python/*.egg-info

@@ -63,6 +63,7 @@ class CMakeBuild(build_ext):
         # The PyPI toolkit keeps its libraries in lib/, where its nvcc does not look.
         paths = [str(nvcc.parent.parent / "lib"), os.environ.get("LIBRARY_PATH", "")]
         env = os.environ | {"LIBRARY_PATH": ":".join(filter(None, paths))}
+        kernels = os.environ.get("FPSATTENTION_KERNELS", "")  # .ci/build_wheels.py
         debug = "ON" if os.environ.get("FPSATTENTION_DEBUG") == "1" else "OFF"
         subprocess.run(
             [
@@ -73,6 +74,7 @@ class CMakeBuild(build_ext):
                 f"-DCUTLASS_INCLUDE_DIR={cutlass / 'source' / 'include'}",
                 f"-Dpybind11_DIR={pybind11 / 'share' / 'cmake' / 'pybind11'}",
                 f"-DPython_EXECUTABLE={sys.executable}",
+                f"-DFPS_KERNELS={kernels}",
                 f"-DFPS_DEBUG={debug}",
             ],
             check=True,
