@@ -48,7 +48,7 @@ def build_sdist() -> Path:
 
 
 def build_wheel(source: Path, python: str, folder: Path, kernels: Path) -> Path:
-    """A wheel for one Python, in dist/. Compiles the kernels unless the archive `kernels` is there, and puts it there."""
+    """A wheel for one Python, in dist/. The first build compiles the kernels and leaves their archive in `kernels`."""
     raw = folder / "raw"
     env = os.environ | {"FPSATTENTION_BUILD_DIR": str(folder / "cmake")}
     if kernels.exists():
@@ -81,7 +81,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--python", help="build for this one only")
     only = parser.parse_args().python
-    pythons = dict([interpreter(only)]) if only else find_pythons()
+    pythons = dict(filter(None, [interpreter(only)])) if only else find_pythons()
+    if not pythons:
+        sys.exit(f"--python {only}: is no working Python" if only else "there is no Python 3.10 to 3.14 here")
     shutil.rmtree(WORK, ignore_errors=True)
     sdist = build_sdist()
     # pip keeps what it builds from NAME-VERSION in its cache, and would take the wheel of an older sdist from there.

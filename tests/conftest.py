@@ -79,6 +79,10 @@ def pytest_terminal_summary(terminalreporter, config):
             f"tests/gpu_receipt.json stands for them.",
             yellow=True,
         )
+        for name, why in receipt.skipped_tests(receipt.PATH).items():
+            terminalreporter.write_line(
+                f"Nothing stands for {name}: the receipt's run skipped it ({why}).", yellow=True
+            )
 
 
 @pytest.fixture(autouse=True)
@@ -144,6 +148,7 @@ class ReceiptWriter:
         )
         self.gpu_files: set[str] = set()
         self.failures: list[str] = []
+        self.skipped: dict[str, str] = {}
 
     def pytest_deselected(self, items):
         items = [item for item in items if not item.get_closest_marker("receipt")]
@@ -159,6 +164,8 @@ class ReceiptWriter:
             self._fail(report.nodeid)
         elif report.skipped:
             self.counts["skipped"] += 1
+            if "gpu" in report.keywords:
+                self.skipped[report.nodeid] = _why_skipped(report)
         elif report.when == "call":
             self.counts["passed"] += 1
             if "gpu" in report.keywords:
@@ -183,7 +190,16 @@ class ReceiptWriter:
             counts=self.counts,
             gpu_files=self.gpu_files,
             failures=self.failures,
+            skipped=self.skipped,
             duration_s=time.monotonic() - self.start,
         )
         if not self.counts["gpu_passed"] or self.failures:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _why_skipped(report) -> str:
+    """The reason given to skip, skipif or xfail."""
+    if hasattr(report, "wasxfail"):
+        return f"expected to fail: {report.wasxfail}"
+    _, _, message = report.longrepr
+    return message.removeprefix("Skipped: ")

@@ -180,7 +180,7 @@ def test_runs_on_the_current_stream(seed):
     assert_same(got, want)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_runs_on_the_inputs_device(seed):
     qkv = random_qkv(seed)
     assert torch.cuda.current_device() == 0
