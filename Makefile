@@ -82,6 +82,7 @@ lint: $(VENV)/lint
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 format: $(VENV)/lint
 	$(VENV)/bin/clang-format -i $(CPP)

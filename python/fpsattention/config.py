@@ -161,7 +161,8 @@ class ResolvedConfig:
     def brick(self) -> Triple:
         """Tiles per axis that share one scale, at most the tiles there are."""
         per_axis = zip(self.quant_tile, self.tile, self.geometry.tiles, strict=True)
-        return tuple(min(b // t, max(n, 1)) for b, t, n in per_axis)
+        t, h, w = (min(b // t, max(n, 1)) for b, t, n in per_axis)
+        return t, h, w
 
     @property
     def density(self) -> float:
@@ -208,7 +209,8 @@ def fit_window(window: Triple, tiles: Triple) -> Triple:
                 f"window: {shown(window)} has {w} on axis {axis}, which has {n} tiles; it must be odd, or at least "
                 f"{n} (the whole axis); nearest legal values {w - 1} and {w + 1}"
             )
-    return tuple(min(w, n) for w, n in zip(window, tiles, strict=True))
+    t, h, w = (min(w, n) for w, n in zip(window, tiles, strict=True))
+    return t, h, w
 
 
 @lru_cache(maxsize=1024)

@@ -115,7 +115,8 @@ def shrink_tile(tile: Triple) -> Triple:
     axes = [min(x, _C.MAX_SLOT) for x in tile]
     while math.prod(axes) > _C.MAX_SLOT:
         axes[axes.index(max(axes))] -= 1
-    return tuple(axes)
+    t, h, w = axes
+    return t, h, w
 
 
 def as_tile(value: Sequence[int]) -> Triple:
@@ -182,7 +183,8 @@ class TileGeometry:
         self.tile = as_tile(tile)
         self.prefix_len = as_int("prefix_len", prefix_len, 0)
         self.suffix_len = as_int("suffix_len", suffix_len, 0)
-        self.tiles: Triple = tuple(-(-g // t) for g, t in zip(self.grid, self.tile, strict=True))
+        t, h, w = (-(-g // t) for g, t in zip(self.grid, self.tile, strict=True))
+        self.tiles: Triple = (t, h, w)
         self.n_extra_tokens = self.prefix_len + self.suffix_len
         self.n_tokens = math.prod(self.grid) + self.n_extra_tokens
         if self.n_tokens > MAX_TOKENS:
@@ -250,7 +252,7 @@ class TileGeometry:
         rest, w = divmod(tile_index, self.tiles[2])
         return (*divmod(rest, self.tiles[1]), w)
 
-    def _axis_keys(self, axis: int, window: Triple, border: str) -> list[tuple[int, int]]:
+    def _axis_keys(self, axis: int, window: Triple, border: str) -> list[list[int]]:
         n, truncate = self.tiles[axis], as_truncate(border)
         return [_C.axis_keys(i, n, window[axis], truncate) for i in range(n)]
 

@@ -82,8 +82,8 @@ class Plan:
 
         config, head_dim = as_config(config), as_int("head_dim", head_dim, 1)
         if heads is None:
-            per_head = config.window is not None and isinstance(config.window[0], tuple)
-            heads = len(config.window) if per_head else 1
+            windows = config.window or ()
+            heads = len(windows) if windows and isinstance(windows[0], tuple) else 1
         resolved = config.resolve(self.grid, heads, prefix_len, suffix_len)
         return "\n".join([*explain_tile(self, resolved, heads, head_dim), *_explain_choice(self)])
 

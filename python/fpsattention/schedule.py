@@ -184,8 +184,8 @@ def _check_result(stage: str, result: Tensor, samples: int, like: Tensor) -> Non
     got = tuple(result.shape), result.dtype, result.device
     rule = (samples, *like.shape[1:]), like.dtype, like.device
     if got != rule:
-        got, rule = (" ".join(map(str, x)) for x in (got, rule))
-        raise ValueError(f"fn: returned {got} for {stage}, must return {rule}")
+        returned, legal = (" ".join(map(str, x)) for x in (got, rule))
+        raise ValueError(f"fn: returned {returned} for {stage}, must return {legal}")
 
 
 def _progress(name: str, sigma: float, shift: float) -> float:
@@ -216,7 +216,7 @@ def _as_alpha(alpha: Sequence[float]) -> tuple[float, float]:
         raise ValueError(f"{rule}; got {len(alpha)}")
     if not 0 <= alpha[0] <= alpha[1] <= 1:
         raise ValueError(f"{rule}{_nearest(*alpha)}")
-    return tuple(map(float, alpha))
+    return float(alpha[0]), float(alpha[1])
 
 
 def _is_real(value) -> bool:

@@ -129,13 +129,13 @@ class WindowTable:
             config = AttentionConfig(**data["config"])
             listed = _as_list('"windows"', data["windows"])
             windows = [as_triple(f'"windows"[{i}]', w, 1) for i, w in enumerate(listed)]
-            steps = [
-                [
-                    [_window_of(windows, index) for index in _as_list(f'"steps"[{s}][{i}]', heads)]
+            steps = tuple(
+                tuple(
+                    tuple(_window_of(windows, index) for index in _as_list(f'"steps"[{s}][{i}]', heads))
                     for i, heads in enumerate(_as_list(f'"steps"[{s}]', layers))
-                ]
+                )
                 for s, layers in enumerate(_as_list('"steps"', data["steps"]))
-            ]
+            )
             return cls(data["grid"], config, steps)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
@@ -190,7 +190,7 @@ class WindowTable:
                 tuple(tuple(found[s, layer, h] for h in range(heads)) for layer in range(num_layers))
                 for s in range(num_steps)
             )
-            return cls(grid, config, windows)
+            return cls(as_grid(grid), config, windows)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -256,7 +256,8 @@ def _place(key: str, sizes: dict[str, int]) -> tuple[int, int, int]:
     match = re.fullmatch(r"(\d+)_(\d+)_(\d+)", key, re.ASCII)
     if match is None:
         raise ValueError(f"key {key!r}: is unknown; a key is step_layer_head, for example '0_0_0'")
-    place = tuple(map(int, match.groups()))
+    step, layer, head = map(int, match.groups())
+    place = step, layer, head
     for (name, size), what, index in zip(sizes.items(), ("step", "layer", "head"), place, strict=True):
         if index >= size:
             raise ValueError(

@@ -1,0 +1,129 @@
+"""The compiled kernels and the geometry rule they share (kernels/bindings.cpp). Takes addresses, not tensors.
+
+An address is that of device memory, 0 for none; `slot_tokens` alone takes host memory. `stream` is a cudaStream_t.
+"""
+
+from collections.abc import Sequence
+
+# Three numbers: tokens or tiles on the axes (t, h, w), or strides in elements (batch, head, token).
+_Triple = Sequence[int]
+
+BLOCK: int
+QUERY_BLOCK: int
+BLOCKS_PER_ITEM: int
+MAX_SLOT: int
+MAX_WINDOWS: int
+
+def axis_keys(i: int, n: int, w: int, truncate: bool, /) -> list[int]: ...
+def axis_queries(j: int, n: int, w: int, truncate: bool, /) -> list[int]: ...
+def slot_tokens(grid: _Triple, tile: _Triple, prefix_len: int, suffix_len: int, out: int, /) -> None: ...
+def valid_blocks(
+    grid: _Triple, tile: _Triple, window: _Triple, truncate: bool, query_tile: int, /
+) -> int: ...
+def run(grid: _Triple, tile: _Triple, windows: Sequence[_Triple], /) -> list[int]: ...
+def q_block_bytes(head_dim: int, /) -> int: ...
+def kv_block_bytes(head_dim: int, /) -> int: ...
+def bwd_query_bytes(head_dim: int, /) -> int: ...
+def bwd_key_bytes(head_dim: int, /) -> int: ...
+def quantize_chunks(tokens: int, /) -> int: ...
+def quantize(
+    *,
+    q: int,
+    k: int,
+    v: int,
+    q_strides: _Triple,
+    k_strides: _Triple,
+    v_strides: _Triple,
+    q_blocks: int,
+    kv_blocks: int,
+    v_amax: int,
+    norms: int,
+    k_sum: int,
+    k_mean: int,
+    lse_shift: int,
+    q_amax: int,
+    k_amax: int,
+    norm_weights: Sequence[int],
+    inverse_rms: Sequence[int],
+    norm_per_head: bool,
+    norm_eps: float,
+    rope: int,
+    rope_pairs: _Triple,
+    grid: _Triple,
+    tile: _Triple,
+    prefix_len: int,
+    suffix_len: int,
+    prefix_valid: int,
+    suffix_valid: int,
+    brick: _Triple,
+    batch: int,
+    heads: int,
+    head_dim: int,
+    dtype: str,
+    scale: float,
+    stream: int,
+) -> None: ...
+def attn_fwd(
+    *,
+    q_blocks: int,
+    kv_blocks: int,
+    v_amax: int,
+    norms: int,
+    lse_shift: int,
+    out: int,
+    lse: int,
+    out_strides: _Triple,
+    next_item: int,
+    grid: _Triple,
+    tile: _Triple,
+    prefix_len: int,
+    suffix_len: int,
+    prefix_valid: int,
+    suffix_valid: int,
+    windows: Sequence[_Triple],
+    truncate: bool,
+    batch: int,
+    heads: int,
+    head_dim: int,
+    dtype: str,
+    scale: float,
+    stream: int,
+) -> None: ...
+def attn_bwd(
+    *,
+    q_blocks: int,
+    kv_blocks: int,
+    v_amax: int,
+    out: int,
+    dout: int,
+    out_strides: _Triple,
+    dout_strides: _Triple,
+    lse: int,
+    lse_shift: int,
+    k_mean: int,
+    dlse: int,
+    query_images: int,
+    key_images: int,
+    dq_sum: int,
+    turns: int,
+    dq: int,
+    dk: int,
+    dv: int,
+    dq_strides: _Triple,
+    dk_strides: _Triple,
+    dv_strides: _Triple,
+    grid: _Triple,
+    tile: _Triple,
+    prefix_len: int,
+    suffix_len: int,
+    prefix_valid: int,
+    suffix_valid: int,
+    windows: Sequence[_Triple],
+    truncate: bool,
+    batch: int,
+    heads: int,
+    head_dim: int,
+    dtype: str,
+    scale: float,
+    stream: int,
+) -> None: ...
