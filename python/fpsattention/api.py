@@ -165,7 +165,8 @@ def attention(
         raise TypeError(f"deterministic: {shown(deterministic)} must be True, False or None")
     if isinstance(q, QuantizedQKV):
         given = {"k": k, "v": v, "grid": grid, "scale": scale, "tensor_layout": tensor_layout}
-        given |= {"prefix_len": prefix_len or None, "suffix_len": suffix_len or None}  # 0: not said
+        lengths = {"prefix_len": prefix_len, "suffix_len": suffix_len}
+        given |= {name: None if _equal(n, 0) else n for name, n in lengths.items()}  # 0: not said
         given |= {"prefix_valid": prefix_valid, "suffix_valid": suffix_valid}
         given |= {"deterministic": deterministic, "backend": None if backend == "auto" else backend}
         _check_repeated(q, given)
@@ -265,10 +266,15 @@ def _check_repeated(quantized: QuantizedQKV, given: dict) -> None:
                 "deterministic: is of the backward, and quantised Q, K, V have none; leave it out"
             )
         own = getattr(quantized, name)
-        if (as_grid(value) if name == "grid" else value) != own:
+        if not _equal(as_grid(value) if name == "grid" else value, own):
             raise ValueError(
                 f"{name}: {shown(value)} is not that of the quantised Q, K, V, {shown(own)}; leave it out"
             )
+
+
+def _equal(value, own) -> bool:
+    """Whether they are equal; a tensor, which would answer for each element, equals nothing."""
+    return not isinstance(value, Tensor) and value == own
 
 
 def _check_untouched(quantized: QuantizedQKV) -> None:

@@ -23,6 +23,7 @@ from .geometry import (
 from .planning import plan
 
 AXES = "thw"
+MAX_INT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class AttentionConfig:
         of at least 0.
         """
         lengths = as_int("prefix_len", prefix_len, 0), as_int("suffix_len", suffix_len, 0)
-        return _resolve(self, as_grid(grid), as_int("heads", heads, 1), *lengths)
+        return _resolve(self, as_grid(grid), as_int("heads", heads, 1, MAX_INT), *lengths)
 
 
 _DEFAULT = AttentionConfig()
@@ -193,7 +194,7 @@ def _as_window(value) -> Triple | tuple[Triple, ...]:
 
 
 def _check_quant_tile(quant_tile: Triple, tile: Triple) -> None:
-    nearest = tuple(t * max(1, round(b / t)) for b, t in zip(quant_tile, tile, strict=True))
+    nearest = tuple(t * max(1, (2 * b + t - 1) // (2 * t)) for b, t in zip(quant_tile, tile, strict=True))
     if quant_tile != nearest:
         raise ValueError(
             f"quant_tile: {shown(quant_tile)} must be a whole multiple of the tile {tile} on each axis; "

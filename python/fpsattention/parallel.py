@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .api import attention
 from .config import AXES, AttentionConfig, as_config
-from .geometry import Triple, as_grid, as_int, shown
+from .geometry import MAX_TOKENS, Triple, as_grid, as_int, shown
 from .reference import as_autocast, check_tensor, grouped, kind_of, refuse_transforms, to_heads_first
 
 
@@ -60,9 +60,8 @@ def ulysses_attention(
     """
     rank, ranks = _place(group)
     q, k, v = as_autocast(q, k, v)
-    tokens = (
-        math.prod(as_grid(grid)) + as_int("prefix_len", prefix_len, 0) + as_int("suffix_len", suffix_len, 0)
-    )
+    lengths = (("prefix_len", prefix_len), ("suffix_len", suffix_len))
+    tokens = math.prod(as_grid(grid)) + sum(as_int(name, n, 0, MAX_TOKENS) for name, n in lengths)
     shares = [tokens // ranks + (i < tokens % ranks) for i in range(ranks)]
     heads = _checked_heads(
         q, k, v, tensor_layout, shares[rank], f"{tokens} tokens, process {rank} of {ranks}"
@@ -192,6 +191,7 @@ def _checked_heads(q, k, v, tensor_layout: str, tokens: int, where: str) -> int:
         if not isinstance(x, Tensor) or x.dim() != 4:
             what = f"shape {shown(list(x.shape))}" if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{name}: must be a tensor with 4 dimensions, got {what}")
+        check_tensor(name, x, tensor_layout)
         refuse_transforms(name, x)
         held = _as_nhd(x, tensor_layout).shape[1]
         if held != tokens:

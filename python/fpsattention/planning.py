@@ -78,9 +78,9 @@ class Plan:
 
         Raises as `AttentionConfig.resolve` does, and for a head_dim that is no integer of at least 1.
         """
-        from .config import as_config  # config.py imports this module
+        from .config import MAX_INT, as_config  # config.py imports this module
 
-        config, head_dim = as_config(config), as_int("head_dim", head_dim, 1)
+        config, head_dim = as_config(config), as_int("head_dim", head_dim, 1, MAX_INT)
         if heads is None:
             windows = config.window or ()
             heads = len(windows) if windows and isinstance(windows[0], tuple) else 1

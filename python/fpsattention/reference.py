@@ -80,7 +80,7 @@ def as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def check_values(name: str, x: torch.Tensor) -> None:
     """Raises TypeError when x has no values of its own."""
-    if dispatches(x):
+    if isinstance(x, torch.Tensor) and dispatches(x):
         raise TypeError(
             f"{name}: is a {type(x).__name__}, which has no values to compute with; give a plain torch.Tensor"
         )
@@ -141,7 +141,9 @@ def check_inputs(
     }
     tokens, video = heads_first[0].shape[2], math.prod(as_grid(grid))
     if tokens != video + prefix_len + suffix_len:
-        with_extra = "".join(f", {name}_len is {length}" for name, (length, _) in sections.items() if length)
+        with_extra = "".join(
+            f", {name}_len is {shown(length)}" for name, (length, _) in sections.items() if length
+        )
         raise ValueError(
             f"q: has {tokens} tokens in layout {tensor_layout}, but grid {tuple(grid)} has {video}{with_extra}"
         )

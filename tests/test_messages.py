@@ -1,0 +1,214 @@
+"""No message is too long to be read, whatever it was given."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import fpsattention as fps
+from fpsattention import geometry, parallel, reference
+from fpsattention.geometry import shown
+
+MOST = 400  # characters
+GRID = (2, 4, 4)
+CONFIG = fps.AttentionConfig(tile=(2, 2, 2))
+
+
+class Broken:
+    """Whose repr fails, as that of half-made objects does."""
+
+    def __repr__(self):
+        raise RuntimeError("no repr")
+
+
+def tensor():
+    return torch.zeros(1, 32, 2, 64)
+
+
+VALUES = {
+    "10,000 windows": ((3, 3, 3),) * 10_000,
+    "10,000 odd windows": tuple((1, 1, i) for i in range(10_000)),
+    "200 wrong windows": ((1, 2, 10**60),) * 200,
+    "10,000 numbers": list(range(10_000)),
+    "a large tensor": torch.zeros(1000, 1000),
+    "three large tensors": (torch.zeros(1000), torch.zeros(1000), torch.zeros(1000)),
+    "a tensor of many axes": torch.zeros((1,) * 60),
+    "a tensor of long axes": torch.zeros(0, *[1000] * 6),
+    "four long axes": torch.zeros(10**15, 0, 10**9, 10**6),
+    "a tensor of integers": torch.zeros(1, 32, 2, 64, dtype=torch.int32),
+    "another tensor": torch.zeros(1, 32, 1, 64),
+    "a sparse tensor": torch.zeros(1, 32, 2, 64).to_sparse(),
+    "a long string": "x" * 10_000,
+    "bytes": b"x" * 10_000,
+    "a dict": {i: "y" * 100 for i in range(1000)},
+    "a set": set(range(10_000)),
+    "nested": [[[[list(range(100))] * 50] * 50] * 50] * 3,
+    "10**5000": 10**5000,
+    "-10**5000": -(10**5000),
+    "three of 10**5000": (10**5000,) * 3,
+    "three of 10**30": (10**30,) * 3,
+    "three of -10**30": (-(10**30),) * 3,
+    "infinite": float("inf"),
+    "nan": float("nan"),
+    "broken": Broken(),
+    "three broken": (Broken(),) * 3,
+    "a type": Broken,
+    "none": None,
+    "a truth value": True,
+    "a schedule": fps.StepSchedule(CONFIG, CONFIG, CONFIG),
+    "a config of 256 windows": fps.AttentionConfig(window=tuple((1, 1, 2 * i + 1) for i in range(256))),
+    "a config with a brick": fps.AttentionConfig(quant_tile=(10**30, 7, 10**30)),
+    "a config with a long window": fps.AttentionConfig(tile=(1, 1, 1), window=(10**40, 2, 10**40)),
+}
+
+
+def attention(**change):
+    call = dict.fromkeys("qkv", tensor()) | {"grid": GRID, "config": CONFIG, "backend": "reference"}
+    return fps.attention(**call | change)
+
+
+def quantized(**change):
+    with torch.no_grad():
+        x = fps.quantize_qkv(*[tensor()] * 3, grid=GRID, config=CONFIG, backend="reference")
+    return fps.attention(x, **change)
+
+
+def reference_call(function):
+    return lambda **change: function(
+        **dict.fromkeys("qkv", tensor()) | {"grid": GRID, "config": CONFIG} | change
+    )
+
+
+def backward(**change):
+    rows = dict.fromkeys(("q", "k", "v", "out", "dout"), tensor())
+    return reference.emulated_backward(
+        **rows | {"lse": torch.zeros(1, 2, 32), "grid": GRID, "config": CONFIG} | change
+    )
+
+
+def norm_rope(**change):
+    return fps.norm_rope(**{"x": tensor(), "weight": torch.ones(64), "grid": GRID} | change)
+
+
+def norm_rope_quantize(**change):
+    call = dict.fromkeys("qkv", tensor()) | {"grid": GRID, "config": CONFIG, "backend": "reference"}
+    return fps.norm_rope_quantize(**call | change)
+
+
+def ulysses(function):
+    call = dict.fromkeys("qkv", tensor()) | {"grid": GRID, "config": CONFIG, "backend": "reference"}
+    return lambda **change: function(**call | change)
+
+
+QKV = ("q", "k", "v")
+TEXT = ("prefix_len", "suffix_len", "prefix_valid", "suffix_valid")
+CALLS = {
+    "attention": (
+        attention,
+        (*QKV, *TEXT, "grid", "config", "scale", "tensor_layout", "backend", "deterministic", "attn_mask"),
+    ),
+    "attention, quantised": (
+        quantized,
+        ("k", "v", *TEXT, "grid", "config", "scale", "tensor_layout", "backend", "deterministic"),
+    ),
+    "quantize_qkv": (
+        reference_call(fps.quantize_qkv),
+        (*QKV, *TEXT, "grid", "config", "scale", "tensor_layout", "backend"),
+    ),
+    "exact_attention": (
+        reference_call(reference.exact_attention),
+        (*QKV, *TEXT, "grid", "config", "scale", "tensor_layout", "dtype"),
+    ),
+    "emulated_attention": (
+        reference_call(reference.emulated_attention),
+        (*QKV, *TEXT, "grid", "config", "scale", "tensor_layout", "dtype"),
+    ),
+    "emulated_backward": (backward, (*QKV, *TEXT, "out", "lse", "dout", "dlse", "grid", "config", "scale")),
+    "norm_rope": (norm_rope, ("x", "weight", "grid", "eps", "rope", "tensor_layout")),
+    "norm_rope_quantize": (
+        norm_rope_quantize,
+        (*QKV, "q_weight", "k_weight", "eps", "rope", "grid", "config", "scale", "tensor_layout", "backend"),
+    ),
+    "AttentionConfig": (
+        fps.AttentionConfig,
+        ("tile", "window", "border", "quant", "quant_tile", "smooth_k"),
+    ),
+    "AttentionConfig with a tile": (
+        lambda **change: fps.AttentionConfig(**{"tile": (2, 2, 2)} | change).resolve(GRID, 2),
+        ("window", "quant_tile"),
+    ),
+    "resolve": (
+        lambda **change: CONFIG.resolve(**{"grid": GRID, "heads": 2} | change),
+        ("grid", "heads", "prefix_len", "suffix_len"),
+    ),
+    "plan": (lambda **change: fps.plan(**{"grid": GRID} | change), ("grid", "top")),
+    "explain": (
+        fps.plan(GRID).explain,
+        ("config", "heads", "head_dim", "prefix_len", "suffix_len"),
+    ),
+    "backend_for": (
+        lambda **change: fps.backend_for(**{"q": tensor(), "config": CONFIG} | change),
+        ("config", "backend"),
+    ),
+    "merge_states": (
+        lambda **change: parallel.merge_states(
+            **{"outs": [tensor()], "lses": [torch.zeros(1, 2, 32)]} | change
+        ),
+        ("tensor_layout",),
+    ),
+    "merge_states of one": (
+        lambda out=None, lse=None: parallel.merge_states(
+            [tensor() if out is None else out], [torch.zeros(1, 2, 32) if lse is None else lse]
+        ),
+        ("out", "lse"),
+    ),
+    "ulysses_attention": (
+        ulysses(parallel.ulysses_attention),
+        (*QKV, *TEXT, "grid", "config", "scale", "tensor_layout", "backend", "attn_mask"),
+    ),
+    "ring_attention": (
+        ulysses(parallel.ring_attention),
+        (*QKV, "grid", "config", "scale", "tensor_layout", "backend", "attn_mask"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """A group of this process alone."""
+    path = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [pytest.param(call, name, id=f"{of}: {name}") for of, (call, names) in CALLS.items() for name in names],
+)
+def test_messages_are_short_and_name_the_argument(call, name, one_process):
+    refused = 0
+    for value in VALUES.values():
+        try:
+            call(**{name: value})
+        except (TypeError, ValueError, RuntimeError) as error:
+            refused += 1
+            text = str(error)
+            assert len(text) <= MOST, f"{len(text)} characters: {text[:MOST]}"
+            assert ":" in text or "unexpected keyword" in text, f"names no argument: {text}"
+    assert refused > len(VALUES) // 2
+
+
+def test_values_are_shown_as_they_are_where_they_are_short():
+    for value in ((21, 45, 80), [1, 2.5], "NHD", None, True, 0.125, (1, (2, 3)), CONFIG):
+        assert len(shown(value)) <= shown.MOST
+    for value in ((21, 45, 80), [1, 2.5], "NHD", None, True, 0.125, ((1, 1, 1), (3, 3, 9))):
+        assert shown(value) == repr(value)
+    assert shown(torch.zeros(2, 3)) == "a torch.float32 tensor of shape [2, 3]"
+    assert shown((torch.zeros(2, 3), 1)) == "(a torch.float32 tensor of shape [2, 3], 1)"
+    assert shown(10**5000) == "<int>" and "Broken" in shown(Broken())
+    assert geometry.shown("x" * 1000).startswith("'xxx")
+
+
+def test_every_value_is_shown_in_short():
+    for value in VALUES.values():
+        assert 0 < len(shown(value)) <= shown.MOST
