@@ -511,7 +511,7 @@ def test_chunks_of_video_sizes_stay_within_the_budget(grid, config):
     head_dim, length = 128, math.prod(grid)
     count = torch.zeros(length, dtype=torch.int64)
     pairs = chunks = 0
-    for queries, keys in reference._chunks(resolved, resolved.windows[0], 1, head_dim):
+    for queries, keys in reference._chunks(resolved, resolved.windows[0], 1, head_dim, reference.BUDGET):
         n, rows = queries.shape
         assert n * keys.shape[1] * max(rows, head_dim) <= reference.BUDGET
         count[queries[queries >= 0]] += 1
