@@ -41,6 +41,9 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU of compute capability 9.0")
     config.addinivalue_line("markers", "receipt: holds the GPU receipt against the sources")
+    if hasattr(config, "workerinput"):  # of pytest-xdist, which has a worker for every core
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start
     config.gpu_deselected = 0
     config.stderr_fd = os.dup(sys.__stderr__.fileno())  # capturing is suspended here: this is the real one
     if path := config.getoption("--gpu-receipt"):
