@@ -1,6 +1,7 @@
 """The console script `fpsattention`: outside the package, so that it can say why a broken install does not import."""
 
 import json
+import os
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -14,7 +15,10 @@ def main() -> int:
         message = f"the package cannot be imported: {error}\n{_advice(error)}"
         print(f"fpsattention: error: {message}", file=sys.stderr)
         if "--json" in sys.argv[1:]:
-            print(json.dumps({"ok": False, "error": message}))
+            try:
+                print(json.dumps({"ok": False, "error": message}), flush=True)
+            except OSError:  # dropped, or at exit Python tries again, fails and ends with status 120
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return main()
 

@@ -14,6 +14,7 @@ from matplotlib.image import imread
 
 import fpsattention as fps
 import fpsattention_command
+import programs
 from fpsattention import (
     AttentionConfig,
     WindowTable,
@@ -126,13 +127,48 @@ def test_matplotlib_draws_every_format_that_is_let_through(suffix, tmp_path):
     show._draw(tmp_path / f"picture{suffix}", [("early", resolved)])
 
 
-@pytest.mark.parametrize("argv", [["plan", "--grid", "4", "6", "8", "--json"], ["doctor"]])
-def test_a_full_disk_is_status_1(argv):
-    program = [sys.executable, "-m", "fpsattention", *argv]
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
-    assert done.returncode == 1 and "Traceback" not in done.stderr and "Exception" not in done.stderr
-    assert done.stderr.endswith(f"fpsattention {argv[0]}: error: [Errno 28] No space left on device\n")
+PLAN = ["plan", "--grid", "4", "6", "8"]
+
+
+def said_by(command: list[str], redirection: str, **env: str) -> tuple[int, str]:
+    """(status, stderr) of `fpsattention COMMAND REDIRECTION`; the shell makes stdout what no Python object can be."""
+    script = f"set -o pipefail; {shlex.join([sys.executable, '-m', 'fpsattention', *command])} {redirection}"
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, timeout=120, env=programs.environment(**env)
+    )
+    return done.returncode, done.stderr
+
+
+# Through json, rich, print and argparse.
+@pytest.mark.parametrize("command", [[*PLAN, "--json"], PLAN, ["doctor"], ["--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    ("redirection", "reason"),
+    [("> /dev/full", "[Errno 28] No space left on device"), ("| exec true", "[Errno 32] Broken pipe")],
+)
+def test_a_stdout_that_cannot_be_written_is_status_1(command, redirection, reason):
+    status, said = said_by(command, redirection)
+    program = "fpsattention" if command == ["--help"] else f"fpsattention {command[0]}"
+    assert status == 1 and "Traceback" not in said and "Exception" not in said
+    assert said.endswith(f"{program}: error: stdout: {reason}\n")
+
+
+@pytest.mark.parametrize("command", [[*PLAN, "--json"], ["--help"]], ids=" ".join)
+def test_a_full_disk_is_status_1_without_a_buffer(command):
+    """A write fails at once, and nothing is left for a flush to fail again."""
+    status, said = said_by(command, "> /dev/full", PYTHONUNBUFFERED="1")
+    assert status == 1 and said.endswith("error: [Errno 28] No space left on device\n")
+
+
+def test_a_closed_stdout_is_status_1():
+    advice = "redirect it to a file, or to /dev/null"
+    assert said_by(PLAN, ">&-") == (1, f"fpsattention: error: stdout is closed; {advice}\n")
+
+
+def test_a_stderr_that_cannot_be_written_leaves_stdout_and_the_status_alone():
+    json_goes_on = f"| {sys.executable} -c 'import json, sys; json.load(sys.stdin)'"
+    assert said_by(["doctor", "--json"], f"2>&- {json_goes_on}") == (0, "")
+    assert said_by([*PLAN, "--json"], "2> /dev/full") == (1, "")  # what people read is lost
+    assert said_by(["plan"], "2> /dev/full") == (2, "")
 
 
 @pytest.mark.parametrize("ask", [lambda: torch.empty(2**61, dtype=torch.uint8), lambda: bytearray(2**62)])
@@ -143,8 +179,7 @@ def test_out_of_cpu_memory_is_status_1(ask, capsys, monkeypatch):
 
 
 def test_the_module_runs_as_a_program():
-    argv = [sys.executable, "-m", "fpsattention", "plan", "--grid", "4", "6", "8", "--json"]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    done = programs.run_python("-m", "fpsattention", *PLAN, "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["tokens"] == 192
 
 
@@ -164,12 +199,15 @@ def test_a_broken_install_says_what_is_wrong(tmp_path):
     code += "import fpsattention_command; sys.exit(fpsattention_command.main())"
 
     (tmp_path / "fpsattention" / "_C.cpython-27-x86_64-linux-gnu.so").write_text("")
-    argv = [sys.executable, "-c", code]
-    done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env={}, timeout=120)
+    done = programs.run_python("-c", code, env={}, cwd=tmp_path)
     result = json.loads(done.stdout)
     assert done.returncode == 1 and result["ok"] is False and "Traceback" not in done.stderr
     for text in (result["error"], done.stderr):
         assert "cannot import name '_C'" in text and "there is _C.cpython-27-x86_64-linux-gnu.so" in text
+
+    with open("/dev/full", "w") as full:
+        again = programs.run_python("-c", code, env={}, cwd=tmp_path, stdout=full)
+    assert again.returncode == 1 and again.stderr == done.stderr
 
 
 def test_a_broken_install_names_the_missing_package():

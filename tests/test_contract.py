@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 import pickle
-import subprocess
-import sys
 import warnings
 from dataclasses import fields, replace
 
@@ -20,6 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fpsattention as fps
+import programs
 from fpsattention import api, ops
 from inputs import poisoned
 
@@ -602,13 +600,7 @@ def test_strict_mode_refuses_the_fallback(monkeypatch):
 
 def run_python(code, **env):
     """stdout of a fresh interpreter, which sees no GPU."""
-    path = os.pathsep.join(sys.path)
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", **env},
-    )
+    done = programs.run_python("-c", code, env=programs.environment(CUDA_VISIBLE_DEVICES="", **env))
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 from unittest.mock import Mock
@@ -19,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import fpsattention as fps
 import many_gpus
+import programs
 from fpsattention import parallel
 from processes import Processes
 
@@ -569,10 +567,8 @@ def test_example(processes):
 
 
 def test_example_under_torchrun():
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", many_gpus.__file__]
-    done = subprocess.run(
-        run, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    run = ["-m", "torch.distributed.run", "--nproc-per-node", "2", many_gpus.__file__]
+    done = programs.run_python(*run, env=programs.environment(OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stderr
     title, header, *rows = done.stdout.splitlines()
     assert title == "2 processes, gloo" and len(rows) == 3

@@ -1,7 +1,8 @@
 """The `fpsattention` command: the options of each subcommand, in one `_add_*` function each.
 
 What a subcommand does is in a module of its own, imported when it runs. Exit status: 0 done, 1 the machine could not do
-it (no Hopper GPU, out of memory, stdout on a full disk, a failed self-test), 2 the request was wrong, 130 interrupted.
+it (no Hopper GPU, out of memory, a failed self-test; stdout closed, a broken pipe, on a full disk), 2 the request was
+wrong, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +31,12 @@ class UserError(Exception):
 
 class MachineError(Exception):
     """This machine cannot do what was asked; the message says why. Shown without a traceback."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def print_help(self, file=None) -> None:
+        """Raises OSError where stdout cannot be written, which argparse's own ignores."""
+        print(self.format_help(), end="", file=file, flush=True)
 
 
 @contextmanager
@@ -55,7 +62,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     argparse itself raises SystemExit, with status 2 for a wrong option and 0 for --help.
     """
-    parser = argparse.ArgumentParser(prog="fpsattention", description="FP8 sliding-tile attention for video.")
+    if sys.stderr is None:  # closed, and print() takes None for stdout
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for as long as the program runs)
+    if sys.stdout is None:
+        return _fail("", "stdout is closed; redirect it to a file, or to /dev/null", 1)
+    command = ""
+    try:
+        args = vars(_parser().parse_args(argv))
+        command, run = args.pop("command"), args.pop("run")
+        status = run(**args) or 0
+        sys.stdout.flush()  # here, where what goes wrong is an error with a name
+        return status
+    except UserError as error:
+        return _fail(command, str(error), 2)
+    except MachineError as error:
+        return _fail(command, str(error), 1)
+    except KeyboardInterrupt:
+        return _fail(command, "interrupted", 130)
+    except OSError as error:
+        return _fail(command, f"stdout: {error}" if _abandon(sys.stdout) else str(error), 1)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        hint = "fewer --frames or a smaller --size" if command == "demo" else "or a smaller grid"
+        advice = f"\nTry fewer --heads, {hint}." if "heads" in args else ""
+        return _fail(command, (str(error) or "out of memory") + advice, 1)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            _abandon(stream)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="fpsattention", description="FP8 sliding-tile attention for video.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
         _add_doctor,
@@ -65,29 +103,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         _add_profile,
         _add_calibrate,
         _add_compare,
+        _add_demo,
     ):
         add(commands)
-    _add_demo(commands)
-    args = vars(parser.parse_args(argv))
-    command, run = args.pop("command"), args.pop("run")
+    return parser
+
+
+def _abandon(stream) -> bool:
+    """Whether what the stream's buffer holds cannot be written. It is dropped then: at exit Python would try again,
+    fail, and end with status 120.
+    """
     try:
-        status = run(**args) or 0
-        print(end="", flush=True)  # here, where a full disk is an error with a name
-        return status
-    except UserError as error:
-        return _fail(command, str(error), 2)
-    except MachineError as error:
-        return _fail(command, str(error), 1)
-    except KeyboardInterrupt:
-        return _fail(command, "interrupted", 130)
-    except OSError as error:
-        return _fail(command, str(error), 1)
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        hint = "fewer --frames or a smaller --size" if command == "demo" else "or a smaller grid"
-        advice = f"\nTry fewer --heads, {hint}." if "heads" in args else ""
-        return _fail(command, (str(error) or "out of memory") + advice, 1)
+        stream.flush()
+        return False
+    except OSError:
+        with open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), stream.fileno())
+        return True
 
 
 def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
@@ -100,7 +132,8 @@ def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
 
 
 def _fail(command: str, message: str, status: int) -> int:
-    print(f"fpsattention {command}: error: {message}", file=sys.stderr)
+    with suppress(OSError):  # where stderr cannot be written either, the status is all there is to say
+        print(f"{' '.join(filter(None, ('fpsattention', command)))}: error: {message}", file=sys.stderr)
     return status
 
 

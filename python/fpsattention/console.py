@@ -12,9 +12,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # the BrokenPipeError, for `cli.main` to name as any other; rich's own ends the program without a word
+
+
 def people(as_json: bool) -> Console:
     """Where tables and sentences go."""
-    return Console(stderr=as_json, highlight=False, soft_wrap=True)
+    return _Console(stderr=as_json, highlight=False, soft_wrap=True)
 
 
 def print_json(result: dict) -> None:
@@ -29,7 +34,7 @@ def progress(remaining: bool = False) -> Progress:
     columns.append(TimeElapsedColumn())
     if remaining:
         columns += [TextColumn("left"), TimeRemainingColumn()]
-    return Progress(*columns, console=Console(stderr=True))
+    return Progress(*columns, console=_Console(stderr=True))
 
 
 def table_of(*columns: str, words: Collection[str] = (), **options) -> Table:
