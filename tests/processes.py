@@ -53,8 +53,8 @@ class Processes:
 def _serve(rank: int, size: int, store: Path, pipe) -> None:
     torch.set_num_threads(1)
     timeout = timedelta(seconds=PATIENCE_S / 2)
-    # Of the CPU by name. Diffusers asks torch for an accelerator where a group names none, and a CUDA build of torch has
-    # one even where there is no GPU.
+    # Name the CPU. Diffusers asks torch for an accelerator where a group names none, and a CUDA build of torch has one
+    # even where there is no GPU.
     dist.init_process_group("cpu:gloo", f"file://{store}", timeout, size, rank)
     while (job := pipe.recv()) is not None:
         function, args = job
