@@ -336,15 +336,16 @@ class _Host:
         """Warn once when torch.compile has to make more graphs than it keeps."""
         size = self.sizes_change if self.model.symbolic_dims else grid
         configs = parts and tuple(config for config, _ in parts)
-        self.graphs.add((size, configs, torch.is_grad_enabled()))
+        graph = (size, configs, torch.is_grad_enabled())
         limit = getattr(torch._dynamo.config, RECOMPILE_LIMIT)
-        if len(self.graphs) == limit + 1:
+        if graph not in self.graphs and len(self.graphs) == limit:
             warnings.warn(
                 f"{self.name}: torch.compile needs graph {limit + 1} (each stage of the schedule has one, each "
                 f"size of the video may have), but keeps {limit}; what is beyond it runs uncompiled, or raises with "
                 f"fullgraph=True; set torch._dynamo.config.{RECOMPILE_LIMIT} = {4 * limit} before the first forward",
                 stacklevel=2,
             )
+        self.graphs.add(graph)
 
     def text_valid(self, inputs: dict) -> Tensor | None:
         """The model's, for each sample: a mask of one sample is of them all, as the host lets it broadcast."""
