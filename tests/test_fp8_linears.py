@@ -206,6 +206,30 @@ def test_bad_arguments():
         use_fp8_linears(transformer)
 
 
+class LoraLinear(nn.Module):
+    """peft's layer, by the names of its parts."""
+
+    def __init__(self, base: nn.Linear, rank: int):
+        super().__init__()
+        kwargs = {"bias": False, "dtype": base.weight.dtype}
+        self.base_layer = base
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, rank, **kwargs)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, base.out_features, **kwargs)})
+
+
+def test_an_adapter_too_narrow():
+    """LoRA of rank 8: the message says what it is, and how to merge it."""
+    transformer = transformer_of("wan")
+    attn = transformer.blocks[0].attn1
+    attn.to_q = LoraLinear(attn.to_q, 8)
+    with pytest.raises(
+        ValueError, match=r"lora_A\.default is \[8, 128\].*of an adapter.*fuse_lora"
+    ) as raised:
+        use_fp8_linears(transformer)
+    assert len(str(raised.value)) <= 400
+    assert type(attn.to_q.base_layer) is nn.Linear
+
+
 def test_without_torchao(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(ModuleNotFoundError, match="torchao is not installed: pip install"):
