@@ -29,9 +29,8 @@ test: $(VENV)/installed  ## the tests this machine can run; the GPU receipt stan
 test-gpu: $(VENV)/installed  ## the GPU tests, on a Hopper GPU; writes the receipt that `make test` checks elsewhere
 	$(RUN) -m pytest -q -m gpu --gpu-receipt tests/gpu_receipt.json
 
-sanitize: $(VENV)/installed  ## compute-sanitizer over small launches of every kernel variant
-	compute-sanitizer --tool memcheck --error-exitcode 1 $(RUN) tests/sanitizer_cases.py
-	compute-sanitizer --tool synccheck --error-exitcode 1 $(RUN) tests/sanitizer_cases.py
+sanitize: $(VENV)/installed  ## compute-sanitizer's four tools over small launches of every kernel variant
+	$(RUN) tests/sanitize.py
 
 bench: $(VENV)/installed  ## every number of the README, in one run on one Hopper GPU
 	$(RUN) bench/bench_forward.py --output bench/results/h100.json

@@ -1,7 +1,6 @@
-"""Small launches of every kernel variant, for compute-sanitizer:
+"""Small launches of every kernel variant, for compute-sanitizer, which tests/sanitize.py runs over them:
 
-compute-sanitizer --tool memcheck python tests/sanitizer_cases.py
-compute-sanitizer --tool synccheck python tests/sanitizer_cases.py
+    python tests/sanitizer_cases.py [NAME OF A CASE ...]
 
 What is computed is checked elsewhere; here it need only be finite. Under a sanitizer a launch takes seconds,
 so the grids are of a few tiles, which still have ragged edges, padding blocks and several key blocks per row.
@@ -10,6 +9,7 @@ so the grids are of a few tiles, which still have ragged edges, padding blocks a
 from __future__ import annotations
 
 import math
+import sys
 from itertools import product
 
 import torch
@@ -17,24 +17,30 @@ import torch
 import fpsattention as fps
 
 # (grid, config); each without text and with text around the video, some of it invalid
-CASES = (
-    ((1, 1, 1), fps.AttentionConfig(tile=(4, 4, 4))),
-    ((4, 8, 8), fps.AttentionConfig(tile=(4, 4, 8))),  # full blocks, no mask
-    ((5, 7, 9), fps.AttentionConfig(tile=(2, 3, 4), window=(1, 3, 3))),
-    ((5, 7, 9), fps.AttentionConfig(tile=(2, 3, 4), window=((1, 1, 1), (3, 3, 1)), border="truncate")),
-    ((5, 7, 9), fps.AttentionConfig(tile=(2, 3, 4), quant_tile=(4, 6, 8), smooth_k=True)),
-    ((9, 9, 9), fps.AttentionConfig(tile=(6, 6, 6))),  # slots of 256, some blocks hold padding only
-    ((9, 9, 9), fps.AttentionConfig(tile=(6, 8, 8), window=(1, 3, 3))),  # of 384
-    ((9, 8, 12), fps.AttentionConfig(tile=(8, 8, 8), smooth_k=True)),  # of 512
-)
+CASES = {
+    "one token": ((1, 1, 1), fps.AttentionConfig(tile=(4, 4, 4))),
+    "no padding": ((4, 8, 8), fps.AttentionConfig(tile=(4, 4, 8))),
+    "window": ((5, 7, 9), fps.AttentionConfig(tile=(2, 3, 4), window=(1, 3, 3))),
+    "truncate, a window per head": (
+        (5, 7, 9),
+        fps.AttentionConfig(tile=(2, 3, 4), window=((1, 1, 1), (3, 3, 1)), border="truncate"),
+    ),
+    "quant_tile, smooth_k": (
+        (5, 7, 9),
+        fps.AttentionConfig(tile=(2, 3, 4), quant_tile=(4, 6, 8), smooth_k=True),
+    ),
+    "slots of 256": ((9, 9, 9), fps.AttentionConfig(tile=(6, 6, 6))),  # some blocks hold padding only
+    "slots of 384": ((9, 9, 9), fps.AttentionConfig(tile=(6, 8, 8), window=(1, 3, 3))),
+    "slots of 512": ((9, 8, 12), fps.AttentionConfig(tile=(8, 8, 8), smooth_k=True)),
+}
 PREFIX, SUFFIX = 70, 200
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
     launches = 0
     valid = torch.tensor([[70, 3], [0, 130]], dtype=torch.int32, device="cuda")
     text = {"prefix_len": PREFIX, "suffix_len": SUFFIX, "prefix_valid": valid[0], "suffix_valid": valid[1]}
-    for (grid, config), extra in product(CASES, ({}, text)):
+    for (grid, config), extra in product([CASES[name] for name in names], ({}, text)):
         for head_dim in (64, 128):
             for tensor_layout, dtype in (("NHD", torch.bfloat16), ("HND", torch.float16)):
                 text_of_case = "text" if extra else "no text"
@@ -81,4 +87,4 @@ def check_prologue(grid, config, q, k, v, tensor_layout) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or list(CASES))

@@ -1,0 +1,163 @@
+"""Runs the four tools of compute-sanitizer over tests/sanitizer_cases.py, and fails on whatever they find that is not
+listed here as known, and on what is listed and no longer found.
+
+    python tests/sanitize.py                 # memcheck, synccheck, initcheck, racecheck
+    python tests/sanitize.py racecheck       # one of them
+
+Needs a Hopper GPU, and compute-sanitizer: that of a CUDA toolkit on PATH, or of the wheel nvidia-cuda-sanitizer-api.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+CASES = Path(__file__).with_name("sanitizer_cases.py")
+# Which cases each tool runs; none named: all. Racecheck is by far the slowest. Its two have more key blocks than the
+# rings have stages, tiles of one block and of several, and run both head dims, text, and a deterministic backward.
+TOOLS: dict[str, tuple[str, ...]] = {
+    "memcheck": (),
+    "synccheck": (),
+    "initcheck": (),
+    "racecheck": ("window", "slots of 384"),
+}
+
+
+@dataclass(frozen=True)
+class Known:
+    """A finding that is no fault.
+
+    Attributes:
+        tool: which tool reports it.
+        kernel: the kernel's name.
+        pattern: regular expression that the report contains, over all of its lines.
+        why: why it is no fault.
+    """
+
+    tool: str
+    kernel: str
+    pattern: str
+    why: str
+
+    def matches(self, tool: str, report: str) -> bool:
+        named = re.search(rf"\b{self.kernel}\b", report) is not None
+        return tool == self.tool and named and re.search(self.pattern, report) is not None
+
+
+KNOWN: tuple[Known, ...] = ()
+
+
+class BadOutput(ValueError):
+    """The tool's output is not what this file can read: then nothing may be concluded from it."""
+
+
+def parse(log: str) -> list[str]:
+    """The reports in a tool's log, without the prefix of its lines. A report begins at a line that is indented by one
+    space and takes in the deeper ones that follow.
+    """
+    reports: list[str] = []
+    announced = None
+    seen_header = False
+    for line in log.splitlines():
+        if not line.startswith("========="):
+            raise BadOutput(f"a line of the log is not the tool's: {line[:200]!r}")
+        text = line.removeprefix("=========")
+        if not text.strip():
+            continue
+        if text.startswith("  "):
+            if not reports:
+                raise BadOutput(f"the log goes on with a report that did not begin: {line[:200]!r}")
+            reports[-1] += f"\n{text}"
+        elif text.strip() == "COMPUTE-SANITIZER":
+            seen_header = True
+        elif summary := re.match(r" (?:ERROR|RACECHECK) SUMMARY: (\d+) ", text):
+            announced = int(summary[1])
+        else:
+            reports.append(text)
+    if not seen_header or announced is None:
+        raise BadOutput("the log has no header or no summary: the tool did not run to its end")
+    if announced != len(reports):
+        raise BadOutput(f"the tool's summary counts {announced} reports, its log shows {len(reports)}")
+    return reports
+
+
+def judge(tool: str, reports: Sequence[str], known: Sequence[Known]) -> list[str]:
+    """What is wrong with a tool's reports; empty if all are known, and all that is known is there."""
+    unknown: Counter[str] = Counter()
+    example: dict[str, str] = {}
+    found: set[Known] = set()
+    for report in reports:
+        match = next((x for x in known if x.matches(tool, report)), None)
+        if match is not None:
+            found.add(match)
+            continue
+        kind = re.sub(r"0x[0-9a-f]+|\d+", "#", report)  # the same of other threads, blocks and addresses
+        unknown[kind] += 1
+        example.setdefault(kind, report)
+    wrong = [f"{tool}: {count} reports such as\n{example[kind]}" for kind, count in unknown.most_common()]
+    wrong += [
+        f"{tool}: no longer reported, take it off the list: {x.kernel}, {x.pattern!r}"
+        for x in known
+        if x.tool == tool and x not in found
+    ]
+    return wrong
+
+
+def find_sanitizer() -> str:
+    if on_path := shutil.which("compute-sanitizer"):
+        return on_path
+    wheels = importlib.util.find_spec("nvidia")
+    for folder in wheels.submodule_search_locations if wheels else ():
+        for path in Path(folder).glob("cu*/compute-sanitizer/compute-sanitizer"):
+            return str(path)
+    sys.exit("no compute-sanitizer: put a CUDA toolkit's on PATH, or `pip install nvidia-cuda-sanitizer-api`")
+
+
+def run(sanitizer: str, tool: str, known: Sequence[Known]) -> list[str]:
+    """What is wrong after one tool has run."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        command = [
+            *(sanitizer, "--tool", tool, "--log-file", str(log), "--print-limit", "0"),
+            *("--show-backtrace", "device", sys.executable, str(CASES), *TOOLS[tool]),
+        ]
+        # Every tensor is an allocation of its own, so that the tools see where each one ends and what nobody wrote.
+        done = subprocess.run(command, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        text = log.read_text() if log.exists() else ""
+    try:
+        wrong = judge(tool, parse(text), known)
+    except BadOutput as error:
+        wrong = [f"{tool}: {error}\n{text[-4000:]}"]
+    if done.returncode:
+        wrong.append(f"{tool}: the cases ended with status {done.returncode}")
+    return wrong
+
+
+def main(arguments: Sequence[str] | None = None, known: Sequence[Known] = KNOWN) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("tools", nargs="*", choices=[[], *TOOLS], help="which tools to run; none named: all")
+    tools = parser.parse_args(arguments).tools or list(TOOLS)
+    sanitizer = find_sanitizer()
+    wrong = []
+    for tool in tools:
+        print(f"{tool}: {', '.join(TOOLS[tool]) or 'all cases'}", flush=True)
+        wrong += run(sanitizer, tool, known)
+    for x in known:
+        if x.tool in tools:
+            print(f"{x.tool}, {x.kernel}, known: {x.why}")
+    print("\n\n".join(wrong) or f"{', '.join(tools)}: nothing unknown")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""tests/sanitize.py reads what compute-sanitizer writes, and judges it. The logs here are in the tool's format, as its
+manual and its version 2026.4 have it."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+import sanitize
+import sanitizer_cases
+
+CLEAN = "========= COMPUTE-SANITIZER\n========= {} SUMMARY: 0 {}\n"
+UNINITIALISED = """\
+========= COMPUTE-SANITIZER
+========= Uninitialized __global__ memory read of size 128 bytes
+=========     at void fps::<unnamed>::attn_bwd_sm90<fps::<unnamed>::BwdConfig<(int)128>, __half>(T2)+0x4110
+=========     by thread (352,0,0) in block (0,0,0)
+=========     Address 0x7f3c7ec000fc
+=========
+========= Uninitialized __global__ memory read of size 128 bytes
+=========     at void fps::<unnamed>::attn_bwd_sm90<fps::<unnamed>::BwdConfig<(int)128>, __half>(T2)+0x4110
+=========     by thread (352,0,0) in block (17,0,0)
+=========     Address 0x7f3c7ec040fc
+=========
+========= ERROR SUMMARY: 2 errors
+"""
+HAZARDS = """\
+========= COMPUTE-SANITIZER
+========= Warning: Race reported between Read access at void fps::<unnamed>::attn_bwd_sm90<T1, T2>(T3)+0xe5a0
+=========     and Write access at void fps::<unnamed>::attn_bwd_sm90<T1, T2>(T3)+0x5bc0 [528 hazards]
+=========     and Write access at void fps::<unnamed>::attn_bwd_sm90<T1, T2>(T3)+0x5310 [528 hazards]
+=========
+========= Error: Race reported between Write access at void fps::<unnamed>::attn_fwd_sm90<T1, T2>(T3)+0x1230
+=========     and Read access at void fps::<unnamed>::attn_fwd_sm90<T1, T2>(T3)+0x2340 [4 hazards]
+=========
+========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)
+"""
+WAR = sanitize.Known(
+    "racecheck", "attn_bwd_sm90", r"between Read access .*\n.*and Write access", "made up for these tests"
+)
+
+
+def test_reports_of_a_log():
+    first, second = sanitize.parse(UNINITIALISED)
+    assert first.startswith(" Uninitialized __global__ memory read of size 128 bytes\n")
+    assert "block (0,0,0)" in first and "block (17,0,0)" not in first
+    assert "block (17,0,0)" in second
+    bwd, fwd = sanitize.parse(HAZARDS)
+    assert bwd.count("Write access") == 2 and "attn_fwd" not in bwd
+    assert "attn_fwd_sm90" in fwd
+    assert sanitize.parse(CLEAN.format("ERROR", "errors")) == []
+    assert sanitize.parse(CLEAN.format("RACECHECK", "hazards displayed (0 errors, 0 warnings)")) == []
+
+
+@pytest.mark.parametrize(
+    ("log", "message"),
+    [
+        ("", "no header or no summary"),
+        ("========= COMPUTE-SANITIZER\n", "no header or no summary"),
+        (UNINITIALISED.replace("2 errors", "3 errors"), "counts 3 reports, its log shows 2"),
+        (UNINITIALISED.replace("========= Uninit", "Uninit", 1), "not the tool's"),
+        (
+            "========= COMPUTE-SANITIZER\n=========     at f()\n========= ERROR SUMMARY: 0 errors\n",
+            "did not begin",
+        ),
+        # What is not a report, such as a warning about the tool itself, is counted as one.
+        (
+            CLEAN.format("ERROR", "errors") + "========= Target application returned an error\n",
+            "counts 0 reports, its log shows 1",
+        ),
+    ],
+)
+def test_a_log_that_cannot_be_trusted_is_refused(log, message):
+    with pytest.raises(sanitize.BadOutput, match=message):
+        sanitize.parse(log)
+
+
+def test_what_is_unknown_is_told_once_a_kind():
+    (wrong,) = sanitize.judge("initcheck", sanitize.parse(UNINITIALISED), [WAR])
+    assert wrong.startswith("initcheck: 2 reports such as\n Uninitialized")
+    assert "thread (352,0,0) in block (0,0,0)" in wrong
+
+
+def test_what_is_known_passes_and_nothing_else_does():
+    bwd, fwd = sanitize.parse(HAZARDS)
+    assert sanitize.judge("racecheck", [bwd], [WAR]) == []
+    (wrong,) = sanitize.judge("racecheck", [bwd, fwd], [WAR])
+    assert "attn_fwd_sm90" in wrong and "attn_bwd_sm90" not in wrong
+    # The other order of accesses is another fault: the copy had not ended when its data were read.
+    read_early = fwd.replace("attn_fwd_sm90", "attn_bwd_sm90")
+    (wrong,) = sanitize.judge("racecheck", [bwd, read_early], [WAR])
+    assert "between Write access" in wrong
+
+
+def test_what_is_known_and_gone_must_leave_the_list():
+    (wrong,) = sanitize.judge("racecheck", [], [WAR])
+    assert "no longer reported" in wrong and "attn_bwd_sm90" in wrong
+    assert sanitize.judge("initcheck", [], [WAR]) == []  # another tool's
+
+
+def test_cases_of_the_tools_are_there():
+    for names in sanitize.TOOLS.values():
+        assert set(names) <= set(sanitizer_cases.CASES)
+
+
+@pytest.fixture
+def tool(tmp_path, monkeypatch):
+    """Puts a compute-sanitizer on PATH that writes this log and ends with this status."""
+
+    def install(log: str, status: int = 0):
+        (tmp_path / "written").write_text(log)
+        program = tmp_path / "compute-sanitizer"
+        program.write_text(
+            f"#!{sys.executable}\n"
+            "import os, pathlib, sys\n"
+            f"folder = pathlib.Path({str(tmp_path)!r})\n"
+            "log = pathlib.Path(sys.argv[sys.argv.index('--log-file') + 1])\n"
+            "log.write_text((folder / 'written').read_text())\n"
+            "caching = os.environ['PYTORCH_NO_CUDA_MEMORY_CACHING']\n"
+            "(folder / 'called').open('a').write(' '.join([caching, *sys.argv[1:]]) + '\\n')\n"
+            f"sys.exit({status})\n"
+        )
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+        return tmp_path / "called"
+
+    return install
+
+
+def test_all_four_tools_run(tool, capsys):
+    called = tool(CLEAN.format("ERROR", "errors"))
+    assert sanitize.main([], known=()) == 0
+    lines = called.read_text().splitlines()
+    assert [line.split()[:3] for line in lines] == [["1", "--tool", name] for name in sanitize.TOOLS]
+    assert all(f"{sanitize.CASES}" in line for line in lines)
+    assert lines[-1].endswith(f"{sanitize.CASES} {' '.join(sanitize.TOOLS['racecheck'])}")
+    assert "nothing unknown" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("log", "status", "known", "message"),
+    [
+        (HAZARDS, 0, (WAR,), "attn_fwd_sm90"),
+        (CLEAN.format("RACECHECK", "hazards displayed"), 0, (WAR,), "no longer reported"),
+        (CLEAN.format("RACECHECK", "hazards displayed"), 7, (), "the cases ended with status 7"),
+        ("========= COMPUTE-SANITIZER\n", 0, (), "did not run to its end"),
+    ],
+)
+def test_the_run_fails(tool, capsys, log, status, known, message):
+    tool(log, status)
+    assert sanitize.main(["racecheck"], known=known) == 1
+    assert message in capsys.readouterr().out
+
+
+def test_known_reports_pass_with_their_reason(tool, capsys):
+    only = HAZARDS[: HAZARDS.index("========= Error")] + "========= RACECHECK SUMMARY: 1 hazard displayed\n"
+    tool(only)
+    assert sanitize.main(["racecheck"], known=(WAR,)) == 0
+    assert "made up for these tests" in capsys.readouterr().out
