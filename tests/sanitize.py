@@ -1,5 +1,5 @@
-"""Runs the four tools of compute-sanitizer over tests/sanitizer_cases.py, and fails on whatever they find that is not
-listed here as known, and on what is listed and no longer found.
+"""Runs the four tools of compute-sanitizer over tests/sanitizer_cases.py. Fails on a report that is not in the list
+KNOWN, and on an entry of the list that no report matches any more.
 
     python tests/sanitize.py                 # memcheck, synccheck, initcheck, racecheck
     python tests/sanitize.py racecheck       # one of them
@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CASES = Path(__file__).with_name("sanitizer_cases.py")
-# Which cases each tool runs; none named: all. Racecheck is by far the slowest. Its two have more key blocks than the
-# rings have stages, tiles of one block and of several, and run both head dims, text, and a deterministic backward.
+# Which cases each tool runs; none named: all. Racecheck, by far the slowest, runs two. They have more key blocks than
+# the rings have stages, and tiles of one block and of several. Every case runs both head dims, both dtypes, with and
+# without text, and a deterministic backward.
 TOOLS: dict[str, tuple[str, ...]] = {
     "memcheck": (),
     "synccheck": (),
@@ -145,8 +146,10 @@ def run(sanitizer: str, tool: str, known: Sequence[Known]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None, known: Sequence[Known] = KNOWN) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("tools", nargs="*", choices=[[], *TOOLS], help="which tools to run; none named: all")
+    parser.add_argument("tools", nargs="*", metavar="TOOL", help=f"of {', '.join(TOOLS)}; none named: all")
     tools = parser.parse_args(arguments).tools or list(TOOLS)
+    if unknown := set(tools) - set(TOOLS):
+        parser.error(f"no tool {min(unknown)[:50]!r}: choose from {', '.join(TOOLS)}")
     sanitizer = find_sanitizer()
     wrong = []
     for tool in tools:

@@ -159,3 +159,12 @@ def test_known_reports_pass_with_their_reason(tool, capsys):
     tool(only)
     assert sanitize.main(["racecheck"], known=(WAR,)) == 0
     assert "made up for these tests" in capsys.readouterr().out
+
+
+def test_a_tool_that_there_is_not_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        sanitize.main(["leakcheck"])
+    assert (
+        "no tool 'leakcheck': choose from memcheck, synccheck, initcheck, racecheck"
+        in capsys.readouterr().err
+    )
