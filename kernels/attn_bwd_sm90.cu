@@ -99,7 +99,8 @@ struct BwdSmem {
 
 // The key block of a CTA. Blocks of one head run together, in the order of p.key_axis, so that they share its queries
 // in L2; with a window per head, heads with large windows come first. Extra keys, which all queries attend, come before
-// all others, so that the last key blocks to run are short ones; but after them where turns are taken.
+// all others, so that the last key blocks to run are short ones; but after them where turns are taken: a CTA must then
+// wait only for CTAs with a smaller blockIdx.x. It assumes that these have started, which CUDA does not promise.
 struct KeyBlock {
     int batch, head, first_row;
     int number;  // of the extra key block among those of its head that hold a token; -1: a block of the grid's
@@ -219,6 +220,7 @@ __device__ void load(const BackwardParams &p, BwdSmem<Cfg> &smem) {
         const uint8_t *q8 = p.q_blocks + query.image * q_block_bytes(Cfg::kHeadDim);
         const uint8_t *image = p.query_images + query.image * bwd_query_bytes(Cfg::kHeadDim);
         smem.empty[s].wait(ring.empty_parity());
+        fence_proxy_async();  // the math warps read the row constants of this stage
         smem.full[s].expect(kQ8Bytes + kQBytes + kRowsBytes);
         smem.full[s].arrive();
         bulk_load(smem.stages[s].q8, q8, kQ8Bytes, smem.full[s]);
@@ -499,8 +501,9 @@ __device__ void math(const BackwardParams &p, BwdSmem<Cfg> &smem, int warpgroup)
 }
 
 template <class Cfg, class T>
-__global__ void __launch_bounds__(Cfg::kThreads, 1) attn_bwd_sm90(const __grid_constant__ BackwardParams p) {
-    wait_for_previous();
+__global__ void __launch_bounds__(Cfg::kThreads, 1)
+    attn_bwd_sm90(const __grid_constant__ Deferred<BackwardParams> deferred) {
+    const BackwardParams &p = deferred.after_previous();
     if (!KeyBlock(p).exists()) {
         return;
     }

@@ -171,6 +171,7 @@ __device__ void load_queries(const ForwardParams &p, FwdSmem<Cfg> &smem) {
         Task &task = smem.tasks[ring.stage()];
         Barrier &full = smem.q_full[ring.stage()];
         smem.q_empty[ring.stage()].wait(ring.empty_parity());
+        fence_proxy_async();  // the math warps read the metas of these queries
         bool any = false;
         if (!ends) {
             const WorkItem item(p, index);
@@ -232,6 +233,7 @@ __device__ void load_keys(const ForwardParams &p, FwdSmem<Cfg> &smem) {
             Barrier &full = smem.full[ring.stage()];
             smem.empty[ring.stage()].wait(ring.empty_parity());
             if (leads) {
+                fence_proxy_async();  // the math warps read the meta of this stage
                 const uint8_t *image = p.kv_blocks + (item.bh * g.blocks() + block) * kBytes;
                 full.expect(kBytes);
                 full.arrive();
@@ -434,11 +436,6 @@ __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int warpgroup) 
         RowState row;
         BlockMeta meta;
         float q_scale_log2;
-        const auto release = [&](Barrier &barrier) {
-            if (thread == 0) {
-                barrier.arrive();
-            }
-        };
         const auto wait_for_keys = [&] {
             smem.full[ring.stage()].wait(ring.full_parity());
             meta = smem.stages[ring.stage()].block.meta;
@@ -496,9 +493,7 @@ __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int warpgroup) 
             smem.q_empty[q_stage].arrive_as_warp();
             for (; left > 0; --left, ring.next()) {
                 smem.full[ring.stage()].wait(ring.full_parity());
-                // No wgmma keeps the four warps together here; without this one might fall a lap of the ring behind.
-                named_barrier_sync(1 + warpgroup, 128);
-                release(smem.empty[ring.stage()]);
+                smem.empty[ring.stage()].arrive_as_warp();
             }
             return;
         }
@@ -517,13 +512,13 @@ __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int warpgroup) 
             ring.next();
             wait_for_keys();
             add_to_o();
-            release(read);
+            read.arrive_as_warp();
             issue_qk();
             softmax(careful);
         }
         issue_pv();
         add_to_o();
-        release(smem.empty[ring.stage()]);
+        smem.empty[ring.stage()].arrive_as_warp();
         ring.next();
         store<Cfg, T>(p, task.item, task.queries[warpgroup], rO, row);
         smem.q_empty[q_stage].arrive_as_warp();
@@ -531,8 +526,9 @@ __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int warpgroup) 
 }
 
 template <class Cfg, class T>
-__global__ void __launch_bounds__(Cfg::kThreads, 1) attn_fwd_sm90(const __grid_constant__ ForwardParams p) {
-    wait_for_previous();
+__global__ void __launch_bounds__(Cfg::kThreads, 1)
+    attn_fwd_sm90(const __grid_constant__ Deferred<ForwardParams> deferred) {
+    const ForwardParams &p = deferred.after_previous();
     extern __shared__ char smem_bytes[];
     // The runtime aligns dynamic shared memory to 16 bytes only; the swizzle needs 1024.
     auto &smem = *reinterpret_cast<FwdSmem<Cfg> *>(smem_bytes + (-smem_address(smem_bytes) & 1023));
@@ -543,7 +539,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1) attn_fwd_sm90(const __grid_c
         }
         for (int s = 0; s < Cfg::kStages; ++s) {
             smem.full[s].init(1);
-            smem.empty[s].init(Cfg::kWarpgroups);
+            smem.empty[s].init(Cfg::kMathThreads / 32);
         }
         fence_barrier_init();
     }

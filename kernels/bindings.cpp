@@ -199,18 +199,20 @@ PYBIND11_MODULE(_C, m) {
     m.def("bwd_key_bytes", &bwd_key_bytes);
     m.def("quantize_chunks", &quantize_chunks);
 
+    // Without the GIL: a launch waits while the stream's queue is full.
+    using no_gil = py::call_guard<py::gil_scoped_release>;
     using namespace py::literals;
-    m.def("quantize", &bind_quantize, py::kw_only(), "q"_a, "k"_a, "v"_a, "q_strides"_a, "k_strides"_a, "v_strides"_a,
-          "q_blocks"_a, "kv_blocks"_a, "v_amax"_a, "norms"_a, "k_sum"_a, "k_mean"_a, "lse_shift"_a, "q_amax"_a,
-          "k_amax"_a, "norm_weights"_a, "inverse_rms"_a, "norm_per_head"_a, "norm_eps"_a, "rope"_a, "rope_pairs"_a,
-          "grid"_a, "tile"_a, "prefix_len"_a, "suffix_len"_a, "prefix_valid"_a, "suffix_valid"_a, "brick"_a, "batch"_a,
-          "heads"_a, "head_dim"_a, "dtype"_a, "scale"_a, "stream"_a);
-    m.def("attn_fwd", &bind_attn_fwd, py::kw_only(), "q_blocks"_a, "kv_blocks"_a, "v_amax"_a, "norms"_a, "lse_shift"_a,
-          "out"_a, "lse"_a, "out_strides"_a, "next_item"_a, "grid"_a, "tile"_a, "prefix_len"_a, "suffix_len"_a,
-          "prefix_valid"_a, "suffix_valid"_a, "windows"_a, "truncate"_a, "batch"_a, "heads"_a, "head_dim"_a, "dtype"_a,
-          "scale"_a, "stream"_a);
-    m.def("attn_bwd", &bind_attn_bwd, py::kw_only(), "q_blocks"_a, "kv_blocks"_a, "v_amax"_a, "out"_a, "dout"_a,
-          "out_strides"_a, "dout_strides"_a, "lse"_a, "lse_shift"_a, "k_mean"_a, "dlse"_a, "query_images"_a,
+    m.def("quantize", &bind_quantize, no_gil(), py::kw_only(), "q"_a, "k"_a, "v"_a, "q_strides"_a, "k_strides"_a,
+          "v_strides"_a, "q_blocks"_a, "kv_blocks"_a, "v_amax"_a, "norms"_a, "k_sum"_a, "k_mean"_a, "lse_shift"_a,
+          "q_amax"_a, "k_amax"_a, "norm_weights"_a, "inverse_rms"_a, "norm_per_head"_a, "norm_eps"_a, "rope"_a,
+          "rope_pairs"_a, "grid"_a, "tile"_a, "prefix_len"_a, "suffix_len"_a, "prefix_valid"_a, "suffix_valid"_a,
+          "brick"_a, "batch"_a, "heads"_a, "head_dim"_a, "dtype"_a, "scale"_a, "stream"_a);
+    m.def("attn_fwd", &bind_attn_fwd, no_gil(), py::kw_only(), "q_blocks"_a, "kv_blocks"_a, "v_amax"_a, "norms"_a,
+          "lse_shift"_a, "out"_a, "lse"_a, "out_strides"_a, "next_item"_a, "grid"_a, "tile"_a, "prefix_len"_a,
+          "suffix_len"_a, "prefix_valid"_a, "suffix_valid"_a, "windows"_a, "truncate"_a, "batch"_a, "heads"_a,
+          "head_dim"_a, "dtype"_a, "scale"_a, "stream"_a);
+    m.def("attn_bwd", &bind_attn_bwd, no_gil(), py::kw_only(), "q_blocks"_a, "kv_blocks"_a, "v_amax"_a, "out"_a,
+          "dout"_a, "out_strides"_a, "dout_strides"_a, "lse"_a, "lse_shift"_a, "k_mean"_a, "dlse"_a, "query_images"_a,
           "key_images"_a, "dq_sum"_a, "turns"_a, "dq"_a, "dk"_a, "dv"_a, "dq_strides"_a, "dk_strides"_a, "dv_strides"_a,
           "grid"_a, "tile"_a, "prefix_len"_a, "suffix_len"_a, "prefix_valid"_a, "suffix_valid"_a, "windows"_a,
           "truncate"_a, "batch"_a, "heads"_a, "head_dim"_a, "dtype"_a, "scale"_a, "stream"_a);

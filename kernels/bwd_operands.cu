@@ -66,8 +66,9 @@ struct Block {
 
 // grid (heads * query blocks, 1, batch)
 template <class T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, kCtas) query_operands(const __grid_constant__ BackwardParams p) {
-    wait_for_previous();
+__global__ void __launch_bounds__(kThreads, kCtas)
+    query_operands(const __grid_constant__ Deferred<BackwardParams> deferred) {
+    const BackwardParams &p = deferred.after_previous();
     constexpr int kLanes = kHeadDim / kVec, kRowsPerPass = kThreads / kLanes;
     const Block<kQueryBlock> block(p);
     if (block.valid <= 0) {
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, kCtas) query_operands(const __grid_c
     uint8_t *dout_image = q_image + kQueryBlock * kHeadDim * 2;
     QueryRows &rows = *reinterpret_cast<QueryRows *>(dout_image + kQueryBlock * kHeadDim * 2);
     if (threadIdx.x == 0) {
-        rows.scale = scale;
+        *reinterpret_cast<float4 *>(&rows.scale) = {scale, 0, 0, 0};  // with what is unused: it is copied, too
     }
     const int channel = threadIdx.x % kLanes * kVec;
 #pragma unroll
@@ -129,8 +130,9 @@ __global__ void __launch_bounds__(kThreads, kCtas) query_operands(const __grid_c
 
 // grid (heads * key blocks, 1, batch)
 template <int kHeadDim>
-__global__ void __launch_bounds__(kThreads, kCtas) key_operands(const __grid_constant__ BackwardParams p) {
-    wait_for_previous();
+__global__ void __launch_bounds__(kThreads, kCtas)
+    key_operands(const __grid_constant__ Deferred<BackwardParams> deferred) {
+    const BackwardParams &p = deferred.after_previous();
     constexpr int kLanes = kHeadDim / kVec, kChunks = kBlock / 16;
     constexpr int kPitch = kBlock + 4;  // bytes of a channel's tokens: the next channel is a bank further on
     __shared__ alignas(16) uint8_t tokens_of[kHeadDim * kPitch];
@@ -181,8 +183,8 @@ __global__ void __launch_bounds__(kThreads, kCtas) key_operands(const __grid_con
 
 // grid (heads * query blocks, 1, batch), a warpgroup for each half of the channels, as attn_bwd's summed them up.
 template <class T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads) finish_dq(const __grid_constant__ BackwardParams p) {
-    wait_for_previous();
+__global__ void __launch_bounds__(kThreads) finish_dq(const __grid_constant__ Deferred<BackwardParams> deferred) {
+    const BackwardParams &p = deferred.after_previous();
     constexpr int kColumns = kHeadDim / 2, kGroups = kColumns / 8;
     const Block<kQueryBlock> block(p);
     if (block.valid <= 0) {

@@ -70,8 +70,8 @@ __device__ __forceinline__ int chunks_of(int tokens) {
 
 // grid (tokens / warps of a CTA, 2, batch), a warp to a row: blockIdx.y = 0 is Q, 1 is K.
 template <class T, int kHeadDim>
-__global__ void __launch_bounds__(kStatsThreads) row_rms(const __grid_constant__ QuantizeParams p) {
-    wait_for_previous();
+__global__ void __launch_bounds__(kStatsThreads) row_rms(const __grid_constant__ Deferred<QuantizeParams> deferred) {
+    const QuantizeParams &p = deferred.after_previous();
     constexpr int kLanes = kLanesPerRow<kHeadDim>, kHeads = 32 / kLanes;  // heads at a time
     const NormRope &norm = p.norm_rope;
     const void *base = blockIdx.y == 1 ? p.k : p.q;
@@ -167,8 +167,9 @@ struct Prologue {
 
 // grid (heads * chunks, 2, batch): blockIdx.y = 0 takes V's amax, 1 (only with smoothing) K's sum.
 template <class T, int kHeadDim>
-__global__ void __launch_bounds__(kStatsThreads) channel_stats(const __grid_constant__ QuantizeParams p) {
-    wait_for_previous();
+__global__ void __launch_bounds__(kStatsThreads)
+    channel_stats(const __grid_constant__ Deferred<QuantizeParams> deferred) {
+    const QuantizeParams &p = deferred.after_previous();
     constexpr int kLanes = kLanesPerRow<kHeadDim>, kRows = kStatsThreads / kLanes;
     __shared__ float partial[kRows][kHeadDim + 4];
     const bool summing = blockIdx.y == 1;
@@ -215,8 +216,8 @@ __global__ void __launch_bounds__(kStatsThreads) channel_stats(const __grid_cons
 }
 
 // grid (heads, batch), one thread per channel. A fixed order of additions: deterministic.
-__global__ void finish_mean(const __grid_constant__ QuantizeParams p) {
-    wait_for_previous();
+__global__ void finish_mean(const __grid_constant__ Deferred<QuantizeParams> deferred) {
+    const QuantizeParams &p = deferred.after_previous();
     const int64_t bh = int64_t(blockIdx.y) * p.heads + blockIdx.x;
     const int chunks = chunks_of(p.geometry.tokens());
     double total = 0;
@@ -280,8 +281,9 @@ __device__ __forceinline__ float2 block_max(float x, float y) {
 // 16-byte vectors. With kBrickAmax only the amax is taken, into the brick's; a second launch then quantises. With
 // kNormRope, rows are normalised and turned first.
 template <class T, int kHeadDim, bool kBrickAmax, bool kNormRope>
-__global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64) quantize_qk(const __grid_constant__ QuantizeParams p) {
-    wait_for_previous();
+__global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64)
+    quantize_qk(const __grid_constant__ Deferred<QuantizeParams> deferred) {
+    const QuantizeParams &p = deferred.after_previous();
     constexpr int kLanes = kLanesPerRow<kHeadDim>;
     __shared__ int token_of_row[kMaxSlot];
     const TileGrid &g = p.geometry;
@@ -401,18 +403,23 @@ __global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64) quantize_qk(const __g
         *reinterpret_cast<uint2 *>(image + swizzled<kHeadDim>(row % block_rows, channel)) = packed;
     }
 
-    if (threadIdx.x < blocks) {
-        const int from = int(threadIdx.x) * block_rows, meta_offset = block_bytes - int(sizeof(BlockMeta));
-        *reinterpret_cast<BlockMeta *>(tile_image + threadIdx.x * block_bytes + meta_offset) = {
-            quant.scale, min(max(valid - from, 0), block_rows)};
+    // All of each meta, 16 bytes a thread: whoever copies a block reads its unused bytes too.
+    constexpr int kMetaVecs = sizeof(BlockMeta) / sizeof(uint4);
+    if (threadIdx.x < blocks * kMetaVecs) {
+        const int block = threadIdx.x / kMetaVecs, vec = threadIdx.x % kMetaVecs;
+        const uint32_t rows_left = min(max(valid - block * block_rows, 0), block_rows);
+        uint8_t *meta = tile_image + (block + 1) * block_bytes - sizeof(BlockMeta);
+        reinterpret_cast<uint4 *>(meta)[vec] =
+            vec == 0 ? uint4{__float_as_uint(quant.scale), rows_left, 0, 0} : uint4{};
     }
 }
 
 // grid (heads * blocks, 1, batch), kBlock * head_dim / 64 threads. A thread loads four tokens that share one word of
 // the transposed image, eight channels each; shared memory turns [word][channel] into [channel][word].
 template <class T, int kHeadDim>
-__global__ void __launch_bounds__(kBlock *kHeadDim / 64) quantize_v(const __grid_constant__ QuantizeParams p) {
-    wait_for_previous();
+__global__ void __launch_bounds__(kBlock *kHeadDim / 64)
+    quantize_v(const __grid_constant__ Deferred<QuantizeParams> deferred) {
+    const QuantizeParams &p = deferred.after_previous();
     constexpr int kLanes = kLanesPerRow<kHeadDim>, kThreads = kBlock * kHeadDim / 64;
     constexpr int kWords = kBlock / 4, kWordsPerPass = kThreads / kLanes;
     // Four words (a 16-byte chunk of the image) per row; the 4-word pad spreads the chunks over the banks.

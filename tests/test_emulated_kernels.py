@@ -10,7 +10,10 @@ import ctypes
 import importlib.util
 import math
 import os
-from contextlib import nullcontext
+import subprocess
+import sys
+import threading
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -112,7 +115,7 @@ def load(path):
 def emulated(tmp_path_factory):
     """Path of the emulated module."""
     try:
-        return build.build(tmp_path_factory.mktemp("emulated"))
+        return build.build(tmp_path_factory.mktemp("emulated"), list(MUTATIONS.values()))
     except build.MissingTool as missing:
         if os.environ.get("CI"):
             raise
@@ -138,11 +141,13 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
 
 
-def run(path, case: Case, seed: int, schedule: int, monkeypatch) -> tuple[list[torch.Tensor], tuple, dict]:
+def run(
+    path, case: Case, seed: int, schedule: int, monkeypatch, mutation: int = 0
+) -> tuple[list[torch.Tensor], tuple, dict]:
     """Every result for random tensors of this seed, and what the contract's functions take for the same call."""
     monkeypatch.setattr(ops, "_C", load(path))
     configure = ctypes.CDLL(str(path)).emulator_configure
-    configure(case.ctas, case.eager, ctypes.c_uint64(schedule))
+    configure(case.ctas, case.eager, ctypes.c_uint64(schedule), mutation)
 
     generator = torch.Generator().manual_seed(seed)
     tokens, heads = math.prod(case.grid) + sum(case.extra), case.heads
@@ -176,9 +181,9 @@ def run(path, case: Case, seed: int, schedule: int, monkeypatch) -> tuple[list[t
     return [out, lse, *gradients], (q, k, v, dout, dlse), about
 
 
-def errors(path, case: Case, seed: int, monkeypatch) -> dict[str, float]:
+def errors(path, case: Case, seed: int, monkeypatch, mutation: int = 0) -> dict[str, float]:
     """Relative RMS distance of every result from the contract; infinite if it is not finite."""
-    results, (q, k, v, dout, dlse), about = run(path, case, seed, seed, monkeypatch)
+    results, (q, k, v, dout, dlse), about = run(path, case, seed, seed, monkeypatch, mutation)
     out, lse = results[:2]
     expected = (
         *reference.emulated_attention(q, k, v, **about),
@@ -194,9 +199,9 @@ def errors(path, case: Case, seed: int, monkeypatch) -> dict[str, float]:
     return found
 
 
-def depends_on_schedule(path, case: Case, monkeypatch) -> bool:
+def depends_on_schedule(path, case: Case, monkeypatch, mutation: int = 0) -> bool:
     """Whether some result has other bits when CTAs, threads and copies run in another order."""
-    first, *others = (run(path, case, 3, schedule, monkeypatch)[0] for schedule in range(4))
+    first, *others = (run(path, case, 3, schedule, monkeypatch, mutation)[0] for schedule in range(4))
     return not all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
 
 
@@ -224,6 +229,8 @@ def test_norm_and_rotation_ahead_of_rounding(emulated, on_cpu, monkeypatch, seed
     assert torch.equal(got[2], want[2])
 
 
+# Every CTA of the forward goes round its rings several times, and the last query block of some items is missing.
+RING = Case((5, 9, 9), AttentionConfig(tile=(3, 5, 8)), ctas=2)
 # In fp16, which shows more of the sums' last bits than bf16. Eight key blocks add to every dQ.
 TURNS = Case(
     (5, 9, 9), AttentionConfig(tile=(3, 5, 8)), heads=2, dtype=torch.float16, deterministic=True, ctas=4
@@ -234,64 +241,247 @@ def test_deterministic_gradients_do_not_depend_on_the_schedule(emulated, on_cpu,
     assert not depends_on_schedule(emulated, TURNS, monkeypatch)
 
 
+def test_every_byte_that_is_copied_is_written(emulated, on_cpu, monkeypatch):
+    """The packed blocks that the kernels copy to shared memory are the same, whatever their memory held before. Here
+    every block holds a token: of the others, nobody reads what the backward makes.
+    """
+    case = Case((3, 5, 8), AttentionConfig(tile=(3, 5, 8), smooth_k=True), heads=2)
+    poisoned = torch.Tensor.new_empty
+
+    def packed(fill: int) -> list[torch.Tensor]:
+        made = []
+
+        def filled(*args, **kwargs):
+            x = poisoned(*args, **kwargs)
+            if x.dtype == torch.uint8:
+                made.append(x.fill_(fill))
+            return x
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "new_empty", filled)
+            run(emulated, case, 3, 3, patch)
+        return made
+
+    first, second = packed(0xFF), packed(0)
+    assert len(first) == 4  # Q and K, V of the forward; of queries and of keys of the backward
+    for x, y in zip(first, second, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_launches_let_other_threads_run(emulated, on_cpu, monkeypatch):
+    """A launch waits while the stream's queue is full; it must not hold the GIL then."""
+    real, ran = load(emulated), dict.fromkeys(("quantize", "attn_fwd", "attn_bwd"), 0)
+
+    def watched(name):
+        def launch(**kwargs):
+            counting, counted = threading.Event(), threading.Event()
+            thread = threading.Thread(target=lambda: (counting.wait(), counted.set()))
+            thread.start()
+            counting.set()
+            getattr(real, name)(**kwargs)
+            ran[name] += counted.is_set()
+            thread.join()
+
+        return launch
+
+    others = {name: getattr(real, name) for name in dir(real) if name not in ran}
+    module = SimpleNamespace(**others, **{name: watched(name) for name in ran})
+    monkeypatch.setitem(globals(), "load", lambda path: module)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)  # Python itself takes the GIL from nobody meanwhile
+    try:
+        for attempt in range(20):  # the other thread may be slow to wake
+            run(emulated, RING, attempt, attempt, monkeypatch)
+            if all(ran.values()):
+                return
+    finally:
+        sys.setswitchinterval(interval)
+    pytest.fail(f"no other thread ran during a launch: {ran}")
+
+
+@pytest.mark.parametrize(
+    ("source", "error"),
+    [
+        ("*deferred.after_previous().turns = 0;", None),
+        ("*deferred.params_.turns = 0;", "private"),
+        ("*deferred.turns = 0;", "has no member named"),
+    ],
+)
+def test_a_kernel_that_does_not_wait_for_the_one_before_does_not_compile(source, error, emulated, tmp_path):
+    kernel = (
+        f"__global__ void kernel(const __grid_constant__ Deferred<BackwardParams> deferred) {{ {source} }}\n"
+    )
+    path = tmp_path / "kernel.cpp"
+    path.write_text(f'#include "fpsattention/launch.h"\nnamespace fps {{\n{kernel}}}\n')
+    command = [*build.compiler(emulated.parent), "-fsyntax-only", str(path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode == 0) == (error is None), result.stderr
+    assert (error or "") in result.stderr
+
+
+def test_only_kernels_that_wait_can_be_launched(emulated, tmp_path):
+    path = tmp_path / "launch.cpp"
+    path.write_text(
+        '#include "fpsattention/launch.h"\nnamespace fps {\n'
+        "__global__ void kernel(const __grid_constant__ BackwardParams p) {}\n"
+        "void f(const BackwardParams &p) { launch(kernel, dim3(1), 32, 0, nullptr, p); }\n}\n"
+    )
+    command = [*build.compiler(emulated.parent), "-fsyntax-only", str(path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode != 0 and "no matching function for call to" in result.stderr
+
+
+# Faults of the kernels, each of which must be noticed. One build holds them all, and they stay asleep until a test
+# wakes one. Text of a source, and what replaces it.
 Q_EMPTY = "            smem.q_empty[before.stage()].arrive_as_warp();\n"
-DK = "        issue_dk(before);\n\n        const QueryRows"
+DK = "        issue_dk(before);\n\n"
 DP_DONE = "        warpgroup_wait<1>();\n        warpgroup_fence_operand(rdP);\n"
-MUTATIONS = {
+STEP_DONE = "        smem.empty[s].arrive_as_warp();\n        ring.next();\n"
+ONE_FOR_FOUR = "if (thread == 0) {{\nfor (int i = 0; i < 4; ++i) {{\n{}.arrive();\n}}\n}}\n"
+BACKWARD = {
     "S read while it is computed": {
-        "        warpgroup_wait<1>();\n        warpgroup_fence_operand(rS);": (
-            "        warpgroup_fence_operand(rS);"
+        "        warpgroup_wait<1>();\n        warpgroup_fence_operand(rS);\n": (
+            "        warpgroup_fence_operand(rS);\n"
         ),
     },
     "no zeros for the first step": {"    access_ds(1, rA, kStore);\n": ""},
-    "dQ of dS that is not all there": {
-        "        smem.ds_full.wait(ds ^ 1);  // steps have the phases in turn, and so do the buffers\n": "",
+    "dQ of dS that is not all there": {"        smem.ds_full.wait(ds ^ 1);": ""},
+    "dQ of dS without a proxy fence": {
+        "        fence_proxy_async();\n        issue(mma_dq, true, rdS(_, _, _, ds), rKT, rdQ);\n": (
+            "        issue(mma_dq, true, rdS(_, _, _, ds), rKT, rdQ);\n"
+        ),
     },
-    "one buffer of dS": {"smem.ds[ds]": "smem.ds[0]", "rdS(_, _, _, ds)": "rdS(_, _, _, 0)"},
+    "one buffer of dS": {
+        "smem.ds[ds]": "smem.ds[0]",
+        "        fence_proxy_async();\n        issue(mma_dq, true, rdS(_, _, _, ds), rKT, rdQ);\n": (
+            "        fence_proxy_async();\n        issue(mma_dq, true, rdS(_, _, _, 0), rKT, rdQ);\n"
+        ),
+    },
     "dK of the dS before last": {"access_ds(ds ^ 1, rA, kLoad)": "access_ds(ds, rA, kLoad)"},
-    "dS in registers that dV reads": {"Tensor rdST = make_fragment_like(rA);": "auto &rdST = rA;"},
+    "dS in registers that dV reads": {
+        "        pack(rdP, rdST, [](float x) { return x; });\n        access_ds(ds, rdST, kStore);\n": (
+            "        pack(rdP, rA, [](float x) { return x; });\n        access_ds(ds, rA, kStore);\n"
+        ),
+    },
     "dK of queries that are not there": {
         "        smem.q_full[before.stage()].wait(before.full_parity());\n": "",
     },
     "queries released before dK has read them": {
         Q_EMPTY: "",
-        DK: DK.replace("\n\n", "\n        if (ring.count > 0) {\n" + Q_EMPTY + "        }\n\n"),
+        DK: DK + "        if (ring.count > 0) {\n" + Q_EMPTY + "        }\n",
     },
+    "queries released by one warp for four": {Q_EMPTY: ONE_FOR_FOUR.format("smem.q_empty[before.stage()]")},
     "dO released before dV has read it": {
         DP_DONE: DP_DONE + "        smem.empty[s].arrive_as_warp();\n",
-        "        smem.empty[s].arrive_as_warp();\n        ring.next();\n": "        ring.next();\n",
+        STEP_DONE: "        ring.next();\n",
     },
     "rows released before minus_delta was read": {
         DP_DONE: DP_DONE.replace("<1>", "<0>") + "        smem.empty[s].arrive_as_warp();\n",
-        "        smem.empty[s].arrive_as_warp();\n        ring.next();\n": "        ring.next();\n",
+        STEP_DONE: "        ring.next();\n",
+    },
+    "dO released by one warp for four": {
+        STEP_DONE: ONE_FOR_FOUR.format("smem.empty[s]") + "        ring.next();\n"
     },
     "dQ handed over while the one before is read": {
         "        smem.dq_empty[warpgroup].wait(before.empty_parity());\n": "",
     },
     "dQ's buffer released before the copy engine has read it": {"            bulk_wait_read();\n": ""},
     "dQ added before it is there": {"        smem.dq_full[half].wait(ring.full_parity());\n": ""},
+    "rows refilled without a proxy fence": {
+        "        smem.empty[s].wait(ring.empty_parity());\n        fence_proxy_async();": (
+            "        smem.empty[s].wait(ring.empty_parity());\n"
+        ),
+    },
+    "dQ added without a proxy fence": {"            fence_proxy_async();\n": ""},
 }
-TURN_MUTATIONS = {
-    "a key block adds without its turn": {"            wait_for(p.turns + i, turn.x);\n": ""},
+TAKE_TURN = "            wait_for(p.turns + i, turn.x);\n            fence_proxy_async_global();\n"
+TURNS_TAKEN = {
+    "a key block adds without its turn": {TAKE_TURN: "            fence_proxy_async_global();\n"},
+    "a turn taken without a proxy fence": {TAKE_TURN: "            wait_for(p.turns + i, turn.x);\n"},
     "the turn is passed on before all is added": {"                bulk_wait();\n": ""},
 }
+KEYS = (
+    "            smem.full[ring.stage()].wait(ring.full_parity());\n"
+    "            meta = smem.stages[ring.stage()].block.meta;\n"
+)
+RELEASE = "            add_to_o();\n            read.arrive_as_warp();\n"
+REFILL = "        smem.q_empty[ring.stage()].wait(ring.empty_parity());\n        fence_proxy_async();"
+STORE = (
+    "        store<Cfg, T>(p, task.item, task.queries[warpgroup], rO, row);\n"
+    "        smem.q_empty[q_stage].arrive_as_warp();\n"
+)
+FORWARD = {
+    "S read while it is computed": {
+        "            warpgroup_wait<0>();\n            warpgroup_fence_operand(rS);\n": (
+            "            warpgroup_fence_operand(rS);\n"
+        ),
+    },
+    "T read while it is computed": {
+        "            warpgroup_wait<0>();\n            warpgroup_fence_operand(rT);\n": (
+            "            warpgroup_fence_operand(rT);\n"
+        ),
+    },
+    "keys read before they are there": {KEYS: KEYS.splitlines(keepends=True)[1]},
+    "keys waited for with the parity of the lap before": {KEYS: KEYS.replace("full_parity", "empty_parity")},
+    "a stage released before PV has read it": {
+        RELEASE: "            read.arrive_as_warp();\n            add_to_o();\n"
+    },
+    "a stage released by one warp for four": {
+        RELEASE: "            add_to_o();\n" + ONE_FOR_FOUR.format("read")
+    },
+    "a stage filled while it is read": {
+        "            smem.empty[ring.stage()].wait(ring.empty_parity());\n": ""
+    },
+    "a stage released before it is filled": {
+        "                smem.full[ring.stage()].wait(ring.full_parity());\n"
+        "                smem.empty[ring.stage()].arrive_as_warp();\n": (
+            "                smem.empty[ring.stage()].arrive_as_warp();\n"
+        ),
+    },
+    "keys refilled without a proxy fence": {"                fence_proxy_async();": ""},
+    "queries refilled without a proxy fence": {REFILL: REFILL.splitlines(keepends=True)[0]},
+    "the bytes of keys not waited for": {
+        "                full.expect(kBytes);\n                full.arrive();\n": "                full.arrive();\n"
+    },
+    "the bytes of queries not waited for": {"                    full.expect(kBytes);\n": ""},
+    "queries replaced while they are read": {REFILL: REFILL.splitlines(keepends=True)[1]},
+    "queries released before they are read": {
+        "        clear(rO);\n": "        clear(rO);\n        smem.q_empty[q_stage].arrive_as_warp();\n",
+        STORE: STORE.splitlines(keepends=True)[0],
+    },
+    "mbarriers that the copy engine may not know": {"        fence_barrier_init();\n": ""},
+    "mbarriers used before they are there": {"    __syncthreads();\n": ""},
+}
+MAXIMA = "    if (threadIdx.x % 32 == 0) {\n        warp_max[threadIdx.x / 32] = {x, y};\n    }\n"
+QUANTIZE = {
+    "V read before it is transposed": {"    __syncthreads();\n\n": "\n"},
+    "the largest of a tile before all warps have theirs": {
+        MAXIMA + "    __syncthreads();\n": MAXIMA,
+    },
+}
+MUTATIONS = {
+    (source, name): build.Mutation(source, replacements)
+    for source, faults in (
+        ("attn_fwd_sm90", FORWARD),
+        ("attn_bwd_sm90", BACKWARD | TURNS_TAKEN),
+        ("quantize", QUANTIZE),
+    )
+    for name, replacements in faults.items()
+}
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_a_broken_backward_is_noticed(name, emulated, tmp_path, on_cpu, monkeypatch):
-    path = build.build(tmp_path, MUTATIONS[name], base=emulated.parent)
-    case = Case((5, 9, 9), AttentionConfig(tile=(3, 5, 8)), ctas=2)
+@pytest.mark.parametrize(("source", "name"), MUTATIONS)
+def test_a_broken_kernel_is_noticed(source, name, emulated, on_cpu, monkeypatch):
+    mutation = 1 + list(MUTATIONS).index((source, name))
+    if name in TURNS_TAKEN:
+        with suppress(RuntimeError):  # the emulator's own checks
+            assert depends_on_schedule(emulated, TURNS, monkeypatch, mutation)
+        return
     for seed in range(3, 9):  # a race need not be lost under every schedule
         try:
-            found = errors(path, case, seed, monkeypatch)
-        except RuntimeError:  # the emulator's own checks
+            found = errors(emulated, RING, seed, monkeypatch, mutation)
+        except RuntimeError:
             return
-        if any(not found[x] <= LIMITS[x] for x in ("dq", "dk", "dv")):
+        if any(not found[x] <= LIMITS[x] for x in LIMITS):
             return
     pytest.fail(f"not noticed under any schedule: {found}")
-
-
-@pytest.mark.parametrize("name", TURN_MUTATIONS)
-def test_broken_turns_are_noticed(name, emulated, tmp_path, on_cpu, monkeypatch):
-    path = build.build(tmp_path, TURN_MUTATIONS[name], base=emulated.parent)
-    assert depends_on_schedule(path, TURNS, monkeypatch)

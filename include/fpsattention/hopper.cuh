@@ -41,7 +41,7 @@ struct Barrier {
     __device__ void arrive() {
         asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(this)) : "memory");
     }
-    // One arrival, once all threads of this warp are here.
+    // One arrival, which speaks for all threads of this warp: what they read and wrote before it is done.
     __device__ void arrive_as_warp() {
         __syncwarp();
         if (threadIdx.x % 32 == 0) {
@@ -75,8 +75,8 @@ struct RingState {
     __device__ void next() { ++count; }
 };
 
-// griddepcontrol: the next kernel on the stream may take SMs from here on, and this thread waits until the kernels
-// before have ended and what they wrote is visible. Nothing may be read or written ahead of it.
+// griddepcontrol: lets the next kernel on the stream take SMs from here on, then waits until the kernels before this
+// one have ended and what they wrote is visible. Nothing may be read or written ahead of it; see Deferred in launch.h.
 __device__ __forceinline__ void wait_for_previous() {
     asm volatile("griddepcontrol.launch_dependents;");
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -95,16 +95,13 @@ __device__ __forceinline__ void bulk_load(void *smem, const void *gmem, int byte
                  : "memory");
 }
 
-// bar.sync on a named barrier that `threads` threads share. ID 0 is __syncthreads.
-__device__ __forceinline__ void named_barrier_sync(int id, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-// fence.proxy.async: this thread's writes to shared memory become visible to wgmma and the copy engine, once a barrier
-// has passed; or the order of what it does in global memory holds for the copy engine's share too.
+// fence.proxy.async.shared::cta: what threads did in shared memory ahead of the fence comes before the wgmmas and bulk
+// copies that this thread issues after it: they see what was written, and overwrite nothing that is still being read.
+// "Ahead" is what this thread did itself, and what others did before a barrier that it has passed.
 __device__ __forceinline__ void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
+// fence.proxy.async.global: the same for global memory.
 __device__ __forceinline__ void fence_proxy_async_global() {
     asm volatile("fence.proxy.async.global;" ::: "memory");
 }

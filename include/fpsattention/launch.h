@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "fpsattention/check.h"
+#include "fpsattention/hopper.cuh"
 #include "fpsattention/params.h"
 
 namespace fps {
@@ -25,9 +26,27 @@ void dispatch(int head_dim, Dtype dtype, F &&f) {
     }
 }
 
-// The kernel may start before the one ahead of it on the stream has ended: it must begin with wait_for_previous().
-template <class Kernel, class Params>
-void launch(Kernel kernel, dim3 grid, int threads, int smem_bytes, cudaStream_t stream, const Params &p) {
+// Parameters of a kernel that may start before the kernels ahead of it on the stream have ended. Every address that a
+// kernel uses comes from its parameters, and `after_previous` is the only way to them: a kernel that forgets to wait
+// does not compile.
+template <class Params>
+class Deferred {
+public:
+    explicit Deferred(const Params &params) : params_(params) {}
+
+    __device__ __forceinline__ const Params &after_previous() const {
+        wait_for_previous();
+        return params_;
+    }
+
+private:
+    Params params_;
+};
+
+// Launches a kernel that may overlap the end of the one ahead of it on the stream.
+template <class Params>
+void launch(void (*kernel)(Deferred<Params>), dim3 grid, int threads, int smem_bytes, cudaStream_t stream,
+            const Params &p) {
     if (smem_bytes > 48 * 1024) {
         FPS_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
     }
@@ -41,7 +60,7 @@ void launch(Kernel kernel, dim3 grid, int threads, int smem_bytes, cudaStream_t 
     config.stream = stream;
     config.attrs = &overlap;
     config.numAttrs = 1;
-    FPS_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, p));
+    FPS_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Deferred<Params>(p)));
 }
 
 }  // namespace fps

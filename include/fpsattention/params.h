@@ -20,7 +20,7 @@ enum class Dtype : int { kBF16 = 0, kFP16 = 1 };
 //   KV block: k  [128][D] e4m3, swizzled | v^T [D][128] e4m3, swizzled, tokens permuted in 16s | BlockMeta
 struct alignas(128) BlockMeta {
     float scale;  // of the tile's Q or K: x = x8 * scale
-    int valid;    // rows that hold a token; they come first
+    int valid;    // rows that hold a token; they come first. What follows is zero
 };
 
 FPS_HD constexpr int q_block_bytes(int head_dim) {
@@ -38,7 +38,7 @@ struct QueryRows {
     float offset[kQueryBlock];  // log2(448) - M: 448 P 2^(lse2 - M) = 2^(z + offset), M = ceil(lse2); -inf for padding
     float minus_delta[kQueryBlock];  // c (dlse - rowsum(dO O)), c = 2^(M - lse2) / 448
     float scale;                     // of q8
-    int unused[3];
+    int unused[3];                   // zero
 };
 FPS_HD constexpr int bwd_query_bytes(int head_dim) {
     return kQueryBlock * 2 * 2 * head_dim + int(sizeof(QueryRows));

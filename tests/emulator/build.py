@@ -6,8 +6,9 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from setup import nvcc_on_path, package_dir
@@ -119,18 +120,50 @@ def emulated_util(source: str) -> str:
     return replace(source, failure, "return emulator::shared_address(ptr);")
 
 
-def build(folder: Path, mutations: Mapping[str, str] | None = None, base: Path | None = None) -> Path:
-    """Builds the module `_C` in `folder` and returns its path.
+@dataclass(frozen=True)
+class Mutation:
+    """A fault that a build puts into a kernel, asleep until `emulator_configure` is given its number.
 
-    Args:
-        mutations: text of attn_bwd_sm90.cu and what replaces it.
-        base: the folder of an earlier build, whose objects of the other sources are used again.
+    Attributes:
+        source: the kernel's file, without suffix.
+        replacements: text that occurs once in it, and what stands there instead: whole statements, or an expression.
     """
+
+    source: str
+    replacements: Mapping[str, str]
+
+
+def mutated(text: str, source: str, mutations: Sequence[Mutation]) -> str:
+    """A kernel's source with both sides of every mutation of it, and a switch. Numbers count from 1."""
+    variants: dict[str, list[tuple[int, str]]] = {}
+    for number, mutation in enumerate(mutations, 1):
+        for old, new in mutation.replacements.items() if mutation.source == source else ():
+            variants.setdefault(old, []).append((number, new))
+    for old, news in variants.items():
+        code = old
+        for number, new in news:
+            active = f"emulator::active_mutation == {number}"
+            if old.rstrip().endswith((";", "}")):
+                code = f"if ({active}) {{\n{new}}} else {{\n{code}}}\n"
+            else:
+                code = f"({active} ? ({new}) : ({code}))"
+        text = replace(text, old, code)
+    return text
+
+
+def compiler(folder: Path) -> list[str]:
+    """The command, without files, that compiles a source against the headers that `build` left in this folder."""
+    dirs = [folder / "include", ROOT / "include", HERE, *include_dirs()]
+    return ["g++", *FLAGS, *(f"-I{path}" for path in dirs), "-include", str(HERE / "emulator.h")]
+
+
+def build(folder: Path, mutations: Sequence[Mutation] = ()) -> Path:
+    """Builds the module `_C`, with these mutations asleep in it, in `folder`, and returns its path."""
     include = folder / "include"
-    dirs = [include, ROOT / "include", HERE, *include_dirs()]
+    cutlass = include_dirs()[0]
+    command = compiler(folder)
     check_hopper()
     folder.mkdir(parents=True, exist_ok=True)
-    cutlass = dirs[3]
     for path, text in (
         (HOPPER, (HERE / HOPPER.name).read_text()),
         (GMMA, emulated_gmma((cutlass / GMMA).read_text())),
@@ -140,19 +173,13 @@ def build(folder: Path, mutations: Mapping[str, str] | None = None, base: Path |
         (include / path).write_text(text)
     sources = [HERE / "emulator.cpp", KERNELS / "bindings.cpp"]
     for kernel in sorted(KERNELS.glob("*.cu")):
-        text = kernel.read_text()
-        if kernel.name == "attn_bwd_sm90.cu":
-            for old, new in (mutations or {}).items():
-                text = replace(text, old, new)
+        text = mutated(kernel.read_text(), kernel.stem, mutations)
         (folder / f"{kernel.stem}.cpp").write_text(as_cpp(text))
         sources.append(folder / f"{kernel.stem}.cpp")
 
     def compile_one(source: Path) -> Path:
-        if base is not None and source.stem != "attn_bwd_sm90":
-            return base / f"{source.stem}.o"
         target = folder / f"{source.stem}.o"
-        options = [*FLAGS, *(f"-I{path}" for path in dirs), "-include", str(HERE / "emulator.h")]
-        run(["g++", *options, "-c", str(source), "-o", str(target)])
+        run([*command, "-c", str(source), "-o", str(target)])
         return target
 
     # The longest first.

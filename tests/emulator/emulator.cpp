@@ -1,11 +1,17 @@
 // Runs CUDA kernels for Hopper on the CPU. Every CUDA thread is a fiber; a scheduler picks CTAs and threads at random,
 // from a seed. What the hardware does on its own time happens at a random later time: bulk copies land some steps after
-// they were issued, a few of them very late, and a wgmma runs as late as the kernel lets it (or, `eager`, as early).
-// Until then its accumulator and the copy's destination hold NaN, as does memory that nobody wrote. So a missing wait
-// shows in the results. What no program may do ends in an exception: a deadlock, misaligned addresses, registers
-// touched while a wgmma uses them.
+// they were issued, a few of them very late, and a wgmma runs as late as the kernel lets it (or, `eager`, as early),
+// each warp's 16 rows on their own: a warp's wait says nothing of the other three. Until then its accumulator and the
+// copy's destination hold NaN, as does memory that nobody wrote. So a missing wait shows in the results. What no
+// program may do ends in an exception: a deadlock, misaligned addresses, registers touched while a wgmma uses them, a
+// proxy fence left out.
 //
-// Not modelled: memory ordering (all memory is sequentially consistent), time, and how the tensor core rounds.
+// Proxy fences must stand in the thread that issues (kernels/README.md): between the barrier after which it may read
+// what others wrote and its wgmma or bulk reduction, and before a bulk copy over what threads have read. A GPU would
+// accept a fence on the other side of the barrier as well.
+//
+// Not modelled: memory ordering otherwise (all memory is sequentially consistent), time, and how the tensor core
+// rounds.
 #include "emulator.h"
 
 #include <sys/mman.h>
@@ -29,6 +35,7 @@ constexpr uint32_t kPoison = 0x7fbadbad;  // a NaN
 int concurrent_ctas = 1;
 bool eager_wgmma = false;
 uint64_t random_state = 1;
+uint64_t now = 0;  // counts the events that proxy fences order
 
 uint64_t random_number() {  // xorshift64
     random_state ^= random_state << 13;
@@ -44,6 +51,26 @@ struct Wgmma {
     uint64_t a_descriptor, b_descriptor;
     std::vector<float *> d;
     bool accumulate;
+    uint64_t fenced_at;
+};
+// When stmatrix last wrote some bytes of shared memory, and when a bulk copy last filled them. Loads are not seen: what
+// a copy brought and no wgmma has read counts as read by threads.
+constexpr int kChunk = 16;
+struct Chunk {
+    uint64_t written_at = 0, filled_at = 0;
+    bool read_by_wgmma = false;
+};
+
+// What must be the same for all threads of a warpgroup.
+struct Issue {
+    uint64_t a_descriptor, b_descriptor;
+    bool accumulate;
+    int n;
+
+    bool operator==(const Issue &o) const {
+        return a_descriptor == o.a_descriptor && b_descriptor == o.b_descriptor && accumulate == o.accumulate &&
+               n == o.n;
+    }
 };
 
 struct Cta;
@@ -57,6 +84,8 @@ struct Thread {
     uint64_t issued = 0;
     std::vector<uint64_t> groups;                   // wgmmas issued before each commit
     std::map<float *, std::vector<float>> results;  // of accumulators in flight, by their first register
+    uint64_t fenced_at = 0, acquired_at = 0;        // when it last fenced shared memory, or passed a barrier
+    bool acquired_global = false;                   // and has not fenced global memory since
 };
 
 // 32 lanes meet, leave a row of words each, and the last one to come does the work.
@@ -65,12 +94,13 @@ struct Meeting {
     int arrived = 0;
     uint64_t generation = 0;
 };
-struct NamedBarrier {
-    int arrived = 0, threads = 0;
+struct CtaBarrier {
+    int arrived = 0;
     uint64_t generation = 0;
 };
 struct Mbarrier {
     int arrivals = 0, pending = 0;
+    bool fenced = false;  // the copy engine knows of it
     long bytes = 0;
     uint32_t phase = 0;
 };
@@ -90,11 +120,13 @@ struct Cta {
     long steps = 0;  // in which some of them ran
     char *memory = nullptr;
     std::vector<Thread> threads;
-    std::map<int, NamedBarrier> barriers;
+    CtaBarrier barrier;
     std::map<void *, Mbarrier> mbarriers;
     std::vector<Copy> copies;
     std::vector<Meeting> warps;
-    std::vector<uint64_t> executed;  // wgmmas of each warpgroup
+    std::vector<std::vector<Issue>> issued;  // by each warpgroup
+    std::vector<uint64_t> executed;          // wgmmas of each warp
+    std::vector<Chunk> chunks;               // of shared memory
 };
 
 std::vector<Cta> ctas;
@@ -169,7 +201,9 @@ void start(Cta &cta, uint3 index, int threads) {
     cta.memory = memory;
     std::memset(memory, 0xff, kSharedBytes);
     cta.warps.resize(threads / 32);
-    cta.executed.resize((threads + 127) / 128);
+    cta.issued.resize((threads + 127) / 128);
+    cta.executed.resize(threads / 32);
+    cta.chunks.resize(kSharedBytes / kChunk);
     fibers.resize(std::max(fibers.size(), size_t(threads)));
     cta.threads = std::move(fibers);
     for (int i = 0; i < threads; ++i) {
@@ -252,6 +286,8 @@ void land(Cta &cta, size_t which) {
         return;
     }
     std::memcpy(copy.to, copy.from, copy.bytes);
+    const auto first = cta.chunks.begin() + (copy.to - cta.memory) / kChunk;
+    std::fill(first, first + copy.bytes / kChunk, Chunk{0, ++now, false});
     Mbarrier &barrier = mbarrier_of(cta, copy.barrier);
     barrier.bytes -= copy.bytes;
     complete_phase(barrier);
@@ -292,52 +328,78 @@ uint32_t element_address(const Cta &cta, uint64_t descriptor, bool mn_major, int
 }
 
 float e4m3(uint8_t x) {
-    return __half2float(__half(__nv_cvt_fp8_to_halfraw(x, __NV_E4M3)));
+    static const std::vector<float> values = [] {
+        std::vector<float> all(256);
+        for (int i = 0; i < 256; ++i) {
+            all[i] = __half2float(__half(__nv_cvt_fp8_to_halfraw(uint8_t(i), __NV_E4M3)));
+        }
+        return all;
+    }();
+    return values[x];
 }
 float bf16(uint16_t x) {
     return bits<float>(uint32_t(x) << 16);
 }
 
-// The first wgmma in flight of a warpgroup, whose threads have all issued it.
-void execute(Cta &cta, int warpgroup) {
-    Thread *threads = &cta.threads[warpgroup * 128];
+bool issued_by_all(const Cta &cta, int warpgroup, uint64_t number) {
+    const auto first = cta.threads.begin() + warpgroup * 128;
+    return std::all_of(first, first + 128, [&](const Thread &t) { return t.issued > number; });
+}
+
+// The first wgmma in flight of a warp, once all threads of its warpgroup have issued it. False: they have not.
+bool execute(Cta &cta, int warp) {
+    if (!issued_by_all(cta, warp / 4, cta.executed[warp])) {
+        return false;
+    }
+    Thread *threads = &cta.threads[warp * 32];
     const Wgmma first = threads[0].in_flight.front();
     const Shape shape = first.shape;
-    const int bytes = shape.fp8 ? 1 : 2;
-    static float a[64][32], b[32][256], product[64][256];
-    const auto element = [&](uint64_t descriptor, bool mn_major, int mn, int k) {
-        const char *at = cta.memory + element_address(cta, descriptor, mn_major, mn, k, bytes);
-        uint16_t pair;
-        std::memcpy(&pair, at, bytes);
-        return shape.fp8 ? e4m3(uint8_t(*at)) : bf16(pair);
-    };
-    for (int k = 0; k < shape.k; ++k) {
-        for (int n = 0; n < shape.n; ++n) {
-            b[k][n] = element(first.b_descriptor, shape.b_mn_major, n, k);
-        }
-        for (int m = 0; m < 64 && !shape.a_in_registers; ++m) {
-            a[m][k] = element(first.a_descriptor, shape.a_mn_major, m, k);
-        }
+    const int bytes = shape.fp8 ? 1 : 2, first_row = warp % 4 * 16;
+    uint64_t fenced_at = first.fenced_at;
+    for (int i = 1; i < 32; ++i) {
+        fenced_at = std::min(fenced_at, threads[i].in_flight.front().fenced_at);
     }
-    for (int i = 0; i < 128; ++i) {
-        const Wgmma &own = threads[i].in_flight.front();
-        if (own.a_descriptor != first.a_descriptor || own.b_descriptor != first.b_descriptor ||
-            own.accumulate != first.accumulate || own.shape.n != shape.n) {
-            fail("the threads of a warpgroup issue different wgmmas");
+    static float a[16][32], b[32][256], product[16][256];
+    // Calls set(mn, k, value) for an operand's rows or columns from `first_mn` on. Swizzles keep 16 bytes together.
+    const auto read = [&](uint64_t descriptor, bool mn_major, int first_mn, int count, auto set) {
+        const int per_chunk = kChunk / bytes;
+        const int mn_step = mn_major ? per_chunk : 1, k_step = mn_major ? 1 : per_chunk;
+        for (int mn = 0; mn < count; mn += mn_step) {
+            for (int k = 0; k < shape.k; k += k_step) {
+                const uint32_t address = element_address(cta, descriptor, mn_major, first_mn + mn, k, bytes);
+                Chunk &chunk = cta.chunks[address / kChunk];
+                chunk.read_by_wgmma = true;
+                if (chunk.written_at > fenced_at) {
+                    fail("a wgmma reads what threads wrote, without a proxy fence in between");
+                }
+                const char *from = cta.memory + address;
+                for (int i = 0; i < per_chunk; ++i) {
+                    uint16_t pair;
+                    std::memcpy(&pair, from + i * bytes, bytes);
+                    set(mn + (mn_major ? i : 0), k + (mn_major ? 0 : i), shape.fp8 ? e4m3(uint8_t(pair)) : bf16(pair));
+                }
+            }
         }
+    };
+    read(first.b_descriptor, shape.b_mn_major, 0, shape.n, [](int n, int k, float x) { b[k][n] = x; });
+    if (!shape.a_in_registers) {
+        read(first.a_descriptor, shape.a_mn_major, first_row, 16, [](int m, int k, float x) { a[m][k] = x; });
+    }
+    for (int i = 0; i < 32; ++i) {
+        const Wgmma &own = threads[i].in_flight.front();
         for (int r = 0; r < int(own.a.size()); ++r) {
             const uint32_t word = *own.a[r];
             if (word != own.a_at_issue[r]) {
                 fail("a register of A was written while a wgmma reads it");
             }
-            const int row = i / 32 * 16 + i % 32 / 4 + 8 * (r % 2);
+            const int row = i / 4 + 8 * (r % 2);
             for (int j = 0; j < 4 / bytes; ++j) {
                 const int column = i % 4 * (4 / bytes) + r / 2 * (16 / bytes) + j;
                 a[row][column] = shape.fp8 ? e4m3(uint8_t(word >> (8 * j))) : bf16(uint16_t(word >> (16 * j)));
             }
         }
     }
-    for (int m = 0; m < 64; ++m) {
+    for (int m = 0; m < 16; ++m) {
         std::fill(product[m], product[m] + shape.n, 0.0f);
         for (int k = 0; k < shape.k; ++k) {
             for (int n = 0; n < shape.n; ++n) {
@@ -345,13 +407,13 @@ void execute(Cta &cta, int warpgroup) {
             }
         }
     }
-    for (int i = 0; i < 128; ++i) {
+    for (int i = 0; i < 32; ++i) {
         Thread &thread = threads[i];
         const Wgmma own = std::move(thread.in_flight.front());
         thread.in_flight.pop_front();
         std::vector<float> &result = thread.results.at(own.d[0]);
         for (int e = 0; e < int(own.d.size()); ++e) {
-            const int row = i / 32 * 16 + i % 32 / 4 + 8 * (e / 2 % 2), column = e / 4 * 8 + i % 4 * 2 + e % 2;
+            const int row = i / 4 + 8 * (e / 2 % 2), column = e / 4 * 8 + i % 4 * 2 + e % 2;
             result[e] = (own.accumulate ? result[e] : 0.0f) + product[row][column];
         }
         const bool last = std::none_of(thread.in_flight.begin(), thread.in_flight.end(),
@@ -366,13 +428,9 @@ void execute(Cta &cta, int warpgroup) {
             thread.results.erase(own.d[0]);
         }
     }
-    ++cta.executed[warpgroup];
+    ++cta.executed[warp];
     progress();
-}
-
-bool issued_by_all(const Cta &cta, int warpgroup) {
-    const auto first = cta.threads.begin() + warpgroup * 128;
-    return std::all_of(first, first + 128, [&](const Thread &t) { return t.issued > cta.executed[warpgroup]; });
+    return true;
 }
 
 }  // namespace
@@ -406,14 +464,8 @@ uint32_t shared_address(const void *p) {
     return uint32_t(offset);
 }
 
-void barrier(int id, int threads) {
-    NamedBarrier &barrier = current->cta->barriers[id];
-    if (barrier.arrived == 0) {
-        barrier.threads = threads;
-    }
-    if (barrier.threads != threads) {
-        fail("barrier %d is used with %d threads and with %d", id, barrier.threads, threads);
-    }
+void barrier(int threads) {
+    CtaBarrier &barrier = current->cta->barrier;
     const uint64_t generation = barrier.generation;
     if (++barrier.arrived == threads) {
         barrier.arrived = 0;
@@ -423,6 +475,7 @@ void barrier(int id, int threads) {
     while (barrier.generation == generation) {
         yield();
     }
+    current->acquired_at = ++now;
 }
 
 uint32_t shuffle(uint32_t x, int from) {
@@ -441,10 +494,13 @@ void store_matrices(uint32_t row, const uint32_t (&words)[4]) {
     }
     const uint32_t row_and_words[5] = {row, words[0], words[1], words[2], words[3]};
     meet(row_and_words, 5, [](const Meeting &meeting) {
+        Cta &cta = *current->cta;
+        ++now;
         for (int matrix = 0; matrix < 4; ++matrix) {
             for (int lane = 0; lane < 32; ++lane) {
-                char *to = current->cta->memory + meeting.words[8 * matrix + lane / 4][0];
-                std::memcpy(to + 4 * (lane % 4), &meeting.words[lane][1 + matrix], 4);
+                const uint32_t row = meeting.words[8 * matrix + lane / 4][0];
+                cta.chunks[row / kChunk].written_at = now;
+                std::memcpy(cta.memory + row + 4 * (lane % 4), &meeting.words[lane][1 + matrix], 4);
             }
         }
     });
@@ -483,7 +539,29 @@ void mbarrier_arrive(void *barrier) {
 }
 
 bool mbarrier_completed(void *barrier, uint32_t parity) {
-    return mbarrier_of(*current->cta, barrier).phase != parity;
+    const bool completed = mbarrier_of(*current->cta, barrier).phase != parity;
+    if (completed) {
+        current->acquired_at = ++now;
+    }
+    return completed;
+}
+
+void fence_mbarrier_init() {
+    for (auto &[address, barrier] : current->cta->mbarriers) {
+        barrier.fenced = true;
+    }
+}
+
+void fence_proxy_shared() {
+    current->fenced_at = ++now;
+}
+
+void fence_proxy_global() {
+    current->acquired_global = false;
+}
+
+void acquired_global() {
+    current->acquired_global = true;
 }
 
 void check_bulk(const void *shared, const void *global, int bytes) {
@@ -498,12 +576,23 @@ void bulk_copy(void *shared, const void *global, int bytes, void *barrier) {
     check_bulk(shared, global, bytes);
     std::memset(shared, 0xff, bytes);
     Cta &cta = *current->cta;
+    if (!mbarrier_of(cta, barrier).fenced) {
+        fail("a bulk copy counts on an mbarrier whose initialisation was not fenced");
+    }
+    const auto first = cta.chunks.begin() + shared_address(shared) / kChunk;
+    if (std::any_of(first, first + bytes / kChunk,
+                    [](const Chunk &chunk) { return chunk.filled_at > current->fenced_at && !chunk.read_by_wgmma; })) {
+        fail("a bulk copy over what threads have read, without a proxy fence ahead of it");
+    }
     cta.copies.push_back(
         {static_cast<char *>(shared), static_cast<const char *>(global), bytes, barrier, nullptr, due(cta)});
 }
 
 void bulk_reduce_add(float *global, const float *shared, int bytes) {
     check_bulk(shared, global, bytes);
+    if (current->fenced_at <= current->acquired_at || current->acquired_global) {
+        fail("a bulk reduction without a proxy fence ahead of it");
+    }
     Cta &cta = *current->cta;
     cta.copies.push_back(
         {reinterpret_cast<char *>(global), reinterpret_cast<const char *>(shared), bytes, nullptr, current, due(cta)});
@@ -520,7 +609,16 @@ void bulk_wait(bool until_read) {
 
 void wgmma(Shape shape, std::vector<const uint32_t *> a, uint64_t a_descriptor, uint64_t b_descriptor,
            std::vector<float *> d, bool accumulate) {
-    Wgmma operation{shape, a, {}, a_descriptor, b_descriptor, d, accumulate};
+    Cta &cta = *current->cta;
+    const int warpgroup = current->index / 128;
+    const Issue issue{a_descriptor, b_descriptor, accumulate, shape.n};
+    std::vector<Issue> &issued = cta.issued[warpgroup];
+    if (current->issued == issued.size()) {
+        issued.push_back(issue);
+    } else if (!(issued[current->issued] == issue)) {
+        fail("the threads of a warpgroup issue different wgmmas");
+    }
+    Wgmma operation{shape, a, {}, a_descriptor, b_descriptor, d, accumulate, current->fenced_at};
     for (const uint32_t *word : a) {
         operation.a_at_issue.push_back(*word);
     }
@@ -534,9 +632,8 @@ void wgmma(Shape shape, std::vector<const uint32_t *> a, uint64_t a_descriptor, 
     current->in_flight.push_back(std::move(operation));
     ++current->issued;
     progress();
-    const int warpgroup = current->index / 128;
-    while (eager_wgmma && issued_by_all(*current->cta, warpgroup)) {
-        execute(*current->cta, warpgroup);
+    for (int warp = 4 * warpgroup; eager_wgmma && warp < 4 * warpgroup + 4; ++warp) {
+        while (execute(cta, warp)) {}
     }
 }
 
@@ -550,11 +647,9 @@ void wgmma_wait(int groups) {
         return;
     }
     Cta &cta = *current->cta;
-    const int warpgroup = current->index / 128;
-    while (cta.executed[warpgroup] < current->groups[group]) {
-        if (issued_by_all(cta, warpgroup) && random_number() % 256 == 0) {
-            execute(cta, warpgroup);
-        } else {
+    const int warp = current->index / 32;
+    while (cta.executed[warp] < current->groups[group]) {
+        if (random_number() % 64 != 0 || !execute(cta, warp)) {
             yield();
         }
     }
@@ -619,7 +714,9 @@ void run(dim3 grid, int threads, size_t shared_bytes, std::function<void()> body
 }  // namespace emulator
 
 // For ctypes: how the launches from now on are scheduled.
-extern "C" __attribute__((visibility("default"))) void emulator_configure(int ctas, int eager, uint64_t seed) {
+extern "C" __attribute__((visibility("default"))) void emulator_configure(int ctas, int eager, uint64_t seed,
+                                                                          int mutation) {
+    emulator::active_mutation = mutation;
     emulator::concurrent_ctas = ctas;
     emulator::eager_wgmma = eager != 0;
     emulator::random_state = seed * 0x9e3779b97f4a7c15u + 1;

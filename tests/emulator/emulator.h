@@ -39,6 +39,9 @@ inline dim3 blockDim, gridDim;
 
 namespace emulator {
 
+// Which of the faults that the build has put into the kernels is active; 0: none.
+inline int active_mutation = 0;
+
 [[noreturn]] void fail(const char *format, ...);
 void run(dim3 grid, int threads, size_t shared_bytes, std::function<void()> body);
 
@@ -50,7 +53,7 @@ void progress();
 char *shared_memory();
 uint32_t shared_address(const void *p);
 
-void barrier(int id, int threads);
+void barrier(int threads);
 // What lane `from` passes; all 32 lanes of a warp must call it.
 uint32_t shuffle(uint32_t x, int from);
 bool all(bool x);
@@ -61,10 +64,16 @@ void mbarrier_init(void *barrier, int arrivals);
 void mbarrier_expect(void *barrier, int bytes);
 void mbarrier_arrive(void *barrier);
 bool mbarrier_completed(void *barrier, uint32_t parity);
+void fence_mbarrier_init();
 void bulk_copy(void *shared, const void *global, int bytes, void *barrier);
 void bulk_reduce_add(float *global, const float *shared, int bytes);
 // For all that this thread has issued: until it has been read, or added as well.
 void bulk_wait(bool until_read);
+
+// Proxy fences, and what makes the one for global memory necessary.
+void fence_proxy_shared();
+void fence_proxy_global();
+void acquired_global();
 
 // One wgmma of 64 x n x k: E4M3 or bf16 operands, A from registers or from shared memory, `mn_major` operands
 // transposed.
@@ -103,7 +112,7 @@ T load(const T *p) {
 #define __ldg emulator::load
 
 inline void __syncthreads() {
-    emulator::barrier(0, int(blockDim.x));
+    emulator::barrier(int(blockDim.x));
 }
 inline void __syncwarp() {
     emulator::all(true);
@@ -129,6 +138,9 @@ inline float __int_as_float(int x) {
 }
 inline float __uint_as_float(uint32_t x) {
     return emulator::bits<float>(x);
+}
+inline uint32_t __float_as_uint(float x) {
+    return emulator::bits<uint32_t>(x);
 }
 inline float rsqrtf(float x) {
     return 1.0f / std::sqrt(x);

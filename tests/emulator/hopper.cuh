@@ -47,22 +47,21 @@ struct RingState {
     void next() { ++count; }
 };
 
-// One launch ends before the next begins, and memory is sequentially consistent: nothing to wait for or to fence.
+// One launch ends before the next begins.
 inline void wait_for_previous() {
 }
 inline void fence_barrier_init() {
+    emulator::fence_mbarrier_init();
 }
 inline void fence_proxy_async() {
+    emulator::fence_proxy_shared();
 }
 inline void fence_proxy_async_global() {
+    emulator::fence_proxy_global();
 }
 
 inline void bulk_load(void *smem, const void *gmem, int bytes, Barrier &full) {
     emulator::bulk_copy(smem, gmem, bytes, &full);
-}
-
-inline void named_barrier_sync(int id, int threads) {
-    emulator::barrier(id, threads);
 }
 
 inline void store_matrices(void *row, uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3) {
@@ -85,6 +84,7 @@ inline void bulk_wait() {
 
 inline void wait_for(const int *counter, int value) {
     spin_until([&] { return *counter >= value; });
+    emulator::acquired_global();
 }
 inline void store_release(int *to, int x) {
     *to = x;
