@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import fpsattention as fps
-from fpsattention import api, config, geometry, parallel, reference
+from fpsattention import api, config, geometry, ops, parallel, reference
 from fpsattention.geometry import tile_geometry
 
 GRID = (1, 6, 6)
@@ -175,6 +175,27 @@ def test_opcheck(kind, tensor_layout):
     call = kind, list(GRID), *CONFIG.as_lists(), False, 0.125, tensor_layout, dtype, 0, 0, None, None
     utils = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(torch.ops.fpsattention.reference.default, (*inputs, *call), test_utils=utils)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_quantised_operands_under_compile(monkeypatch, fused):
+    """In one graph, as on a Hopper GPU: in place of the kernels their fakes run."""
+    monkeypatch.setattr(api, "backend_for", lambda *_: ("sm90", "it is pretended"))
+    weight = torch.ones(64)
+
+    def call(q, k, v):
+        if fused:
+            norms = {"q_weight": weight, "k_weight": weight}
+            quantized = fps.norm_rope_quantize(q, k, v, grid=GRID, config=CONFIG, **norms)
+        else:
+            quantized = fps.quantize_qkv(q, k, v, grid=GRID, config=CONFIG)
+        return fps.attention(quantized), fps.attention(quantized, config=replace(CONFIG, window=None))
+
+    with torch.library._scoped_library("fpsattention", "IMPL") as library:
+        for name in ("quantize", "norm_rope_quantize", "attend"):
+            library.impl(name, getattr(ops, f"_{name}_fake"), "CPU")
+        for out in torch.compile(call, fullgraph=True, backend="aot_eager")(*qkv(torch.bfloat16)):
+            assert (out.shape, out.dtype) == ((1, 36, 2, 64), torch.bfloat16)
 
 
 # Derivatives and batches by transformation

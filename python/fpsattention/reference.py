@@ -502,7 +502,7 @@ def _check_fp8(config) -> None:
 
 def _goes_by_the_op(q) -> bool:
     """Whether what is asked for is shapes, or a node of a graph: then one op stands for the whole."""
-    return isinstance(q, torch.Tensor) and (dispatches(q) or torch.compiler.is_compiling())
+    return isinstance(q, torch.Tensor) and (torch.compiler.is_compiling() or dispatches(q))
 
 
 def _call_op(kind, q, k, v, dtype, grid, config, scale, tensor_layout, *extra):

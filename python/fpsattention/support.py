@@ -25,7 +25,7 @@ def hopper_obstacle(device: int | None = None) -> str | None:
     """
     if torch.version.hip is not None:  # such a torch calls AMD's GPUs "cuda", and numbers an MI200 (9, 0)
         return f"{_NEED}, this torch is built for AMD GPUs (ROCm {torch.version.hip})"
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_initialized() and not torch.cuda.is_available():  # the former is asked in no time
         return f"{_NEED}, torch finds no GPU"
     capability = torch.cuda.get_device_capability(device)
     if capability == CAPABILITY:
