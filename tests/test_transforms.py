@@ -241,6 +241,7 @@ def test_forward_mode_of_any_operand(operand):
 
 TRANSFORMS = {
     "vmap": lambda f, x: torch.func.vmap(f)(x[None]),
+    "vmap of samples": lambda f, x: torch.func.vmap(f)(x),  # of rank 3 each
     "grad": lambda f, x: torch.func.grad(lambda y: f(y).sum())(x),
     "vjp": lambda f, x: torch.func.vjp(f, x),
     "jacrev": lambda f, x: torch.func.jacrev(f)(x),

@@ -188,11 +188,11 @@ def _as_nhd(x: Tensor, tensor_layout: str) -> Tensor:
 def _checked_heads(q, k, v, tensor_layout: str, tokens: int, where: str) -> int:
     """How many heads q, k, v have, once they are known to be alike and to have so many tokens."""
     for name, x in (("q", q), ("k", k), ("v", v)):
+        refuse_transforms(name, x)
         if not isinstance(x, Tensor) or x.dim() != 4:
             what = f"shape {shown(list(x.shape))}" if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{name}: must be a tensor with 4 dimensions, got {what}")
         check_tensor(name, x, tensor_layout)
-        refuse_transforms(name, x)
         held = _as_nhd(x, tensor_layout).shape[1]
         if held != tokens:
             raise ValueError(
@@ -267,9 +267,8 @@ def _from_previous(x: Tensor, rank: int, ranks: int, group) -> Tensor:
 
 def _all_to_all(x: Tensor, sent: list[int], received: list[int], group) -> Tensor:
     """Rows for and from each process, in the order of ranks. Differentiable; the result is waited for when read."""
-    from torch.distributed import (
-        _functional_collectives as collectives,
-    )  # torch has no public one with a gradient
+    # Private, since torch has no public collective with a gradient: so it is imported where it is needed.
+    from torch.distributed import _functional_collectives as collectives
 
     group = dist.group.WORLD if group is None else group
     return collectives.all_to_all_single_autograd(x.contiguous(), received, sent, group)

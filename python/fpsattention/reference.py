@@ -91,6 +91,8 @@ def refuse_transforms(name: str, x: torch.Tensor) -> None:
     """Raises RuntimeError where a derivative or a batch would be lost, or fail far from here: under forward-mode
     differentiation and the transforms of torch.func.
     """
+    if not isinstance(x, torch.Tensor):
+        return
     if forward_ad.unpack_dual(x).tangent is not None:
         raise RuntimeError(
             f"{name}: has a forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad), which attention does "
@@ -127,8 +129,8 @@ def check_inputs(
     """
     heads_first = []
     for name, x in (("q", q), ("k", k), ("v", v)):
-        heads_first.append(check_tensor(name, x, tensor_layout))
         refuse_transforms(name, x)
+        heads_first.append(check_tensor(name, x, tensor_layout))
         for what in ("shape", "dtype", "device"):
             mine, first = getattr(x, what), getattr(q, what)
             if mine != first:
@@ -189,9 +191,8 @@ def _check_valid(name: str, valid, section: str, length: int, q: torch.Tensor) -
         )
     if valid.device != q.device:
         raise ValueError(f"{name}: device {valid.device} must be that of q, {q.device}")
-    if (
-        valid.is_cpu and not dispatches(valid) and not torch.compiler.is_compiling()
-    ):  # elsewhere looking would stop the device
+    # Elsewhere there is nothing to look at, or looking would stop the device.
+    if valid.is_cpu and not torch.compiler.is_compiling() and not dispatches(valid):
         for sample, count in enumerate(valid.tolist()):
             if not 0 <= count <= length:
                 raise ValueError(
