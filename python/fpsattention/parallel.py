@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .api import attention
 from .config import AXES, AttentionConfig, as_config
-from .geometry import MAX_TOKENS, Triple, as_grid, as_int, shown
+from .geometry import Triple, as_grid, as_int, shown
 from .reference import as_autocast, check_tensor, grouped, kind_of, refuse_transforms, to_heads_first
 
 
@@ -61,10 +61,10 @@ def ulysses_attention(
     rank, ranks = _place(group)
     q, k, v = as_autocast(q, k, v)
     lengths = (("prefix_len", prefix_len), ("suffix_len", suffix_len))
-    tokens = math.prod(as_grid(grid)) + sum(as_int(name, n, 0, MAX_TOKENS) for name, n in lengths)
+    tokens = math.prod(as_grid(grid)) + sum(as_int(name, n, 0) for name, n in lengths)
     shares = [tokens // ranks + (i < tokens % ranks) for i in range(ranks)]
     heads = _checked_heads(
-        q, k, v, tensor_layout, shares[rank], f"{tokens} tokens, process {rank} of {ranks}"
+        q, k, v, tensor_layout, shares[rank], f"{shown(tokens)} tokens, process {rank} of {ranks}"
     )
     options |= {"grid": grid, "config": own_windows(config, heads, rank, ranks), "return_lse": return_lse}
     options |= {"prefix_len": prefix_len, "suffix_len": suffix_len}
@@ -196,7 +196,7 @@ def _checked_heads(q, k, v, tensor_layout: str, tokens: int, where: str) -> int:
         held = _as_nhd(x, tensor_layout).shape[1]
         if held != tokens:
             raise ValueError(
-                f"{name}: has {held} tokens in layout {tensor_layout}, must have {tokens} ({where})"
+                f"{name}: has {held} tokens in layout {tensor_layout}, must have {shown(tokens)} ({where})"
             )
         if x.shape != q.shape:
             advice = grouped(name, x, q, tensor_layout)
