@@ -471,10 +471,11 @@ RESOLVED = CONFIG.resolve(GRID, 2, 3, 0)
 
 def image_arguments(**changes):
     """Arguments of `attend` for 195 tokens, on the CPU: right until a kernel would be launched."""
+    rows = RESOLVED.geometry.n_tiles * RESOLVED.geometry.slot
     images = dict(
         zip(
             ("q_blocks", "kv_blocks", "v_amax", "norms", "lse_shift", "k_mean"),
-            ops._quantize_shapes(*[torch.empty(1, 195, 2, 64, dtype=torch.bfloat16)] * 3, RESOLVED, "NHD"),
+            ops._quantize_shapes(torch.empty(1, 195, 2, 64, dtype=torch.bfloat16), rows, False, "NHD"),
             strict=True,
         )
     )
