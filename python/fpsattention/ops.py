@@ -434,6 +434,13 @@ def _attend_fake(
     prefix_valid=None,
     suffix_valid=None,
 ) -> tuple[Tensor, Tensor]:
+    if all(
+        isinstance(x, int) for x in (*grid, prefix_len, suffix_len)
+    ):  # where sizes are symbols, the op checks alone
+        _resolve(
+            *(grid, tile, v_amax.shape[1]),
+            windows=windows, truncate=truncate, prefix_len=prefix_len, suffix_len=suffix_len,
+        )  # fmt: skip
     return _attend_shapes(v_amax, math.prod(grid) + prefix_len + suffix_len, tensor_layout, dtype)
 
 
