@@ -27,37 +27,52 @@ NOT_IN_A_FORWARD = (
 )
 
 
-class Scope(threading.local):
-    """The forward of one transformer that this thread is in.
+class Scope:
+    """The forward of one transformer that each thread is in."""
 
-    Attributes:
-        forward: what its layers need to know; None outside of a forward.
-    """
-
-    forward: Any = None
-    _outer: tuple = ()  # (forward, backward pass) of the forwards that this one is nested in, and so on
-    _backward = -1  # the backward pass in which the forward was entered; -1: none
+    def __init__(self):
+        # Of this very type: of a subclass, torch.compile (2.11) reads the class's attributes, not the thread's.
+        self._here = threading.local()
 
     def __reduce__(self):  # a copy of the transformer has forwards of its own
         return type(self), ()
 
     def enter(self, forward: Any) -> None:
-        self._outer = (self.forward, self._backward, self._outer)
-        self.forward, self._backward = forward, _backward_pass()
+        """Begin a forward in this thread, inside of the one that it is in."""
+        here = self._here
+        here.outer = vars(here).copy()
+        here.forward, here.backward = forward, _backward_pass()
 
     def leave(self) -> None:
-        if self._outer:
-            self.forward, self._backward, self._outer = self._outer
+        """End it. Does nothing outside of a forward."""
+        outer = vars(self._here).get("outer")
+        if outer is not None:
+            vars(self._here).clear()
+            vars(self._here).update({"forward": None} | outer)
+
+    @property
+    def forward(self) -> Any:
+        """What the layers need to know of the forward that this thread is in; None outside of one."""
+        return getattr(self._here, "forward", None)
+
+    @forward.setter
+    def forward(self, forward: Any) -> None:
+        self._here.forward = forward
 
     def current(self) -> Any:
-        """The forward that the calling layer is in. Raises RuntimeError when there is none, or when a checkpoint that
-        is not carried recomputes the layer.
+        """The same, for a layer. Raises RuntimeError outside of a forward, and when a checkpoint that is not carried
+        recomputes the layer.
         """
-        if self.forward is None:
+        here = self._here
+        if torch.compiler.is_compiling():  # the hooks of the transformer have run: the attribute is there
+            forward = here.forward
+        else:
+            forward = self.forward
+            if forward is not None and here.backward != _backward_pass():
+                forward = None
+        if forward is None:
             raise RuntimeError(NOT_IN_A_FORWARD)
-        if not torch.compiler.is_compiling() and self._backward != _backward_pass():
-            raise RuntimeError(NOT_IN_A_FORWARD)
-        return self.forward
+        return forward
 
     @contextmanager
     def _entered(self, forward: Any) -> Iterator[None]:
