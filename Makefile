@@ -110,14 +110,14 @@ wheel: $(WHEEL)  ## the sdist and, from it, the wheel for $(PYTHON), in dist/
 wheels: $(RELEASE)/installed  ## the same for each of Python 3.10 to 3.14 that is on this machine
 	$(RELEASE)/bin/python .ci/build_wheels.py
 
-# The wheel in a clean environment, with another torch: make test-torch TORCH='torch==2.4.*'
+# The wheel in a clean environment, with another torch: make test-torch TORCH='torch==2.7.* torchao==0.15.*'
 TEST_TORCH := build/test-torch
 
 test-torch: $(WHEEL)  ## the tests (TESTS) on another torch (TORCH), on the wheel for $(PYTHON)
 	$(PYTHON) -m venv --clear $(TEST_TORCH)
 	$(TEST_TORCH)/bin/python -m pip install --quiet --upgrade pip
-	$(TEST_TORCH)/bin/python -m pip install --quiet '$(TORCH)' $(TORCH_INDEX) \
-	    "$$(ls dist/fpsattention-*-$$($(PYTHON) -c 'import sys; print("cp%d%d" % sys.version_info[:2])')-*.whl)[test]"
+	$(TEST_TORCH)/bin/python -m pip install --quiet $(TORCH) $(TORCH_INDEX) \
+	    "$$(ls dist/fpsattention-*-$$($(PYTHON) -c 'import sys; print("cp%d%d" % sys.version_info[:2])')-manylinux*.whl)[test]"
 	$(TEST_TORCH)/bin/python -m pytest -q $(TESTS)
 
 clean:
