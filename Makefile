@@ -23,8 +23,9 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES) pyproject.toml setup.py build_backen
 demo: $(VENV)/installed  ## dense, FP8, sparse and FPSAttention on a real clip: a table and a picture
 	$(VENV)/bin/fpsattention demo --checkpoints examples/tiny_dit
 
+# Without a GPU, a process for every core. A GPU has one process at a time.
 test: $(VENV)/installed  ## the tests this machine can run; the GPU receipt stands for the others
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q $(if $(HAS_GPU),,-n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
 
 test-gpu: $(VENV)/installed  ## the GPU tests, on a Hopper GPU; writes the receipt that `make test` checks elsewhere
 	$(RUN) -m pytest -q -m gpu --gpu-receipt tests/gpu_receipt.json

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from imports import import_anew
+
 
 @dataclass
 class Place:
@@ -110,5 +112,5 @@ def install(monkeypatch, version: str = "0.2.1") -> Place:
             setattr(sys.modules[name], attribute, value)
     real = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: version if name == "fastvideo" else real(name))
-    monkeypatch.delitem(sys.modules, "fpsattention.integrations.fastvideo", raising=False)
+    import_anew(monkeypatch, "fastvideo")
     return place

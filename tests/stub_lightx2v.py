@@ -10,6 +10,8 @@ from types import ModuleType
 
 import torch.nn.functional as F
 
+from imports import import_anew
+
 
 class Register(dict):
     """Registers by name as a decorator; a name can be taken once."""
@@ -51,5 +53,5 @@ def install(monkeypatch) -> Register:
     template.AttnWeightTemplate = AttnWeightTemplate
     for module in (factory, template):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.delitem(sys.modules, "fpsattention.integrations.lightx2v", raising=False)
+    import_anew(monkeypatch, "lightx2v")
     return registry
