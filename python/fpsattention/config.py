@@ -78,10 +78,10 @@ class AttentionConfig:
 
     def as_lists(self) -> tuple[list[int], list[int], list[int], bool]:
         """tile, quant_tile, windows and truncate as ops take them; what is None is empty."""
-        window = self.window or ()
-        per_head = window and not isinstance(window[0], int)
-        windows = [x for triple in window for x in triple] if per_head else window
-        return list(self.tile or ()), list(self.quant_tile or ()), list(windows), as_truncate(self.border)
+        windows: list[int] = []
+        for x in self.window or ():
+            windows += (x,) if isinstance(x, int) else x
+        return list(self.tile or ()), list(self.quant_tile or ()), windows, as_truncate(self.border)
 
     @classmethod
     def from_lists(

@@ -74,12 +74,13 @@ def as_triple(name: str, value: Sequence[int], least: int) -> Triple:
     if len(value) != 3:
         raise ValueError(f"{form()}; got {len(value)}")
     try:
-        triple = tuple(_plain(x) for x in value)
+        t, h, w = (_plain(x) for x in value)
     except TypeError:  # a tensor of floats has the attribute too
         raise TypeError(form()) from None
-    if any(x < least for x in triple):
-        raise ValueError(f"{form()}; nearest legal value {shown(tuple(max(x, least) for x in triple))}")
-    return triple
+    if t < least or h < least or w < least:
+        nearest = max(t, least), max(h, least), max(w, least)
+        raise ValueError(f"{form()}; nearest legal value {shown(nearest)}")
+    return t, h, w
 
 
 def as_int(name: str, value: int, least: int, most: int | None = None) -> int:
