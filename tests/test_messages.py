@@ -99,6 +99,8 @@ def ulysses(function):
     return lambda **change: function(**call | change)
 
 
+SCHEDULE = fps.StepSchedule(CONFIG, CONFIG, CONFIG)
+WINDOWS = [[[(1, 1, 1)] * 2]]
 QKV = ("q", "k", "v")
 TEXT = ("prefix_len", "suffix_len", "prefix_valid", "suffix_valid")
 CALLS = {
@@ -148,6 +150,23 @@ CALLS = {
     "backend_for": (
         lambda **change: fps.backend_for(**{"q": tensor(), "config": CONFIG} | change),
         ("config", "backend"),
+    ),
+    "StepSchedule": (
+        lambda **change: fps.StepSchedule(**dict.fromkeys(("early", "mid", "late"), CONFIG) | change),
+        ("early", "mid", "late", "alpha"),
+    ),
+    "for_sigma": (
+        lambda **change: SCHEDULE.for_sigma(**{"sigma": 0.5, "shift": 1.0} | change),
+        ("sigma", "shift"),
+    ),
+    "at": (lambda **change: SCHEDULE.at(**{"step": 0, "num_steps": 5} | change), ("step", "num_steps")),
+    "WindowTable": (
+        lambda **change: fps.WindowTable(**{"grid": GRID, "config": CONFIG, "windows": WINDOWS} | change),
+        ("grid", "config", "windows"),
+    ),
+    "WindowTable.at": (
+        lambda **change: fps.WindowTable(GRID, CONFIG, WINDOWS).at(**{"step": 0, "layer": 0} | change),
+        ("step", "layer", "num_steps"),
     ),
     "merge_states": (
         lambda **change: parallel.merge_states(

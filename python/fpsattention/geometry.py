@@ -30,8 +30,12 @@ class _Shown(reprlib.Repr):
 
     MOST = 80  # characters
 
+    def __init__(self):
+        super().__init__()
+        self.maxother = self.MOST
+
     def repr1(self, x, level):
-        if isinstance(x, torch.Tensor):
+        if isinstance(x, torch.Tensor) and not (x.is_cpu and x.numel() <= 4):  # a GPU would stop
             return f"a {x.dtype} tensor of shape {self.repr1(list(x.shape), level)}"
         try:
             return super().repr1(x, level)

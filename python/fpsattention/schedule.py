@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .config import AttentionConfig
-from .geometry import as_int
+from .geometry import as_int, shown
 
 STAGES = ("early", "mid", "late")
 
@@ -60,7 +60,7 @@ class StepSchedule:
     def __post_init__(self):
         for name in STAGES:
             if not isinstance(getattr(self, name), AttentionConfig):
-                raise TypeError(f"{name}: {getattr(self, name)!r} must be an AttentionConfig")
+                raise TypeError(f"{name}: {shown(getattr(self, name))} must be an AttentionConfig")
         object.__setattr__(self, "alpha", _as_alpha(self.alpha))
 
     def stage(self, *, step: int, num_steps: int) -> str:
@@ -103,7 +103,7 @@ class StepSchedule:
         on the device of `sigmas`. `getattr(schedule, stage)` is a stage's config.
         """
         if not (isinstance(sigmas, Tensor) and sigmas.is_floating_point()):
-            raise TypeError(f"sigmas: {sigmas!r} must be a floating-point tensor [B]")
+            raise TypeError(f"sigmas: {shown(sigmas)} must be a floating-point tensor [B]")
         if sigmas.dim() != 1:
             raise ValueError(f"sigmas: shape {tuple(sigmas.shape)} must be [B], one per sample")
         shift = _as_shift(shift)
@@ -190,7 +190,7 @@ def _check_result(stage: str, result: Tensor, samples: int, like: Tensor) -> Non
 
 def _progress(name: str, sigma: float, shift: float) -> float:
     """How far denoising is at a noise level, from 0 (pure noise) to 1 (clean), for a sampler with this shift."""
-    rule = f"{name}: {sigma!r} must be a number from 0 (clean) to 1 (pure noise)"
+    rule = f"{name}: {shown(sigma)} must be a number from 0 (clean) to 1 (pure noise)"
     if not _is_real(sigma):
         raise TypeError(f"{rule}; a batch goes to group_by_stage as a tensor [B]")
     if not -ROUNDING <= sigma <= 1 + ROUNDING:
@@ -200,16 +200,16 @@ def _progress(name: str, sigma: float, shift: float) -> float:
 
 
 def _as_shift(shift: float) -> float:
-    rule = f"shift: {shift!r} must be a positive, finite number; 1.0 is no shift"
+    rule = f"shift: {shown(shift)} must be a positive, finite number; 1.0 is no shift"
     if not _is_real(shift):
         raise TypeError(rule)
-    if not 0 < shift < math.inf:
+    if not 0 < shift <= sys.float_info.max:
         raise ValueError(rule)
     return float(shift)
 
 
 def _as_alpha(alpha: Sequence[float]) -> tuple[float, float]:
-    rule = f"alpha: {alpha!r} must be two numbers (a, b) with 0 <= a <= b <= 1"
+    rule = f"alpha: {shown(alpha)} must be two numbers (a, b) with 0 <= a <= b <= 1"
     if not (isinstance(alpha, Sequence) and all(map(_is_real, alpha))):
         raise TypeError(rule)
     if len(alpha) != 2:
@@ -225,7 +225,7 @@ def _is_real(value) -> bool:
 
 def _nearest(*values: float) -> str:
     """Names the legal value nearest to a sigma, or to both of alpha; nothing is near to NaN."""
-    if any(math.isnan(x) for x in values):
+    if any(x != x for x in values):
         return ""
-    legal = sorted(min(max(float(x), 0.0), 1.0) for x in values)
+    legal = sorted(float(min(max(x, 0), 1)) for x in values)
     return f"; nearest legal value {legal[0] if len(legal) == 1 else tuple(legal)}"

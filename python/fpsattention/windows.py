@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from .config import AttentionConfig, as_config, fit_window
-from .geometry import Triple, as_grid, as_int, as_triple, tile_geometry
+from .geometry import Triple, as_grid, as_int, as_triple, shown, tile_geometry
 
 FORMAT = "fpsattention-windows-1"
 STA_TILE = (6, 8, 8)  # FastVideo's, for which its files count windows
@@ -41,11 +41,11 @@ class WindowTable:
     def __post_init__(self):
         object.__setattr__(self, "grid", as_grid(self.grid))
         if not isinstance(self.config, AttentionConfig):
-            raise TypeError(f"config: {self.config!r} must be an AttentionConfig")
+            raise TypeError(f"config: {shown(self.config)} must be an AttentionConfig")
         if self.config.tile is None:
             raise ValueError("config: tile=None; give the tile in which the windows are counted")
         if self.config.window is not None:
-            raise ValueError(f"config: window={self.config.window!r} must be None: windows has them")
+            raise ValueError(f"config: window={shown(self.config.window)} must be None: windows has them")
         object.__setattr__(self, "windows", _checked(self.windows, self.grid, self.config))
 
     @property
@@ -71,8 +71,8 @@ class WindowTable:
             layer: index of the transformer block.
             num_steps: the sampler's number of steps, if known: it must be the table's.
         """
-        if num_steps is not None and num_steps != self.num_steps:
-            raise ValueError(f"num_steps: {num_steps!r} is not the table's, {self.num_steps}")
+        if num_steps is not None and as_int("num_steps", num_steps, 1) != self.num_steps:
+            raise ValueError(f"num_steps: {shown(num_steps)} is not the table's, {self.num_steps}")
         step = as_int("step", step, 0, self.num_steps - 1)
         return self.configs[step][as_int("layer", layer, 0, self.num_layers - 1)]
 
@@ -123,7 +123,7 @@ class WindowTable:
         try:
             _check_keys("", data, {"format", "grid", "config", "windows", "steps"})
             if data["format"] != FORMAT:
-                raise ValueError(f'"format": {data["format"]!r} must be {FORMAT!r}')
+                raise ValueError(f'"format": {shown(data["format"])} must be {FORMAT!r}')
             names = {field.name for field in fields(AttentionConfig)} - {"window"}
             _check_keys('"config": ', data["config"], names)
             config = AttentionConfig(**data["config"])
@@ -175,8 +175,8 @@ class WindowTable:
             for key, window in _read_object(path).items():
                 place = _place(key, sizes)
                 if place in found:
-                    raise ValueError(f"key {key!r}: is there twice, in another spelling")
-                found[place] = as_triple(f"key {key!r}", window, 1)
+                    raise ValueError(f"key {shown(key)}: is there twice, in another spelling")
+                found[place] = as_triple(f"key {shown(key)}", window, 1)
             places = [
                 (s, layer, h) for s in range(num_steps) for layer in range(num_layers) for h in range(heads)
             ]
@@ -184,7 +184,7 @@ class WindowTable:
             if missing:
                 raise ValueError(
                     f"{len(missing)} of {len(places)} keys are missing, the first is "
-                    f"{'_'.join(map(str, missing[0]))!r}"
+                    f"{shown('_'.join(map(str, missing[0])))}"
                 )
             windows = tuple(
                 tuple(tuple(found[s, layer, h] for h in range(heads)) for layer in range(num_layers))
@@ -218,7 +218,7 @@ def _read_object(path: str | Path) -> dict:
         read = {}
         for key, value in pairs:
             if key in read:
-                raise ValueError(f"key {key!r}: is there twice")
+                raise ValueError(f"key {shown(key)}: is there twice")
             read[key] = value
         return read
 
@@ -233,15 +233,17 @@ def _read_object(path: str | Path) -> dict:
 
 def _check_keys(where: str, data: dict, expected: set[str]) -> None:
     if not isinstance(data, dict):
-        raise TypeError(f"{where}{data!r} must be an object")
+        raise TypeError(f"{where}{shown(data)} must be an object")
     for what, keys in (("unknown", data.keys() - expected), ("missing", expected - data.keys())):
         if keys:
-            raise ValueError(f"{where}{what} key {min(keys)!r}; the keys are {', '.join(sorted(expected))}")
+            raise ValueError(
+                f"{where}{what} key {shown(min(keys))}; the keys are {', '.join(sorted(expected))}"
+            )
 
 
 def _as_list(name: str, value) -> list:
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise TypeError(f"{name}: {value!r} must be a sequence")
+        raise TypeError(f"{name}: {shown(value)} must be a sequence")
     if not value:
         raise ValueError(f"{name}: is empty")
     return list(value)
@@ -255,13 +257,13 @@ def _place(key: str, sizes: dict[str, int]) -> tuple[int, int, int]:
     """(step, layer, head) of a FastVideo key."""
     match = re.fullmatch(r"(\d+)_(\d+)_(\d+)", key, re.ASCII)
     if match is None:
-        raise ValueError(f"key {key!r}: is unknown; a key is step_layer_head, for example '0_0_0'")
+        raise ValueError(f"key {shown(key)}: is unknown; a key is step_layer_head, for example '0_0_0'")
     step, layer, head = map(int, match.groups())
     place = step, layer, head
     for (name, size), what, index in zip(sizes.items(), ("step", "layer", "head"), place, strict=True):
         if index >= size:
             raise ValueError(
-                f"key {key!r}: {what} {index} is out of range, {name} is {size}; at most {size - 1}"
+                f"key {shown(key)}: {what} {index} is out of range, {name} is {size}; at most {size - 1}"
             )
     return place
 

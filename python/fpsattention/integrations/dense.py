@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import fsdp
 
 from ..config import AttentionConfig
-from ..geometry import Triple
+from ..geometry import Triple, shown
 from ..schedule import StepSchedule
 from ..windows import WindowTable
 
@@ -56,7 +56,7 @@ def check_schedule(schedule: StepSchedule | WindowTable, host: str, **sizes: int
     if isinstance(schedule, StepSchedule):
         return
     if not isinstance(schedule, WindowTable):
-        raise TypeError(f"schedule: {schedule!r} must be a StepSchedule or a WindowTable")
+        raise TypeError(f"schedule: {shown(schedule)} must be a StepSchedule or a WindowTable")
     for name, value in sizes.items():
         own = getattr(schedule, name)
         if own != value:
@@ -94,14 +94,14 @@ def as_dense_steps(value: int | Collection[int]) -> tuple[int, ...]:
     steps = _as_ints("dense_steps", value if isinstance(value, Collection) else (value,))
     if min(steps, default=0) < 0:
         raise ValueError(
-            f"dense_steps: {value!r} must be at least 0; nearest legal value for {min(steps)} is 0"
+            f"dense_steps: {shown(value)} must be at least 0; nearest legal value for {min(steps)} is 0"
         )
     return tuple(sorted(set(steps))) if isinstance(value, Collection) else tuple(range(steps[0]))
 
 
 def _as_ints(name: str, value: Collection[int]) -> list[int]:
     if not isinstance(value, Collection) or isinstance(value, str):
-        raise TypeError(f"{name}: {value!r} must be a collection of integers")
+        raise TypeError(f"{name}: {shown(value)} must be a collection of integers")
     if any(isinstance(x, bool) or not hasattr(x, "__index__") for x in value):
-        raise TypeError(f"{name}: {value!r} must be integers")
+        raise TypeError(f"{name}: {shown(value)} must be integers")
     return [operator.index(x) for x in value]

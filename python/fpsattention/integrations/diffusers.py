@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..api import check_backend
 from ..config import AttentionConfig, ResolvedConfig
-from ..geometry import Triple, as_grid
+from ..geometry import Triple, as_grid, shown
 from ..schedule import StepSchedule
 from ..windows import WindowTable
 
@@ -110,7 +110,7 @@ def enable(
     if isinstance(model, diffusers.DiffusionPipeline):
         if shift is not None:
             raise ValueError(
-                f"shift: {shift!r} is for a transformer; a pipeline's scheduler tells the step; leave it out"
+                f"shift: {shown(shift)} is for a transformer; a pipeline's scheduler tells the step; leave it out"
             )
         names = ("transformer", "transformer_2")
         transformers = {x: getattr(model, x) for x in names if getattr(model, x, None) is not None}
@@ -134,7 +134,7 @@ def enable(
             )
         if dense_steps:
             raise ValueError(
-                f"dense_steps: {dense_steps!r} is for a pipeline; a transformer alone does not know its step"
+                f"dense_steps: {shown(dense_steps)} is for a pipeline; a transformer alone does not know its step"
             )
         transformers = {"transformer": model}
         schedule.for_sigma(1.0, shift=shift)  # raises if shift is not legal

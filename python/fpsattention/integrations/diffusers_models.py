@@ -174,9 +174,6 @@ class Processor:
                 f"the transformer's input has the token grid {forward.grid}, but a layer got {q.shape[1]} tokens, of "
                 f"which {prefix_len + suffix_len} are text; FPSAttention cannot tell where the others are in the video"
             )
-        device = q.device.type
-        if torch.is_autocast_enabled(device):  # as torch's own attention does there
-            q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
         kwargs = {"grid": forward.grid, "backend": self.backend}
         if not alone:
             kwargs["group"] = forward.group
@@ -202,8 +199,7 @@ class Processor:
                 config = in_windows(config, forward.windows, self.layer)
             if prologue is not None:
                 part = (norm_rope_quantize(*part, config=config, **kwargs, **prologue),)
-            with torch.autocast(device, enabled=False):  # rounding is the config's business
-                outs.append(run(*part, config=config, **kwargs))
+            outs.append(run(*part, config=config, **kwargs))
         out = outs[0] if len(outs) == 1 else torch.cat(outs)[forward.order.to(q.device)]
         return out.flatten(2)
 

@@ -20,7 +20,7 @@ from fastvideo.models.dits.wanvideo import WanTransformer3DModel
 from torch import Tensor, nn
 
 from ..api import attention, check_backend
-from ..geometry import Triple
+from ..geometry import Triple, shown
 from ..parallel import own_windows
 from ..schedule import StepSchedule
 from .dense import as_dense_layers, host_class, noisiest
@@ -70,7 +70,7 @@ def enable(
             f"transformer: is a {type(transformer).__name__}; it must be FastVideo's WanTransformer3DModel"
         )
     if not isinstance(schedule, StepSchedule):
-        raise TypeError(f"schedule: {schedule!r} must be a StepSchedule")
+        raise TypeError(f"schedule: {shown(schedule)} must be a StepSchedule")
     schedule.for_sigma(1.0, shift=shift)  # raises if shift is not legal
     check_backend(backend)
     layers = [block.attn1 for block in transformer.blocks]
@@ -177,8 +177,4 @@ class FPSAttentionImpl(AttentionImpl):
             about = {"grid": forward.grid, "config": config, "scale": self.scale, "backend": handle.backend}
             return attention(q, k, v, **about)
 
-        device = query.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
-        qkv = (x.to(dtype) for x in (query, key, value))  # as torch's own attention does under autocast
-        with torch.autocast(device, enabled=False):  # rounding is the config's business
-            return handle.schedule.map_by_stage(attend, forward.sigmas, *qkv, shift=handle.shift)
+        return handle.schedule.map_by_stage(attend, forward.sigmas, query, key, value, shift=handle.shift)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..api import attention, check_backend
-from ..geometry import Triple, as_int, as_triple
+from ..geometry import Triple, as_int, as_triple, shown
 from ..schedule import StepSchedule
 from ..windows import WindowTable
 from .dense import as_dense_layers, as_dense_steps, check_schedule, step_configs
@@ -75,10 +75,10 @@ def register(
     dense_layers, dense_steps = as_dense_layers(dense_layers, num_layers), as_dense_steps(dense_steps)
     for argument, value, wanted in (("dense_type", dense_type, True), ("name", name, False)):
         if not isinstance(value, str):
-            raise TypeError(f"{argument}: {value!r} must be a string")
+            raise TypeError(f"{argument}: {shown(value)} must be a string")
         if (value in ATTN_WEIGHT_REGISTER) is not wanted:
             rule = "must be one of" if wanted else "must be none of"
-            raise ValueError(f"{argument}: {value!r} {rule} {sorted(ATTN_WEIGHT_REGISTER.keys())}")
+            raise ValueError(f"{argument}: {shown(value)} {rule} {sorted(ATTN_WEIGHT_REGISTER.keys())}")
     check_backend(backend)
 
     @ATTN_WEIGHT_REGISTER(name)
@@ -106,13 +106,13 @@ def register(
                 if key in ("cu_seqlens_q", "cu_seqlens_kv"):
                     if value is not None and not _is_one_sequence(value, len(q)):
                         raise ValueError(
-                            f"{key}: {value!r} must be [0, {len(q)}]; {name} takes one sequence, of all tokens"
+                            f"{key}: {shown(value)} must be [0, {len(q)}]; {name} takes one sequence, of all tokens"
                         )
                 elif key not in KNOWN and (
                     isinstance(value, Tensor) or value
                 ):  # None, False and 0 ask for nothing
                     raise ValueError(
-                        f"{key}: {value!r} was given, but {name} does not know what to do with it"
+                        f"{key}: {shown(value)} was given, but {name} does not know what to do with it"
                     )
             if not q.shape == k.shape == v.shape or q.shape[0] != math.prod(grid):
                 raise ValueError(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..api import attention
 from ..config import AttentionConfig
+from ..reference import as_autocast
 from ..windows import with_windows
 
 
@@ -30,6 +31,7 @@ def attention_in_windows(
     """`attention` with `in_windows(config, windows, layer)`, as one op to trace, which has no gradient."""
     rounding = config.border, config.quant, list(config.quant_tile or ()), config.smooth_k
     kwargs["grid"] = list(kwargs["grid"])
+    q, k, v = as_autocast(q, k, v)  # the op says that its result is of their dtype
     return torch.ops.fpsattention.attention_in_windows(
         q, k, v, windows, layer, list(config.tile or ()), *rounding, **kwargs
     )
