@@ -4,6 +4,7 @@ import builtins
 import json
 import math
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -263,6 +264,38 @@ def test_the_table_fits_80_columns(tmp_path, capsys, tensor_file, monkeypatch):
 
 
 # Denoising
+
+
+@pytest.fixture
+def set_threads():
+    yield torch.set_num_threads
+    torch.set_num_threads(1)  # as `one_thread` has it
+
+
+def test_arms_run_side_by_side_and_share_the_threads(set_threads):
+    set_threads(4)
+    together = threading.Barrier(3, timeout=60)  # broken unless all three run at once
+
+    def arm(name):
+        together.wait()
+        return name, torch.get_num_threads()
+
+    assert denoise._side_by_side(arm, ["a", "b", "c"], threading.Event()) == [("a", 1), ("b", 1), ("c", 1)]
+    assert torch.get_num_threads() == 4
+
+
+def test_an_arm_that_fails_ends_the_others(set_threads):
+    set_threads(2)
+    stop = threading.Event()
+
+    def arm(name):
+        if name == "a":
+            raise OSError("no")
+        assert stop.wait(60)
+
+    with pytest.raises(OSError, match="no"):
+        denoise._side_by_side(arm, ["a", "b"], stop)
+    assert torch.get_num_threads() == 2
 
 
 def test_the_demo_denoises(tmp_path, capsys, monkeypatch, tensor_file):

@@ -20,7 +20,7 @@ from pathlib import Path
 EXTRA_MODULES = {"av", "matplotlib", "numpy", "rich", "safetensors", "torchmetrics"}
 # Of what matplotlib writes, what people look at; named here so that a wrong option needs no matplotlib.
 PICTURES = (
-    *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff"),
+    *(".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"),
     *(".pdf", ".svg", ".svgz", ".eps", ".ps"),
 )
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 import torch
 from torch import Tensor
@@ -88,25 +90,55 @@ def prepare(paths: list[Path], device: torch.device) -> Case:
 
 
 def run(case: Case, steps: int, start: int, picture: Path, tick: Callable) -> list[Row]:
-    """Denoise from step `start` of `steps` with every arm and write the picture. Calls `tick` after every step."""
+    """Denoise from step `start` of `steps` with every arm and write the picture. Calls `tick` after every step, from
+    several threads without a GPU.
+    """
     plan, codec = case.tuned.settings.plan, case.tuned.codec
     target = codec.decode(case.clean)
-    rows, videos = [], {"held-out": target[0].cpu()}
-    for arm in case.arms():
+    stop = Event()
+
+    @torch.no_grad()  # here, since each thread has its own setting
+    def denoised(arm: evaluation.Arm) -> tuple[Row, Tensor]:
         times = [time.perf_counter()]
 
-        def timed(times=times):
+        def timed():
             if case.clean.is_cuda:
                 torch.cuda.synchronize()
             times.append(time.perf_counter())
             tick()
+            if stop.is_set():
+                raise CancelledError
 
         attention = flow.Attention(plan, arm.mode)
         latent = flow.resample(arm.weights.model, case.clean, case.noise, start, steps, attention, timed)
         shown = codec.decode(latent)
         quality = evaluation.similarity(shown, target, "sampler")
         durations = [1e3 * (b - a) for a, b in zip(times, times[1:], strict=False)]
-        rows.append(Row(arm.name, *quality.values(), statistics.median(durations)))
-        videos[arm.name] = shown[0].cpu()
-    evaluation.draw(videos, picture, f"from step {start} of {steps}, same noise; {CLIP}, held-out frames")
-    return rows
+        return Row(arm.name, *quality.values(), statistics.median(durations)), shown[0].cpu()
+
+    results = _side_by_side(denoised, case.arms(), stop) if case.clean.is_cpu else map(denoised, case.arms())
+    rows, videos = zip(*results, strict=True)
+    shown = {"held-out": target[0].cpu()} | dict(zip((row.arm for row in rows), videos, strict=True))
+    evaluation.draw(shown, picture, f"from step {start} of {steps}, same noise; {CLIP}, held-out frames")
+    return list(rows)
+
+
+def _side_by_side(call: Callable, items: list, stop: Event) -> list:
+    """`call(item)` of each item, as many at once as torch has threads, which they share: threads of one call wait for
+    each other after every operation, and on a busy machine far longer than they compute. Sets `stop` when a call fails
+    or the user interrupts: the others are to end.
+    """
+    threads = torch.get_num_threads()
+    at_once = min(threads, len(items))
+    torch.set_num_threads(threads // at_once)  # of the threads that start now, too
+    try:
+        with ThreadPoolExecutor(at_once) as pool:
+            calls = [pool.submit(call, item) for item in items]
+            try:
+                return [x.result() for x in calls]
+            except BaseException:
+                stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    finally:
+        torch.set_num_threads(threads)
