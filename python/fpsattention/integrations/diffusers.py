@@ -236,10 +236,8 @@ class _Host:
     """One transformer: its processors and the hook that sets their `Forward`."""
 
     def __init__(self, name, transformer, clock, dense_layers, backend):
-        compiled, transformer = (
-            hasattr(transformer, "_orig_mod"),
-            getattr(transformer, "_orig_mod", transformer),
-        )
+        self.compiled = hasattr(transformer, "_orig_mod")  # by torch.compile(transformer)
+        transformer = getattr(transformer, "_orig_mod", transformer)
         self.name = name
         self.transformer = transformer
         self.clock = clock
@@ -255,7 +253,6 @@ class _Host:
         self.scope = Scope()
         self.last_grid: Triple | None = None  # tokens (T, H, W) of the last forward
         self.sizes_change = False  # whether it was ever another than that of the forward before
-        self.compiled = compiled
         self.graphs: set = set()  # what has a graph of its own, once the transformer is compiled
         self.hooks = ()
         self.processors: dict[int, Processor] = {}
