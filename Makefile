@@ -111,7 +111,7 @@ wheel: $(WHEEL)  ## the sdist and, from it, the wheel for $(PYTHON), in dist/
 wheels: $(RELEASE)/installed  ## the same for each of Python 3.10 to 3.14 that is on this machine
 	$(RELEASE)/bin/python .ci/build_wheels.py
 
-# The wheel in a clean environment, with another torch: make test-torch TORCH='torch==2.7.* torchao==0.15.*'
+# The wheel in a clean environment, with another torch: make test-torch TORCH='torch==2.11.*'
 TEST_TORCH := build/test-torch
 
 test-torch: $(WHEEL)  ## the tests (TESTS) on another torch (TORCH), on the wheel for $(PYTHON)
