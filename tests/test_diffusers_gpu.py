@@ -7,6 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
 
 import fpsattention as fps
 from test_diffusers import enable, tiny  # skips all without diffusers
@@ -113,6 +114,26 @@ def test_compiled_pipeline(wan, schedule, graphs):
     for _ in range(2):
         assert_near(wan.run(), expected, far, limit=0.04)
         assert counter.frame_count == graphs
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_recomputed_as_it_ran(wan, use_reentrant):
+    """Two forwards in different stages before the backward of both, whose own thread recomputes the layers."""
+    inputs, transformer = inputs_of_a_step(wan), wan.pipe.transformer.train()
+    enable(transformer, SCHEDULE, shift=1.0, backend="sm90")
+
+    def gradient(timesteps):
+        hidden = inputs["hidden_states"].detach().requires_grad_()
+        call = inputs | {"hidden_states": hidden, "return_dict": False}
+        outs = [transformer(**call | {"timestep": torch.tensor([t], device="cuda")})[0] for t in timesteps]
+        sum(out.float().square().sum() for out in outs).backward()
+        return hidden.grad
+
+    expected, far = gradient((950.0, 500.0)), gradient((500.0, 500.0))
+    transformer.enable_gradient_checkpointing(
+        lambda f, *args: checkpoint(f, *args, use_reentrant=use_reentrant)
+    )
+    assert_near(gradient((950.0, 500.0)), expected, far, limit=0.01)
 
 
 @torch.compiler.disable

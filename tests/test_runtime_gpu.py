@@ -258,6 +258,25 @@ def test_compile_with_inductor(seed):
     assert inductor.frame_count == 1
 
 
+def test_sizes_become_symbols(seed):
+    """Sizes that change are compiled twice, not each time; gradients too."""
+
+    def call(q, k, v, t):
+        return fps.attention(q, k, v, grid=(t, 16, 16), config=config, deterministic=True)
+
+    config = fps.AttentionConfig(tile=(2, 8, 8), window=(1, 1, 1))
+    torch._dynamo.reset()
+    inductor = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(call, fullgraph=True, backend=inductor)
+    for t in (2, 4, 6, 3, 8):
+        qkv = [x.requires_grad_() for x in random_qkv(seed, grid=(t, 16, 16), tile=(2, 8, 8))]
+        ours, want = (f(*qkv, t) for f in (compiled, call))
+        assert torch.equal(ours, want)
+        for x, y in zip(*(torch.autograd.grad(out.sum(), qkv) for out in (ours, want)), strict=True):
+            assert torch.equal(x, y)
+    assert inductor.frame_count == 2
+
+
 @pytest.mark.parametrize("tensor_layout", ["NHD", "HND"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_opcheck(config, tensor_layout, seed):
