@@ -536,7 +536,7 @@ def test_deep_copies_of_a_pipeline(wan, monkeypatch):
 
 def test_sharded_first(wan, tmp_path):
     """FSDP2 gives the transformer a class of its own."""
-    from torch.distributed.fsdp import fully_shard  # torch >= 2.6
+    from torch.distributed.fsdp import fully_shard
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:

@@ -1,9 +1,9 @@
 """quant="none": what FlexAttention is told to compute, and on the CPU, uncompiled, what it computes."""
 
-import builtins
 import itertools
 from functools import lru_cache
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,8 +17,6 @@ from fpsattention.config import AttentionConfig
 from fpsattention.geometry import tile_geometry
 from fpsattention.reference import exact_attention, valid_tokens
 from inputs import to_nhd
-
-pytest.importorskip("torch.nn.attention.flex_attention", reason="torch >= 2.5")
 
 GRID = (5, 9, 7)
 CONFIGS = [
@@ -138,26 +136,17 @@ def test_empty_grid():
     assert (out.shape, lse.shape, lse.dtype) == (q.shape, (2, 3, 0), torch.float32)
 
 
-def test_old_torch_is_told(monkeypatch):
-    real = builtins.__import__
-
-    def without_flex(name, globals=None, locals=None, fromlist=(), level=0):
-        if name == "torch.nn.attention" and "flex_attention" in fromlist:
-            raise ImportError("no flex_attention")
-        return real(name, globals, locals, fromlist, level)
-
-    monkeypatch.setattr(builtins, "__import__", without_flex)
-    with pytest.raises(RuntimeError, match=r'quant="none".*torch >= 2.5.*backend="reference"'):
-        flex._module()
+class Stats(NamedTuple):
+    lse: torch.Tensor
 
 
 def test_kinds_of_calls_beyond_torchs_limit(monkeypatch):
     """torch gives up on a function after 8 recompilations, which a process's calls of all kinds soon are."""
-    stub = SimpleNamespace(flex_attention=lambda q, k, v, **_: (q + k, v))
+    stub = SimpleNamespace(flex_attention=lambda q, k, v, **_: (q + k, Stats(v)), AuxRequest=lambda lse: None)
     counter = CompileCounter()
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda call, **options: compile_(call, backend=counter, **options))
-    monkeypatch.setattr(flex, "_module", lambda: stub)
+    monkeypatch.setattr(flex, "torch_flex", stub)
     monkeypatch.setattr(flex, "_compiled", lru_cache(flex._compiled.__wrapped__))
     mask = SimpleNamespace(shape=())
     for rank in range(1, 13):

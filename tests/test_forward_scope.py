@@ -274,7 +274,7 @@ def test_removed(host):
 
 def test_sharded(host, tmp_path):
     """FSDP2 over the blocks and the whole, with checkpointing by wrappers."""
-    from torch.distributed.fsdp import fully_shard  # torch >= 2.6
+    from torch.distributed.fsdp import fully_shard
 
     new, put_in, step = host
     plain = new().train()

@@ -403,7 +403,7 @@ def _unquantized(
         return reference.to_heads_first(out, tensor_layout), None
     if reference.dispatches(q):  # FlexAttention's lists of blocks have values
         return _exact(q, k, v, call)
-    from .flex import flex_attention  # needs torch >= 2.5
+    from .flex import flex_attention  # brings torch's compiler, which takes a second to import
 
     return flex_attention(q, k, v, resolved, scale, tensor_layout, *counts)
 

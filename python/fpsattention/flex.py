@@ -12,25 +12,13 @@ from itertools import product
 from types import FunctionType, SimpleNamespace
 
 import torch
+from torch.nn.attention import flex_attention as torch_flex
 
 from . import _C
 from .config import ResolvedConfig
 from .geometry import Triple, apart
 from .planning import plan
 from .reference import to_heads_first, valid_tokens, zero_invalid
-
-
-def _module():
-    """torch.nn.attention.flex_attention, which this package can be imported without."""
-    try:
-        from torch.nn.attention import flex_attention
-    except ImportError as error:
-        raise RuntimeError(
-            f'quant="none" on CUDA needs torch >= 2.5 for its FlexAttention, this is {torch.__version__}; '
-            f'use a newer torch, or backend="reference"'
-        ) from error
-    return flex_attention
-
 
 # FlexAttention's lists take 16 bytes for every pair of blocks: 4 GiB for these.
 MAX_BLOCKS = 2**14
@@ -44,12 +32,9 @@ LISTS = tuple(
 
 def _attend(q, k, v, block_mask, scale):
     """flex_attention that returns (out, lse)."""
-    flex = _module()
-    if hasattr(flex, "AuxRequest"):  # torch >= 2.9
-        aux = flex.AuxRequest(lse=True)
-        out, stats = flex.flex_attention(q, k, v, block_mask=block_mask, scale=scale, return_aux=aux)
-        return out, stats.lse
-    return flex.flex_attention(q, k, v, block_mask=block_mask, scale=scale, return_lse=True)
+    aux = torch_flex.AuxRequest(lse=True)
+    out, stats = torch_flex.flex_attention(q, k, v, block_mask=block_mask, scale=scale, return_aux=aux)
+    return out, stats.lse
 
 
 @lru_cache(maxsize=256)
@@ -164,16 +149,12 @@ def _window_mask(resolved: ResolvedConfig, partial_extra: bool, device: torch.de
         return token[kv]
 
     # Made on the CPU and copied: on a GPU other streams might read it before this one has made it.
-    mask = (
-        _module()
-        .BlockMask.from_kv_blocks(
-            *lists(listed & ~full_block),
-            *lists(listed & full_block),
-            BLOCK_SIZE=_C.BLOCK,
-            mask_mod=key_is_token,
-        )
-        .to(device)
-    )
+    mask = torch_flex.BlockMask.from_kv_blocks(
+        *lists(listed & ~full_block),
+        *lists(listed & full_block),
+        BLOCK_SIZE=_C.BLOCK,
+        mask_mod=key_is_token,
+    ).to(device)
     return (mask, listed_on_device), (token, listed_on_device, *(getattr(mask, name) for name in LISTS))
 
 
@@ -263,8 +244,8 @@ def flex_attention(
         prefix_valid, suffix_valid: int32 [B], as in `fpsattention.reference.exact_attention`.
 
     Returns out, like q, and lse fp32 [B, H, L], natural logarithm, in the order of memory.
-    Raises RuntimeError when torch is older than 2.5, or while a CUDA graph is captured if no such call was made before;
-    ValueError for a tile that is too small for the grid (`MAX_BLOCKS`).
+    Raises RuntimeError while a CUDA graph is captured if no such call was made before; ValueError for a
+    tile that is too small for the grid (`MAX_BLOCKS`).
     """
     q, k, v = (to_heads_first(x, tensor_layout) for x in (q, k, v))
     if not resolved.geometry.n_tokens:

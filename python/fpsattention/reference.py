@@ -343,10 +343,7 @@ def _products_are_fp32(device: torch.device) -> bool:
     if device.type not in ("cuda", "cpu"):
         return True
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-    precision = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
-    if precision is None:  # torch < 2.9 has one setting for all
-        return torch.get_float32_matmul_precision() == "highest"
-    return precision in ("ieee", "none")
+    return backend.matmul.fp32_precision in ("ieee", "none")
 
 
 def _exact_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

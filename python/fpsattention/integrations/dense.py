@@ -66,9 +66,9 @@ def check_schedule(schedule: StepSchedule | WindowTable, host: str, **sizes: int
 
 
 def host_class(transformer: nn.Module) -> type:
-    """The host's own class: FSDP2 (torch >= 2.6) derives another one from its own and the host's."""
+    """The host's own class: FSDP2 derives another one from its own and the host's."""
     kind = type(transformer)
-    return kind.__bases__[-1] if isinstance(transformer, getattr(fsdp, "FSDPModule", ())) else kind
+    return kind.__bases__[-1] if isinstance(transformer, fsdp.FSDPModule) else kind
 
 
 def noisiest(timestep: Tensor) -> Tensor:

@@ -50,10 +50,6 @@ from .diffusers_linears import use_fp8_linears  # noqa: E402
 from .diffusers_models import MODELS, Forward, Processor, model_of  # noqa: E402  (imports what the check above is for)
 from .scope import Scope  # noqa: E402
 
-RECOMPILE_LIMIT = (
-    "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
-)
-
 __all__ = ["Handle", "Report", "Row", "enable", "use_fp8_linears"]
 
 
@@ -334,12 +330,12 @@ class _Host:
         size = self.sizes_change if self.model.symbolic_dims else grid
         configs = parts and tuple(config for config, _ in parts)
         graph = (size, configs, torch.is_grad_enabled())
-        limit = getattr(torch._dynamo.config, RECOMPILE_LIMIT)
+        limit = torch._dynamo.config.recompile_limit
         if graph not in self.graphs and len(self.graphs) == limit:
             warnings.warn(
                 f"{self.name}: torch.compile needs graph {limit + 1} (each stage of the schedule has one, each "
                 f"size of the video may have), but keeps {limit}; what is beyond it runs uncompiled, or raises with "
-                f"fullgraph=True; set torch._dynamo.config.{RECOMPILE_LIMIT} = {4 * limit} before the first forward",
+                f"fullgraph=True; set torch._dynamo.config.recompile_limit = {4 * limit} before the first forward",
                 stacklevel=2,
             )
         self.graphs.add(graph)
