@@ -71,15 +71,15 @@ def reads_and_writes(config: str) -> str:
 # Racecheck (2025.3 and 2026.4, on an H200) does not see that __syncwarp orders the reads of a warp's lanes before lane
 # 0's arrival, as ptxas makes no instruction of it where the warp is converged. With every lane arriving for itself, and
 # nothing else changed, the reports are gone. Without SASS offsets, which change with every compilation, a report names
-# no object of shared memory: an entry also hides other reads against writes of its kernel. At head_dim 128 the tool sees
-# these in some runs and not in others; a race put there on purpose was not reported in the one run that had it.
+# no object of shared memory: an entry also hides other reads against writes of its kernel. At head_dim 128 the tool
+# sees these in some runs and not in others; a race put there on purpose was not reported in the one run that had it.
 KNOWN: tuple[Known, ...] = (
     Known(
         "racecheck",
         "attn_fwd_sm90",
         reads_and_writes("FwdConfig"),
-        "what refills a stage, or a task, against the reads of its BlockMeta, or of the task: lane 0 arrives on empty[s], "
-        "or q_empty[i], for its warp after __syncwarp, and the load warps wait for that before they refill",
+        "what refills a stage, or a task, against the reads of its BlockMeta, or of the task: lane 0 arrives on "
+        "empty[s], or q_empty[i], for its warp after __syncwarp; the load warps wait for that before they refill",
     ),
     Known(
         "racecheck",
