@@ -24,8 +24,10 @@ demo: $(VENV)/installed  ## dense, FP8, sparse and FPSAttention on a real clip: 
 	$(VENV)/bin/fpsattention demo --checkpoints examples/tiny_dit
 
 # Without a GPU, a process for every core. A GPU has one process at a time.
+WORKERS := $(if $(HAS_GPU),,-n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
+
 test: $(VENV)/installed  ## the tests this machine can run; the GPU receipt stands for the others
-	$(RUN) -m pytest -q $(if $(HAS_GPU),,-n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
+	$(RUN) -m pytest -q $(WORKERS)
 
 test-gpu: $(VENV)/installed  ## the GPU tests, on a Hopper GPU; writes the receipt that `make test` checks elsewhere
 	$(RUN) -m pytest -q -m gpu --gpu-receipt tests/gpu_receipt.json
@@ -119,7 +121,7 @@ test-torch: $(WHEEL)  ## the tests (TESTS) on another torch (TORCH), on the whee
 	$(TEST_TORCH)/bin/python -m pip install --quiet --upgrade pip
 	$(TEST_TORCH)/bin/python -m pip install --quiet $(TORCH) $(TORCH_INDEX) \
 	    "$$(ls dist/fpsattention-*-$$($(PYTHON) -c 'import sys; print("cp%d%d" % sys.version_info[:2])')-manylinux*.whl)[test]"
-	$(TEST_TORCH)/bin/python -m pytest -q $(TESTS)
+	$(TEST_TORCH)/bin/python -m pytest -q $(WORKERS) $(TESTS)
 
 clean:
 	rm -rf $(VENV) build dist python/*.egg-info
