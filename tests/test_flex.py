@@ -177,7 +177,7 @@ def test_torchs_limit_stays_as_it_is_while_we_compile(monkeypatch):
     assert limits == [before, before]
 
 
-# What is kept from call to call
+# The cache of masks
 
 
 class Kept:

@@ -65,7 +65,7 @@ def test_reports_of_a_log():
             "========= COMPUTE-SANITIZER\n=========     at f()\n========= ERROR SUMMARY: 0 errors\n",
             "did not begin",
         ),
-        # What is not a report, such as a warning about the tool itself, is counted as one.
+        # A line that is no report, such as a warning about the tool itself, counts as one.
         (
             CLEAN.format("ERROR", "errors") + "========= Target application returned an error\n",
             "counts 0 reports, its log shows 1",

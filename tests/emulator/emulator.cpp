@@ -61,7 +61,7 @@ struct Chunk {
     bool read_by_wgmma = false;
 };
 
-// What must be the same for all threads of a warpgroup.
+// Operands of a wgmma. All threads of a warpgroup must pass the same.
 struct Issue {
     uint64_t a_descriptor, b_descriptor;
     bool accumulate;
