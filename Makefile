@@ -20,8 +20,9 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES) pyproject.toml setup.py build_backen
 	$(RUN) -m pip install '.[test]'
 	touch $@
 
-demo: $(VENV)/installed  ## dense, FP8, sparse and FPSAttention on a real clip: a table and a picture
-	$(VENV)/bin/fpsattention demo --checkpoints examples/tiny_dit
+demo: $(VENV)/installed  ## on a real clip: dense, FP8, sparse, FPSAttention; then trained models denoise one
+	$(VENV)/bin/fpsattention demo
+	$(RUN) examples/denoise_tiny_dit.py
 
 # Without a GPU, a process for every core. A GPU has one process at a time.
 WORKERS := $(if $(HAS_GPU),,-n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
@@ -51,7 +52,7 @@ plots: $(VENV)/installed
 	$(RUN) bench/plots.py
 
 # Those of `fpsattention profile`; asked for by the recipe alone.
-NCU_SECTIONS = $(shell $(RUN) -c 'from fpsattention.bench import NCU_SECTIONS; print(*NCU_SECTIONS)')
+NCU_SECTIONS = $(shell $(RUN) -c 'from fpsattention.cli.bench import NCU_SECTIONS; print(*NCU_SECTIONS)')
 PROFILE := build/profile.ncu-rep
 
 # The third launch: the first two load the kernel and warm the GPU. The clock is left to the GPU, as in real use.

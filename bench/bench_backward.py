@@ -22,7 +22,7 @@ from common import (
     time_records,
 )
 from contenders import TOLERANCE_8_BIT, Contender, as_hnd, cudnn, flex, ours
-from fpsattention.timing import first_line
+from fpsattention.cli.timing import first_line
 from shapes import Shape
 
 # A graph is differentiated many times; the compiled backward of FlexAttention must keep what it saved.

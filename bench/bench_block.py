@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from common import OURS, STEP, GpuMonitor, Record, compare_with, time_records
 from contenders import Contender, as_nhd, cudnn, ours
-from fpsattention import video
-from fpsattention.timing import first_line
+from fpsattention.cli import video
+from fpsattention.cli.timing import first_line
 from shapes import Shape
 
 

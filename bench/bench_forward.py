@@ -47,8 +47,8 @@ from common import (
 )
 from contenders import Contender, as_hnd, config_of, contenders_of, installed_peers, ours
 from fpsattention import _C
-from fpsattention.reference import emulated_attention
-from fpsattention.timing import DeviceLost, Timing, first_line, time_interleaved
+from fpsattention.cli.timing import DeviceLost, Timing, first_line, time_interleaved
+from fpsattention.core.reference import emulated_attention
 from shapes import (
     BACKWARD_DENSE,
     BACKWARD_WINDOW,
@@ -165,7 +165,7 @@ def make_entries(shape: Shape, contenders: list[Contender], q, k, v, clock) -> t
 
     Returns functions to time by key, FP8 image bytes by key, and (record, contender, work) of each contender.
     """
-    entries, image_bytes, measured = {}, {}, []
+    entries, packed_bytes, measured = {}, {}, []
     for c in contenders:
         work = work_of(shape, c.window)
         tile = shape.tile if c.name in (OURS, FLEX) or c.window is not None else None
@@ -184,14 +184,14 @@ def make_entries(shape: Shape, contenders: list[Contender], q, k, v, clock) -> t
                 parts = c.parts(q, k, v)
                 entries["quantize"] = parts.quantize  # the same for every window of a tile
                 entries[f"{key} attend"] = parts.attend
-                image_bytes[key] = parts.image_bytes
+                packed_bytes[key] = parts.packed_bytes
         except Exception as error:  # a contender that fails is a line in the results
             record.fail(first_line(error))
             clock.check(key)
-    return entries, image_bytes, measured
+    return entries, packed_bytes, measured
 
 
-def fill(record: Record, shape: Shape, work: Work, key: str, timings: dict, image_bytes: int | None) -> None:
+def fill(record: Record, shape: Shape, work: Work, key: str, timings: dict, packed_bytes: int | None) -> None:
     """Put a contender's times, and the rates that follow from them, in its record."""
 
     def timing(name: str) -> Timing | None:
@@ -207,7 +207,7 @@ def fill(record: Record, shape: Shape, work: Work, key: str, timings: dict, imag
         record.tflops_total = flops / total.ms / 1e9
     if isinstance(copy := timings.get("copy"), Timing):
         record.copy_gbps = 2 * COPY_BYTES / copy.ms / 1e6
-    if image_bytes is None:
+    if packed_bytes is None:
         return
     if attend := timing(f"{key} attend"):
         record.attn_ms = attend.ms
@@ -215,10 +215,12 @@ def fill(record: Record, shape: Shape, work: Work, key: str, timings: dict, imag
         record.tflops_computed = attention_flops(work.computed_pairs, *sizes) / attend.ms / 1e9
     if quantize := timing("quantize"):
         record.quant_ms = quantize.ms
-        record.quant_bytes = quantize_bytes(shape.tokens, *sizes, image_bytes)
+        record.quant_bytes = quantize_bytes(shape.tokens, *sizes, packed_bytes)
         record.quant_gbps = record.quant_bytes / quantize.ms / 1e6
     rows = shape.tokens * shape.heads * shape.batch
-    record.attn_hbm_bytes = image_bytes + rows * (2 * shape.head_dim + 4)  # the images in, output and LSE out
+    record.attn_hbm_bytes = packed_bytes + rows * (
+        2 * shape.head_dim + 4
+    )  # the images in, output and LSE out
     # A key block is read once for the query blocks of a work item (if the item is full).
     pairs_of_item = _C.BLOCKS_PER_ITEM * _C.QUERY_BLOCK * _C.BLOCK
     items = work.computed_pairs / pairs_of_item * shape.heads * shape.batch
@@ -244,14 +246,14 @@ def bench_shape(
 ) -> list[Record]:
     """Check and time everyone on one shape. Raises DeviceLost."""
     q, k, v = random_qkv(shape, clock.device)
-    entries, image_bytes, measured = make_entries(shape, contenders, q, k, v, clock)
+    entries, packed_bytes, measured = make_entries(shape, contenders, q, k, v, clock)
     entries["copy"] = clock.copy
     start = time.monotonic()
     timings = time_interleaved(entries, clock, rounds, burst_ms, seed_of(shape.name))
     clock_mhz, power_w = monitor.between(start, time.monotonic())
     for record, c, work in measured:
         key = f"{record.case} {record.op}"
-        fill(record, shape, work, key, timings, image_bytes.get(key) if c.parts is not None else None)
+        fill(record, shape, work, key, timings, packed_bytes.get(key) if c.parts is not None else None)
         record.sm_clock_mhz, record.power_w = clock_mhz, power_w
     records = [record for record, _, _ in measured]
     compare(records)

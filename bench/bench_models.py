@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 import fpsattention as fps
 from common import forward_seconds
+from fpsattention.cli.catalog import MODELS
 from fpsattention.integrations.diffusers import enable
-from fpsattention.models import MODELS
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 import fpsattention as fps
 from common import ALONE, OURS, TEXT, GpuMonitor, Record, attention_flops, compare_with, time_records
 from contenders import config_of
-from fpsattention.timing import first_line
+from fpsattention.cli.timing import first_line
 from shapes import Shape
 
 
@@ -19,13 +19,13 @@ def bench_text(
     """Time the shape's first window with its text and without; `work_of` as in bench_forward. Raises DeviceLost."""
     window, (prefix_len, suffix_len) = shape.windows[0], shape.text
     config, work = config_of(shape, window), work_of(shape, window)
-    text = {"prefix_len": prefix_len, "suffix_len": suffix_len}
-    geometry = config.resolve(shape.grid, shape.heads, **text).geometry
+    sections = {"prefix_len": prefix_len, "suffix_len": suffix_len}
+    geometry = config.resolve(shape.grid, shape.heads, **sections).geometry
     pairs = geometry.attended_pairs(work.resolved.windows[0], work.resolved.border)
     axis = 1 if shape.layout == "NHD" else 2
     call = {"grid": shape.grid, "config": config, "tensor_layout": shape.layout, "backend": "sm90"}
     records, entries = [], {}
-    for name, extra, tokens in ((ALONE, {}, shape.tokens), (TEXT, text, geometry.n_tokens)):
+    for name, text, tokens in ((ALONE, {}, shape.tokens), (TEXT, sections, geometry.n_tokens)):
         record = Record(
             *(f"{shape.case(window)} {name}", OURS, shape.grid, shape.heads, shape.head_dim, shape.batch),
             *(shape.layout, shape.tile, work.resolved.windows[0], work.density),
@@ -34,7 +34,7 @@ def bench_text(
         records.append(record)
         try:
             own = [torch.cat([x, x.narrow(axis, 0, tokens - shape.tokens)], dim=axis) for x in qkv]
-            entries[f"{record.case} {OURS}"] = partial(fps.attention, *own, **call, **extra)
+            entries[f"{record.case} {OURS}"] = partial(fps.attention, *own, **call, **text)
         except Exception as error:  # a line in the results
             record.fail(first_line(error))
             clock.check(record.case)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from fpsattention.timing import CudaClock, Timing, time_interleaved
+from fpsattention.cli.timing import CudaClock, Timing, time_interleaved
 
 OURS, CUDNN, FLASH, FLEX = "fpsattention", "sdpa-cudnn", "sdpa-flash", "flexattention"  # Record.op
 TORCH_DENSE = (CUDNN, FLASH)
@@ -295,12 +295,12 @@ def attention_flops(pairs: int, heads: int, head_dim: int, batch: int) -> int:
     return 4 * head_dim * pairs * heads * batch
 
 
-def quantize_bytes(tokens: int, heads: int, head_dim: int, batch: int, image_bytes: int) -> int:
+def quantize_bytes(tokens: int, heads: int, head_dim: int, batch: int, packed_bytes: int) -> int:
     """Bytes the quantisation must move: Q, K, V read once in 16 bits, the FP8 image written once.
 
     A kernel that reads V twice, for its channel amax first, gets no credit for the second time.
     """
-    return 3 * 2 * tokens * heads * head_dim * batch + image_bytes
+    return 3 * 2 * tokens * heads * head_dim * batch + packed_bytes
 
 
 def device_query() -> str:

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fpsattention as fps
 from common import CUDNN, FLASH, FLEX, OURS
-from fpsattention import ops
+from fpsattention.core import ops
 from shapes import Shape, Window
 
 # Relative RMS error against exact attention beyond which an answer counts as wrong, not as rounded.
@@ -25,7 +25,7 @@ class Parts:
 
     quantize: Callable[[], object]
     attend: Callable[[], object]
-    image_bytes: int
+    packed_bytes: int
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ def ours(shape: Shape, window: Window) -> Contender:
             return ops.quantize(q, k, v, resolved, scale, shape.layout)
 
         quantized = quantize()
-        image_bytes = sum(blocks.numel() * blocks.element_size() for blocks in quantized[:2])
+        packed_bytes = sum(blocks.numel() * blocks.element_size() for blocks in quantized[:2])
         return Parts(
-            quantize, lambda: ops.attend(quantized, resolved, scale, shape.layout, q.dtype), image_bytes
+            quantize, lambda: ops.attend(quantized, resolved, scale, shape.layout, q.dtype), packed_bytes
         )
 
     return Contender(

@@ -27,8 +27,8 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from fpsattention.cli import UserError
-from fpsattention.tiny_dit import clips, evaluation, export, flow, model, training
+from fpsattention.cli.errors import UserError
+from tiny_dit import clips, evaluation, export, flow, model, training
 
 WINDOWS = {"early": (1, 3, 3), "mid": (1, 5, 5), "late": (1, 3, 5)}
 SCHEDULE = ("tile", "early", "mid", "late", "alpha", "shift")  # options that a fine-tuning may change

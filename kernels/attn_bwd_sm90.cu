@@ -98,38 +98,39 @@ struct BwdSmem {
 };
 
 // The key block of a CTA. Blocks of one head run together, in the order of p.key_axis, so that they share its queries
-// in L2; with a window per head, heads with large windows come first. Extra keys, which all queries attend, come before
-// all others, so that the last key blocks to run are short ones; but after them where turns are taken: a CTA must then
-// wait only for CTAs with a smaller blockIdx.x. It assumes that these have started, which CUDA does not promise.
+// in L2; with a window per head, heads with large windows come first. TextTokens keys, which all queries attend, come
+// before all others, so that the last key blocks to run are short ones; but after them where turns are taken: a CTA
+// must then wait only for CTAs with a smaller blockIdx.x. It assumes that these have started, which CUDA does not
+// promise.
 struct KeyBlock {
     int batch, head, first_row;
-    int number;  // of the extra key block among those of its head that hold a token; -1: a block of the grid's
+    int number;  // of the text key block among those of its head that hold a token; -1: a block of the grid's
     int64_t bh, image;
     Int3 tile;
     TileRows rows;
     TileBox queries;
-    Extra extra;  // valid tokens
+    TextTokens text;  // valid tokens
 
     __device__ explicit KeyBlock(const BackwardParams &p) {
         const TileGrid &g = p.geometry;
-        const int per_tile = g.blocks_per_tile(), of_extra = g.extra.blocks(kBlock);
+        const int per_tile = g.blocks_per_tile(), text_blocks = g.text.blocks(kBlock);
         const int in_grid = g.tiles.volume() * per_tile;
-        int index = blockIdx.x + (p.turns == nullptr ? 0 : p.batch * p.heads * of_extra);
+        int index = blockIdx.x + (p.turns == nullptr ? 0 : p.batch * p.heads * text_blocks);
         index -= index < int(gridDim.x) ? 0 : int(gridDim.x);
-        const bool is_extra = index < p.batch * p.heads * of_extra;
-        index -= is_extra ? 0 : p.batch * p.heads * of_extra;
-        const int per_head = is_extra ? of_extra : in_grid, in_head = index % per_head;
+        const bool is_text = index < p.batch * p.heads * text_blocks;
+        index -= is_text ? 0 : p.batch * p.heads * text_blocks;
+        const int per_head = is_text ? text_blocks : in_grid, in_head = index % per_head;
         index /= per_head;
         batch = index % p.batch;
         head = p.head_at(index / p.batch);
         bh = int64_t(batch) * p.heads + head;
-        extra = p.valid_extra(batch);
-        if (is_extra) {
+        text = p.valid_text(batch);
+        if (is_text) {
             number = in_head;
-            const int block = g.extra_block(number, extra, kBlock);
+            const int block = g.text_block(number, text, kBlock);
             image = bh * g.blocks() + block;
             first_row = block % per_tile * kBlock;
-            rows = number < extra.blocks(kBlock) ? g.rows(block / per_tile, extra) : TileRows{};
+            rows = number < text.blocks(kBlock) ? g.rows(block / per_tile, text) : TileRows{};
             queries = g.everything();
             return;
         }
@@ -146,25 +147,25 @@ struct KeyBlock {
     __device__ bool exists() const { return first_row < rows.valid(); }
 };
 
-// A query block, its number among all of B, H; of extra queries, or of this tile.
+// A query block, its number among all of B, H; of text queries, or of this tile.
 struct QueryBlock {
     int64_t image;
-    bool is_extra;
+    bool is_text;
     Int3 tile;
 };
 
 // Key blocks of a query block are numbered along its box of keys in raster order, `blocks_per_tile` to a tile, from 1;
-// then come the extra ones. The number of this key block is its `last`; its `turn` is the number of the one before it
+// then come the text ones. The number of this key block is its `last`; its `turn` is the number of the one before it
 // that holds a token.
 __device__ inline int2 turn_of(const BackwardParams &p, const KeyBlock &key, const QueryBlock &query) {
     const TileGrid &g = p.geometry;
-    const TileBox box = query.is_extra ? g.everything() : g.keys_of(query.tile, p.window(key.head), p.border);
+    const TileBox box = query.is_text ? g.everything() : g.keys_of(query.tile, p.window(key.head), p.border);
     const Int3 size{box.t.size(), box.h.size(), box.w.size()};
-    const bool is_extra = key.number >= 0;
-    const int tile = is_extra
+    const bool is_text = key.number >= 0;
+    const int tile = is_text
                          ? size.volume()
                          : ((key.tile.t - box.t.lo) * size.h + key.tile.h - box.h.lo) * size.w + key.tile.w - box.w.lo;
-    const int block = is_extra ? key.number : key.first_row / kBlock, last = tile * g.blocks_per_tile() + block + 1;
+    const int block = is_text ? key.number : key.first_row / kBlock, last = tile * g.blocks_per_tile() + block + 1;
     if (block > 0 || tile == 0) {
         return {last - 1, last};
     }
@@ -194,8 +195,8 @@ __device__ __forceinline__ void for_each_query_block(const BackwardParams &p, co
             f(QueryBlock{first + b, false, tile});
         }
     }
-    for (int i = 0; i < key.extra.blocks(kQueryBlock); ++i) {
-        f(QueryBlock{images + g.extra_block(i, key.extra, kQueryBlock), true, {}});
+    for (int i = 0; i < key.text.blocks(kQueryBlock); ++i) {
+        f(QueryBlock{images + g.text_block(i, key.text, kQueryBlock), true, {}});
     }
 }
 
@@ -210,7 +211,7 @@ __device__ void load(const BackwardParams &p, BwdSmem<Cfg> &smem) {
     smem.keys_full.arrive();
     bulk_load(smem.k8, kv, kK8Bytes, smem.keys_full);
     bulk_load(&smem.k_meta, kv + 2 * kK8Bytes, sizeof(BlockMeta), smem.keys_full);
-    const uint8_t *images = p.key_images + key.image * bwd_key_bytes(Cfg::kHeadDim);
+    const uint8_t *images = p.key_operands + key.image * bwd_key_bytes(Cfg::kHeadDim);
     bulk_load(smem.k, images, kKeyBytes, smem.keys_full);
     bulk_load(smem.v, images + kKeyBytes, kKeyBytes, smem.keys_full);
 
@@ -218,7 +219,7 @@ __device__ void load(const BackwardParams &p, BwdSmem<Cfg> &smem) {
     for_each_query_block(p, key, [&](const QueryBlock &query) {
         const int s = ring.stage();
         const uint8_t *q8 = p.q_blocks + query.image * q_block_bytes(Cfg::kHeadDim);
-        const uint8_t *image = p.query_images + query.image * bwd_query_bytes(Cfg::kHeadDim);
+        const uint8_t *image = p.query_operands + query.image * bwd_query_bytes(Cfg::kHeadDim);
         smem.empty[s].wait(ring.empty_parity());
         fence_proxy_async();  // the math warps read the row constants of this stage
         smem.full[s].expect(kQ8Bytes + kQBytes + kRowsBytes);
@@ -398,7 +399,7 @@ __device__ void math(const BackwardParams &p, BwdSmem<Cfg> &smem, int warpgroup)
     int left;
     {
         const KeyBlock key(p);
-        left = g.valid_blocks(key.queries, kQueryBlock) + key.extra.blocks(kQueryBlock);
+        left = g.valid_blocks(key.queries, kQueryBlock) + key.text.blocks(kQueryBlock);
     }
     for (; left > 0; --left) {
         const int s = ring.stage(), ds = ring.count % 2;
@@ -564,7 +565,7 @@ void attn_bwd(BackwardParams p, cudaStream_t stream) {
         constexpr int kSmemBytes = sizeof(BwdSmem<Cfg>) + 1024;
         static_assert(kSmemBytes <= 227 * 1024);
         const TileGrid &g = p.geometry;
-        const int key_blocks = g.tiles.volume() * g.blocks_per_tile() + g.extra.blocks(kBlock);
+        const int key_blocks = g.tiles.volume() * g.blocks_per_tile() + g.text.blocks(kBlock);
         launch(attn_bwd_sm90<Cfg, decltype(element)>, dim3(p.batch * p.heads * key_blocks), Cfg::kThreads, kSmemBytes,
                stream, p);
     });

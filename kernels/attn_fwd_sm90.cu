@@ -74,29 +74,29 @@ struct KVBlock {
 // Up to three query blocks that see the same keys: neighbours in a *run*, the tiles that differ only on axes whose
 // window is the whole axis (so all of a head's tiles, if it is dense; a single one, if no axis is whole). In a run, the
 // first blocks of all tiles come first, then the second ones, and so on; tiles with ragged axes slowest: so blocks that
-// hold no token lie together, and most fill whole items. Or three blocks of extra queries, which see everything.
+// hold no token lie together, and most fill whole items. Or three blocks of text queries, which see everything.
 struct WorkItem {
-    int batch, head, first;  // `first` block in the run, or of the extra queries
-    bool of_extra;
+    int batch, head, first;  // `first` block in the run, or of the text queries
+    bool is_text;
     int64_t bh;
     Int3 origin;  // first tile of the run
     TileBox keys;
-    Extra extra;  // valid tokens
+    TextTokens text;  // valid tokens
 
     __device__ WorkItem(const ForwardParams &p, int index) {
-        of_extra = index < p.extra_items;
-        index -= of_extra ? 0 : p.extra_items;
-        const int per_run = of_extra ? p.extra_items_per_head : p.items_per_run, runs = of_extra ? 1 : p.n_runs;
-        first = index % per_run * kBlocksPerItem;
-        index /= per_run;
-        origin = coordinates(index % runs, p.runs);
-        index /= runs;
+        is_text = index < p.text_items;
+        index -= is_text ? 0 : p.text_items;
+        const int per_group = is_text ? p.text_items_per_head : p.items_per_group, groups = is_text ? 1 : p.n_groups;
+        first = index % per_group * kBlocksPerItem;
+        index /= per_group;
+        origin = coordinates(index % groups, p.groups);
+        index /= groups;
         batch = index / p.heads;
         head = p.head_at(index % p.heads);
         bh = int64_t(batch) * p.heads + head;
         const TileGrid &g = p.geometry;
-        keys = of_extra ? g.everything() : g.keys_of(origin, p.window(head), p.border);
-        extra = p.valid_extra(batch);
+        keys = is_text ? g.everything() : g.keys_of(origin, p.window(head), p.border);
+        text = p.valid_text(batch);
     }
 };
 
@@ -109,23 +109,23 @@ struct QueryBlock {
 
     __device__ QueryBlock(const ForwardParams &p, const WorkItem &item, int i) {
         const TileGrid &g = p.geometry;
-        const int per_tile = g.slot / kQueryBlock, in_run = item.first + i;
-        if (item.of_extra) {
-            exists = in_run < item.extra.blocks(kQueryBlock);
-            block = g.extra_block(in_run, item.extra, kQueryBlock);
-            rows = g.rows(block / per_tile, item.extra);
+        const int per_tile = g.slot / kQueryBlock, in_group = item.first + i;
+        if (item.is_text) {
+            exists = in_group < item.text.blocks(kQueryBlock);
+            block = g.text_block(in_group, item.text, kQueryBlock);
+            rows = g.rows(block / per_tile, item.text);
             first_row = block % per_tile * kQueryBlock;
             return;
         }
-        const int place = in_run % p.tiles_per_run;
-        const int fast = place % p.run_size[0], rest = place / p.run_size[0];
-        const int middle = rest % p.run_size[1], slow = rest / p.run_size[1];
+        const int place = in_group % p.tiles_per_group;
+        const int fast = place % p.group_size[0], rest = place / p.group_size[0];
+        const int middle = rest % p.group_size[1], slow = rest / p.group_size[1];
         const auto offset = [&](int axis) {
-            return axis == p.run_axis[0] ? fast : axis == p.run_axis[1] ? middle : slow;
+            return axis == p.group_axis[0] ? fast : axis == p.group_axis[1] ? middle : slow;
         };
         const Int3 tile{item.origin.t + offset(0), item.origin.h + offset(1), item.origin.w + offset(2)};
         rows = g.rows(tile);
-        const int in_tile = in_run / p.tiles_per_run;
+        const int in_tile = in_group / p.tiles_per_group;
         block = g.tile_index(tile) * per_tile + in_tile;
         first_row = in_tile * kQueryBlock;
         exists = first_row < rows.valid();
@@ -190,7 +190,7 @@ __device__ void load_queries(const ForwardParams &p, FwdSmem<Cfg> &smem) {
             }
             if (leads) {
                 task.item = item;
-                task.n_blocks = g.valid_blocks(item.keys) + item.extra.blocks(kBlock);
+                task.n_blocks = g.valid_blocks(item.keys) + item.text.blocks(kBlock);
             }
         }
         if (any || ends) {  // nobody hears of an item that holds no token
@@ -254,8 +254,8 @@ __device__ void load_keys(const ForwardParams &p, FwdSmem<Cfg> &smem) {
                 }
             }
         }
-        for (int i = 0; i < item.extra.blocks(kBlock); ++i) {
-            bring(g.extra_block(i, item.extra, kBlock));
+        for (int i = 0; i < item.text.blocks(kBlock); ++i) {
+            bring(g.text_block(i, item.text, kBlock));
         }
     });
 }
@@ -563,19 +563,19 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
 
 void attn_fwd(ForwardParams p, cudaStream_t stream) {
     const TileGrid &g = p.geometry;
-    const Int3 run = g.run(p.windows, p.n_windows);
-    std::iota(p.run_axis, p.run_axis + 3, 0);
-    std::stable_partition(p.run_axis, p.run_axis + 3, [&](int axis) { return g.grid[axis] % g.tile[axis] == 0; });
+    const Int3 group = g.tile_group(p.windows, p.n_windows);
+    std::iota(p.group_axis, p.group_axis + 3, 0);
+    std::stable_partition(p.group_axis, p.group_axis + 3, [&](int axis) { return g.grid[axis] % g.tile[axis] == 0; });
     for (int i = 0; i < 3; ++i) {
-        p.run_size[i] = run[p.run_axis[i]];
+        p.group_size[i] = group[p.group_axis[i]];
     }
-    p.tiles_per_run = run.volume();
-    p.runs = p.tiles_per_run > 0 ? g.tiles / run : Int3{1, 1, 1};  // there may be extra tokens only
-    p.n_runs = p.runs.volume();
-    p.items_per_run = ceil_div(p.tiles_per_run * (g.slot / kQueryBlock), kBlocksPerItem);
-    p.extra_items_per_head = ceil_div(g.extra.blocks(kQueryBlock), kBlocksPerItem);
-    p.extra_items = p.batch * p.heads * p.extra_items_per_head;
-    p.items = p.extra_items + p.batch * p.heads * p.n_runs * p.items_per_run;
+    p.tiles_per_group = group.volume();
+    p.groups = p.tiles_per_group > 0 ? g.tiles / group : Int3{1, 1, 1};  // there may be text tokens only
+    p.n_groups = p.groups.volume();
+    p.items_per_group = ceil_div(p.tiles_per_group * (g.slot / kQueryBlock), kBlocksPerItem);
+    p.text_items_per_head = ceil_div(g.text.blocks(kQueryBlock), kBlocksPerItem);
+    p.text_items = p.batch * p.heads * p.text_items_per_head;
+    p.items = p.text_items + p.batch * p.heads * p.n_groups * p.items_per_group;
 
     int device, sm_count;
     FPS_CUDA_CHECK(cudaGetDevice(&device));

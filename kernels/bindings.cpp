@@ -42,7 +42,7 @@ void slot_tokens(const Triple &grid, const Triple &tile, int prefix_len, int suf
     const TileGrid g(int3(grid), int3(tile), {prefix_len, suffix_len});
     int *out = pointer<int>(out_address);
     for (int i = 0; i < g.all_tiles(); ++i) {
-        const TileRows rows = g.rows(i, g.extra);
+        const TileRows rows = g.rows(i, g.text);
         for (int r = 0; r < g.slot; ++r) {
             out[int64_t(i) * g.slot + r] = r < rows.valid() ? g.token(rows, r) : -1;
         }
@@ -54,10 +54,10 @@ int valid_blocks(const Triple &grid, const Triple &tile, const Triple &window, b
     return g.valid_blocks(g.keys_of(g.tile_coord(query_tile), int3(window), border_of(truncate)));
 }
 
-Triple run(const Triple &grid, const Triple &tile, const std::vector<Triple> &windows) {
+Triple tile_group(const Triple &grid, const Triple &tile, const std::vector<Triple> &windows) {
     std::vector<Int3> list(windows.size());
     std::transform(windows.begin(), windows.end(), list.begin(), int3);
-    const Int3 size = TileGrid(int3(grid), int3(tile)).run(list.data(), int(list.size()));
+    const Int3 size = TileGrid(int3(grid), int3(tile)).tile_group(list.data(), int(list.size()));
     return {size.t, size.h, size.w};
 }
 
@@ -154,8 +154,8 @@ void bind_attn_fwd(uintptr_t q_blocks, uintptr_t kv_blocks, uintptr_t v_amax, ui
 
 void bind_attn_bwd(uintptr_t q_blocks, uintptr_t kv_blocks, uintptr_t v_amax, uintptr_t out, uintptr_t dout,
                    const StrideTriple &out_strides, const StrideTriple &dout_strides, uintptr_t lse,
-                   uintptr_t lse_shift, uintptr_t k_mean, uintptr_t dlse, uintptr_t query_images, uintptr_t key_images,
-                   uintptr_t dq_sum, uintptr_t turns, uintptr_t dq, uintptr_t dk, uintptr_t dv,
+                   uintptr_t lse_shift, uintptr_t k_mean, uintptr_t dlse, uintptr_t query_operands,
+                   uintptr_t key_operands, uintptr_t dq_sum, uintptr_t turns, uintptr_t dq, uintptr_t dk, uintptr_t dv,
                    const StrideTriple &dq_strides, const StrideTriple &dk_strides, const StrideTriple &dv_strides,
                    const Triple &grid, const Triple &tile, int prefix_len, int suffix_len, uintptr_t prefix_valid,
                    uintptr_t suffix_valid, const std::vector<Triple> &windows, bool truncate, int batch, int heads,
@@ -167,7 +167,7 @@ void bind_attn_bwd(uintptr_t q_blocks, uintptr_t kv_blocks, uintptr_t v_amax, ui
     p.out_strides = strides_of(out_strides), p.dout_strides = strides_of(dout_strides);
     p.lse = pointer<float>(lse), p.lse_shift = pointer<float>(lse_shift), p.k_mean = pointer<float>(k_mean),
     p.dlse = pointer<float>(dlse);
-    p.query_images = pointer<uint8_t>(query_images), p.key_images = pointer<uint8_t>(key_images);
+    p.query_operands = pointer<uint8_t>(query_operands), p.key_operands = pointer<uint8_t>(key_operands);
     p.dq_sum = pointer<float>(dq_sum), p.turns = pointer<int>(turns);
     p.dq = pointer<void>(dq), p.dk = pointer<void>(dk), p.dv = pointer<void>(dv);
     p.dq_strides = strides_of(dq_strides), p.dk_strides = strides_of(dk_strides), p.dv_strides = strides_of(dv_strides);
@@ -192,7 +192,7 @@ PYBIND11_MODULE(_C, m) {
           [](int j, int n, int w, bool truncate) { return pair(axis_queries(j, n, w, border_of(truncate))); });
     m.def("slot_tokens", &slot_tokens);
     m.def("valid_blocks", &valid_blocks);
-    m.def("run", &run);
+    m.def("tile_group", &tile_group);
     m.def("q_block_bytes", &q_block_bytes);
     m.def("kv_block_bytes", &kv_block_bytes);
     m.def("bwd_query_bytes", &bwd_query_bytes);
@@ -212,8 +212,8 @@ PYBIND11_MODULE(_C, m) {
           "suffix_len"_a, "prefix_valid"_a, "suffix_valid"_a, "windows"_a, "truncate"_a, "batch"_a, "heads"_a,
           "head_dim"_a, "dtype"_a, "scale"_a, "stream"_a);
     m.def("attn_bwd", &bind_attn_bwd, no_gil(), py::kw_only(), "q_blocks"_a, "kv_blocks"_a, "v_amax"_a, "out"_a,
-          "dout"_a, "out_strides"_a, "dout_strides"_a, "lse"_a, "lse_shift"_a, "k_mean"_a, "dlse"_a, "query_images"_a,
-          "key_images"_a, "dq_sum"_a, "turns"_a, "dq"_a, "dk"_a, "dv"_a, "dq_strides"_a, "dk_strides"_a, "dv_strides"_a,
-          "grid"_a, "tile"_a, "prefix_len"_a, "suffix_len"_a, "prefix_valid"_a, "suffix_valid"_a, "windows"_a,
-          "truncate"_a, "batch"_a, "heads"_a, "head_dim"_a, "dtype"_a, "scale"_a, "stream"_a);
+          "dout"_a, "out_strides"_a, "dout_strides"_a, "lse"_a, "lse_shift"_a, "k_mean"_a, "dlse"_a, "query_operands"_a,
+          "key_operands"_a, "dq_sum"_a, "turns"_a, "dq"_a, "dk"_a, "dv"_a, "dq_strides"_a, "dk_strides"_a,
+          "dv_strides"_a, "grid"_a, "tile"_a, "prefix_len"_a, "suffix_len"_a, "prefix_valid"_a, "suffix_valid"_a,
+          "windows"_a, "truncate"_a, "batch"_a, "heads"_a, "head_dim"_a, "dtype"_a, "scale"_a, "stream"_a);
 }

@@ -58,7 +58,7 @@ struct Block {
         batch = blockIdx.z;
         bh = int64_t(batch) * p.heads + head;
         index = bh * per_head + in_head;
-        rows = g.rows(in_head / per_tile, p.valid_extra(batch));
+        rows = g.rows(in_head / per_tile, p.valid_text(batch));
         first_row = in_head % per_tile * kRows;
         valid = min(kRows, rows.valid() - first_row);
     }
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     }
     const uint8_t *fp8 = p.q_blocks + block.index * q_block_bytes(kHeadDim);
     const float scale = reinterpret_cast<const BlockMeta *>(fp8 + kQueryBlock * kHeadDim)->scale;
-    uint8_t *q_image = p.query_images + block.index * bwd_query_bytes(kHeadDim);
+    uint8_t *q_image = p.query_operands + block.index * bwd_query_bytes(kHeadDim);
     uint8_t *dout_image = q_image + kQueryBlock * kHeadDim * 2;
     QueryRows &rows = *reinterpret_cast<QueryRows *>(dout_image + kQueryBlock * kHeadDim * 2);
     if (threadIdx.x == 0) {
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     }
     const uint8_t *fp8 = p.kv_blocks + block.index * kv_block_bytes(kHeadDim);
     const float k_scale = reinterpret_cast<const BlockMeta *>(fp8 + 2 * kBlock * kHeadDim)->scale;
-    uint8_t *k_image = p.key_images + block.index * bwd_key_bytes(kHeadDim);
+    uint8_t *k_image = p.key_operands + block.index * bwd_key_bytes(kHeadDim);
     uint8_t *v_image = k_image + kBlock * kHeadDim * 2;
 
     for (int i = threadIdx.x; i < kHeadDim; i += kThreads) {

@@ -1,4 +1,4 @@
-// Quantisation: raster-order bf16/fp16 Q, K, V to the FP8 block images that the forward loads with one bulk copy each.
+// Quantisation: raster-order bf16/fp16 Q, K, V to the FP8 packed blocks that the forward loads with one bulk copy each.
 //
 //   row_rms         1 / RMS of the rows of Q and K, when they are to be normalised
 //   channel_stats   V's amax and K's sum per (batch, head, channel); a light pre-pass over all tokens
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kStatsThreads)
     const auto [head, chunk] = place_of(blockIdx.x, p.heads, chunks, strides);
     const int batch = blockIdx.z, row = threadIdx.x / kLanes, channel = threadIdx.x % kLanes * kVec;
     const int end = min(tokens, (chunk + 1) * kChunk);
-    const Extra valid = p.valid_extra(batch);
+    const TextTokens valid = p.valid_text(batch);
 
     float acc[kVec] = {};
 #pragma unroll 1
@@ -224,7 +224,7 @@ __global__ void finish_mean(const __grid_constant__ Deferred<QuantizeParams> def
     for (int c = 0; c < chunks; ++c) {
         total += p.k_sum[(bh * chunks + c) * p.head_dim + threadIdx.x];
     }
-    const Extra valid = p.valid_extra(blockIdx.y);
+    const TextTokens valid = p.valid_text(blockIdx.y);
     const int tokens = valid.prefix + p.geometry.grid.volume() + valid.suffix;
     p.k_mean[bh * p.head_dim + threadIdx.x] = float(total / max(tokens, 1));
 }
@@ -294,7 +294,7 @@ __global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64)
     const auto [head, tile] = place_of(blockIdx.x, p.heads, n_tiles, strides);
     const int batch = blockIdx.z;
     const int64_t bh = int64_t(batch) * p.heads + head;
-    const TileRows rows = g.rows(tile, p.valid_extra(batch));
+    const TileRows rows = g.rows(tile, p.valid_text(batch));
     const int valid = rows.valid();
     fill_token_table(token_of_row, g, rows, 0, g.slot);
 
@@ -339,9 +339,10 @@ __global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64)
     float *brick_amax = is_k ? p.k_amax : p.q_amax;
     const auto brick_index = [&, tile = tile]() -> int64_t {
         const Int3 b = p.brick, bricks{ceil_div(g.tiles.t, b.t), ceil_div(g.tiles.h, b.h), ceil_div(g.tiles.w, b.w)};
-        const int run = tile - g.tiles.volume();  // of extra tokens, if not negative
-        const Int3 c = run < 0 ? g.tile_coord(tile) : Int3{};
-        const int brick = run < 0 ? (c.t / b.t * bricks.h + c.h / b.h) * bricks.w + c.w / b.w : bricks.volume() + run;
+        const int text_tile = tile - g.tiles.volume();
+        const Int3 c = text_tile < 0 ? g.tile_coord(tile) : Int3{};
+        const int brick =
+            text_tile < 0 ? (c.t / b.t * bricks.h + c.h / b.h) * bricks.w + c.w / b.w : bricks.volume() + text_tile;
         return bh * (bricks.volume() + n_tiles - g.tiles.volume()) + brick;
     };
 
@@ -430,7 +431,7 @@ __global__ void __launch_bounds__(kBlock *kHeadDim / 64)
     const int batch = blockIdx.z;
     const int64_t bh = int64_t(batch) * p.heads + head;
     const int in_tile = block % g.blocks_per_tile();
-    const TileRows rows = g.rows(block / g.blocks_per_tile(), p.valid_extra(batch));
+    const TileRows rows = g.rows(block / g.blocks_per_tile(), p.valid_text(batch));
     fill_token_table(token_of_row, g, rows, in_tile * kBlock, kBlock);
 
     const int channel = threadIdx.x % kLanes * kVec;

@@ -10,7 +10,7 @@ from pathlib import Path
 def main() -> int:
     """Run the command line of the package; status 1, and what is known of the reason, when that does not import."""
     try:
-        from fpsattention.cli import main
+        from fpsattention.cli.main import main
     except ImportError as error:
         message = f"the package cannot be imported: {error}\n{_advice(error)}"
         print(f"fpsattention: error: {message}", file=sys.stderr)

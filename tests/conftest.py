@@ -20,7 +20,7 @@ from packaging.version import Version
 
 import receipt
 import stub_lightx2v
-from fpsattention.support import hopper_obstacle
+from fpsattention.core.support import hopper_obstacle
 
 # GPU examples are slow at first and run in a fixed order, so that a receipt can be reproduced.
 settings.register_profile(

@@ -9,7 +9,7 @@ The sources are what decides whether the kernels compute the right thing:
 
 - kernels/ and include/: all CUDA and C++;
 - what fixes compiler, flags and pins: CMakeLists.txt, setup.py, build_backend.py, [build-system] of pyproject.toml;
-- python/: the library, which launches the kernels; not `NOT_VOUCHED_FOR`, the command line and the training example;
+- python/: the library, which launches the kernels; not `NOT_VOUCHED_FOR`, the command line;
 - tests/: conftest.py, the files that hold GPU tests, and the modules of tests/ that those import.
 
 Everything else may change without a new receipt: documentation, benchmarks, examples, tests that need no GPU.
@@ -32,24 +32,7 @@ PATH = ROOT / "tests" / "gpu_receipt.json"
 CUDA_SUFFIXES = {".cu", ".cuh", ".h", ".cpp"}
 BUILD_FILES = ("CMakeLists.txt", "setup.py", "build_backend.py")
 # Below python/. A file that is new here counts until it is named.
-NOT_VOUCHED_FOR = (
-    "fpsattention_command.py",
-    "fpsattention/__main__.py",
-    "fpsattention/bench.py",
-    "fpsattention/calibrate.py",
-    "fpsattention/cli.py",
-    "fpsattention/compare.py",
-    "fpsattention/console.py",
-    "fpsattention/demo.py",
-    "fpsattention/denoise.py",
-    "fpsattention/doctor.py",
-    "fpsattention/estimate.py",
-    "fpsattention/models.py",
-    "fpsattention/show.py",
-    "fpsattention/timing.py",
-    "fpsattention/tiny_dit/",
-    "fpsattention/video.py",
-)
+NOT_VOUCHED_FOR = ("fpsattention_command.py", "fpsattention/cli/")
 # A GPU test may be skipped for these reasons only. `make test` says which ones were: nothing vouches for those.
 ALLOWED_SKIPS = ("needs two GPUs",)
 REMEDY = "run `make test-gpu` on a machine with a Hopper GPU and commit tests/gpu_receipt.json"

@@ -39,12 +39,17 @@ PREFIX, SUFFIX = 70, 200
 def main(names: list[str]) -> None:
     launches = 0
     valid = torch.tensor([[70, 3], [0, 130]], dtype=torch.int32, device="cuda")
-    text = {"prefix_len": PREFIX, "suffix_len": SUFFIX, "prefix_valid": valid[0], "suffix_valid": valid[1]}
-    for (grid, config), extra in product([CASES[name] for name in names], ({}, text)):
+    both_sides = {
+        "prefix_len": PREFIX,
+        "suffix_len": SUFFIX,
+        "prefix_valid": valid[0],
+        "suffix_valid": valid[1],
+    }
+    for (grid, config), text in product([CASES[name] for name in names], ({}, both_sides)):
         for head_dim in (64, 128):
             for tensor_layout, dtype in (("NHD", torch.bfloat16), ("HND", torch.float16)):
-                text_of_case = "text" if extra else "no text"
-                tokens = math.prod(grid) + (PREFIX + SUFFIX if extra else 0)
+                text_of_case = "text" if text else "no text"
+                tokens = math.prod(grid) + (PREFIX + SUFFIX if text else 0)
                 shape = (2, tokens, 2, head_dim) if tensor_layout == "NHD" else (2, 2, tokens, head_dim)
                 leaves = [
                     torch.randn(shape, dtype=dtype, device="cuda", requires_grad=True) for _ in range(3)
@@ -57,7 +62,7 @@ def main(names: list[str]) -> None:
                     tensor_layout=tensor_layout,
                     backend="sm90",
                     deterministic=tensor_layout == "HND",
-                    **extra,
+                    **text,
                 )
                 grads = torch.autograd.grad(
                     (out, lse), leaves, (torch.randn_like(out), torch.randn_like(lse))
@@ -66,10 +71,10 @@ def main(names: list[str]) -> None:
                 assert out.isfinite().all(), f"out is not finite: {case}"
                 none = lse == -math.inf  # of invalid tokens
                 assert (lse.isfinite() | none).all(), f"lse is not finite: {case}"
-                assert none.any() == bool(extra), f"lse of invalid tokens is not -inf: {case}"
+                assert none.any() == bool(text), f"lse of invalid tokens is not -inf: {case}"
                 assert all(x.isfinite().all() for x in grads), f"a gradient is not finite: {case}"
                 launches += 1
-                if not extra and not config.smooth_k:
+                if not text and not config.smooth_k:
                     check_prologue(grid, config, *(x.detach() for x in leaves), tensor_layout)
     print(f"{launches} calls and their backwards, all finite")
 

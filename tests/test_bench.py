@@ -17,7 +17,7 @@ import common
 import contenders
 import fpsattention as fps
 import shapes
-from fpsattention import timing
+from fpsattention.cli import timing
 from records import make_record
 
 TINY = shapes.Shape("tiny", (3, 5, 4), 2, (2, 2, 3), (None, (1, 3, 1)), head_dim=16, batch=2)
@@ -151,7 +151,9 @@ def test_paper_setting_counts():
     assert work.density == pytest.approx(1 / 6)
     assert work.pairs == work.computed_pairs == tokens**2 // 6  # no padding in this setting
     assert common.attention_flops(work.pairs, 24, 128, 1) == 4 * 128 * 24 * tokens**2 // 6
-    assert common.quantize_bytes(tokens=1000, heads=3, head_dim=64, batch=2, image_bytes=7) == 6 * 384_000 + 7
+    assert (
+        common.quantize_bytes(tokens=1000, heads=3, head_dim=64, batch=2, packed_bytes=7) == 6 * 384_000 + 7
+    )
 
 
 def test_allowed_is_the_window_rule():

@@ -14,7 +14,7 @@ import bench_text
 import common
 import contenders
 import fpsattention as fps
-from fpsattention import video
+from fpsattention.cli import video
 from shapes import Shape
 
 WINDOW = (1, 1, 1)

@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 import fpsattention as fps
-from fpsattention import AttentionConfig, WindowTable, calibrate, cli
+from fpsattention import AttentionConfig, WindowTable
+from fpsattention.cli import calibrate
+from fpsattention.cli import main as cli
 
 GRID, TILE = (4, 4, 6), (2, 2, 2)  # 2 x 2 x 3 tiles
 TOKENS, HEAD_DIM = 96, 64

@@ -15,18 +15,10 @@ from matplotlib.image import imread
 import fpsattention as fps
 import fpsattention_command
 import programs
-from fpsattention import (
-    AttentionConfig,
-    WindowTable,
-    bench,
-    cli,
-    doctor,
-    estimate,
-    models,
-    show,
-    timing,
-    video,
-)
+from fpsattention import AttentionConfig, WindowTable
+from fpsattention.cli import bench, doctor, estimate, show, timing, video
+from fpsattention.cli import catalog as models
+from fpsattention.cli import main as cli
 
 ROOT = Path(__file__).resolve().parent.parent
 WAN = "wan2.1-14b-720p"
@@ -185,7 +177,7 @@ def test_the_module_runs_as_a_program():
 
 def test_a_missing_package_is_named(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
-    monkeypatch.delitem(sys.modules, "fpsattention.compare", raising=False)
+    monkeypatch.delitem(sys.modules, "fpsattention.cli.compare", raising=False)
     message = fails(capsys, "compare", "a.pt", "b.pt")
     assert "torchmetrics is not installed: pip install 'fpsattention[cli]'" in message
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fpsattention import _C
-from fpsattention.config import AttentionConfig
-from fpsattention.planning import plan
+from fpsattention.core.config import AttentionConfig
+from fpsattention.core.explain import plan
 
 GRID, TILE = (21, 45, 80), (7, 9, 2)  # 3 x 5 x 40 tiles
 

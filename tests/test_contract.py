@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fpsattention as fps
 import programs
-from fpsattention import api, ops
+from fpsattention.core import api, ops
 from inputs import poisoned
 
 GRID = (4, 6, 8)
@@ -469,7 +469,7 @@ def test_gradient_of_the_reference(name):
 RESOLVED = CONFIG.resolve(GRID, 2, 3, 0)
 
 
-def image_arguments(**changes):
+def packed_arguments(**changes):
     """Arguments of `attend` for 195 tokens, on the CPU: right until a kernel would be launched."""
     rows = RESOLVED.geometry.n_tiles * RESOLVED.geometry.slot
     images = dict(
@@ -487,11 +487,11 @@ def image_arguments(**changes):
 BAD_IMAGES = {
     "another grid": ({"grid": (60, 60, 60)}, "q_blocks"),
     "another tile": ({"tile": (1, 1, 1), "windows": ()}, "q_blocks"),
-    "other extra tokens": ({"prefix_len": 300}, "q_blocks"),
-    "fewer heads of q": ({"q_blocks": image_arguments()["q_blocks"][:, :1]}, "q_blocks"),
-    "blocks of k cut": ({"kv_blocks": image_arguments()["kv_blocks"][:, :, 1:]}, "kv_blocks"),
-    "blocks of k apart": ({"kv_blocks": image_arguments()["kv_blocks"].mT.contiguous().mT}, "kv_blocks"),
-    "blocks of k as fp32": ({"kv_blocks": image_arguments()["kv_blocks"].float()}, "kv_blocks"),
+    "other text tokens": ({"prefix_len": 300}, "q_blocks"),
+    "fewer heads of q": ({"q_blocks": packed_arguments()["q_blocks"][:, :1]}, "q_blocks"),
+    "blocks of k cut": ({"kv_blocks": packed_arguments()["kv_blocks"][:, :, 1:]}, "kv_blocks"),
+    "blocks of k apart": ({"kv_blocks": packed_arguments()["kv_blocks"].mT.contiguous().mT}, "kv_blocks"),
+    "blocks of k as fp32": ({"kv_blocks": packed_arguments()["kv_blocks"].float()}, "kv_blocks"),
     "amax without heads": ({"v_amax": torch.zeros(64)}, "v_amax"),
     "amax in bf16": ({"v_amax": torch.zeros(1, 2, 64, dtype=torch.bfloat16)}, "v_amax"),
     "amax on another device": ({"v_amax": torch.zeros(1, 2, 64, device="meta")}, "q_blocks"),
@@ -508,7 +508,7 @@ BAD_IMAGES = {
 @pytest.mark.parametrize(("changes", "name"), BAD_IMAGES.values(), ids=BAD_IMAGES.keys())
 def test_operands_of_attend_are_checked(changes, name):
     with pytest.raises(ValueError, match=rf"^{name}: "):
-        ops._attend_cuda(**{"dtype": torch.bfloat16} | image_arguments(**changes))
+        ops._attend_cuda(**{"dtype": torch.bfloat16} | packed_arguments(**changes))
 
 
 @pytest.mark.parametrize(
@@ -518,14 +518,14 @@ def test_operands_of_attend_are_checked(changes, name):
         ("dout", torch.zeros(1, 195, 2, 64)),
         ("lse", torch.zeros(1, 2, 195, dtype=torch.float64)),
         ("dlse", torch.zeros(1, 2, 195, 1)),
-        ("q_blocks", image_arguments()["q_blocks"][:, :, 1:]),
+        ("q_blocks", packed_arguments()["q_blocks"][:, :, 1:]),
         ("prefix_valid", torch.ones(1)),
     ],
 )
 def test_operands_of_the_backward_are_checked(name, value):
     rows = {x: torch.zeros(1, 195, 2, 64, dtype=torch.bfloat16) for x in ("out", "dout")}
     rows |= {x: torch.zeros(1, 2, 195) for x in ("lse", "dlse")}
-    arguments = image_arguments() | rows | {"deterministic": False, name: value}
+    arguments = packed_arguments() | rows | {"deterministic": False, name: value}
     del arguments["norms"]
     with pytest.raises(ValueError, match=rf"^{name}: "):
         ops._attention_backward_cuda(**arguments)

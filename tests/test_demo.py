@@ -1,24 +1,20 @@
-"""The `fpsattention demo` command: clip, latent, Q, K and V, tables, pictures, errors, the trained models."""
+"""The `fpsattention demo` command: clip, latent, Q, K and V, tables, pictures, errors."""
 
 import builtins
 import json
 import math
 import sys
-import threading
-from pathlib import Path
 
 import pytest
 import torch
 from matplotlib.image import imread
 
-import fpsattention as fps
-from fpsattention import AttentionConfig, cli, demo, denoise, video
-from fpsattention.tiny_dit import export
+from fpsattention import AttentionConfig
+from fpsattention.cli import demo, video
+from fpsattention.cli import main as cli
 
 # 9 frames of 64 x 112 pixels: a grid of (3, 4, 7) tokens.
 TINY = ["--device", "cpu", "--frames", "9", "--size", "64", "112", "--heads", "2", "--tile", "1", "2", "3"]
-TINY += ["--no-denoise"]
-TRAINED = Path(__file__).resolve().parent.parent / "examples" / "tiny_dit"
 MODES = ["dense exact", "FP8 dense", "sparse only", "FPSAttention"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -263,136 +259,6 @@ def test_the_table_fits_80_columns(tmp_path, capsys, tensor_file, monkeypatch):
     assert "relative to dense exact" in "\n".join(lines) and (tmp_path / "demo.png").is_file()
 
 
-# Denoising
-
-
-@pytest.fixture
-def set_threads():
-    yield torch.set_num_threads
-    torch.set_num_threads(1)  # as `one_thread` has it
-
-
-def test_arms_run_side_by_side_and_share_the_threads(set_threads):
-    set_threads(4)
-    together = threading.Barrier(3, timeout=60)  # broken unless all three run at once
-
-    def arm(name):
-        together.wait()
-        return name, torch.get_num_threads()
-
-    assert denoise._side_by_side(arm, ["a", "b", "c"], threading.Event()) == [("a", 1), ("b", 1), ("c", 1)]
-    assert torch.get_num_threads() == 4
-
-
-def test_an_arm_that_fails_ends_the_others(set_threads):
-    set_threads(2)
-    stop = threading.Event()
-
-    def arm(name):
-        if name == "a":
-            raise OSError("no")
-        assert stop.wait(60)
-
-    with pytest.raises(OSError, match="no"):
-        denoise._side_by_side(arm, ["a", "b"], stop)
-    assert torch.get_num_threads() == 2
-
-
-def test_the_demo_denoises(tmp_path, capsys, monkeypatch, tensor_file):
-    monkeypatch.setitem(denoise.EFFORT, "cpu", (6, 5))
-    configs, dense_calls = [], []
-    real, real_dense = fps.attention, torch.nn.functional.scaled_dot_product_attention
-
-    def spy(*args, config, **options):
-        configs.append(config)
-        return real(*args, config=config, **options)
-
-    def dense_spy(q, k, v):
-        assert q.shape == (1, 4, 8192, 64)
-        dense_calls.append(1)
-        return real_dense(q, k, v)
-
-    monkeypatch.setattr(fps, "attention", spy)
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", dense_spy)
-    argv = [x for x in TINY if x != "--no-denoise"]
-    argv += ["--checkpoints", TRAINED, "--json", "--output", tmp_path]
-    assert cli.main(["demo", *map(str, [tensor_file, *argv])]) == 0
-    printed = capsys.readouterr()
-    found = json.loads(printed.out)["denoise"]
-    assert found["clip"] == denoise.CLIP and (found["steps"], found["start"]) == (6, 5)
-    arms = found["arms"]
-    names = ["dense", "FPSAttention, training-free", "FPSAttention, fine-tuned"]
-    assert [arm["arm"] for arm in arms] == names and all(name in printed.err for name in names)
-    for metric in ("psnr_db", "ssim"):
-        assert len({arm[metric] for arm in arms}) == 3
-    assert all(20 < arm["psnr_db"] < 60 and 0.5 < arm["ssim"] < 1 for arm in arms)
-    assert all(arm["ms_per_forward"] > 0 for arm in arms)
-    # One forward of 6 blocks for each arm: the first dense, in 16 or more bits; the others FP8 under the late window.
-    assert len(dense_calls) == 6 and len(configs) == 12
-    assert {(c.quant, c.window, c.tile) for c in configs} == {("fp8", (1, 3, 5), (8, 4, 4))}
-    picture = imread(found["picture"])
-    assert found["picture"] == str(tmp_path / "denoise.png") and picture[..., :3].std() > 0.1
-
-
-def test_without_the_denoising_run_no_picture_of_it(tmp_path, capsys, tensor_file):
-    assert cli.main(["demo", str(tensor_file), *TINY, "--json", "--output", str(tmp_path)]) == 0
-    assert json.loads(capsys.readouterr().out)["denoise"] is None
-    assert not (tmp_path / "denoise.png").exists()
-
-
-def test_a_wheel_leaves_the_denoising_run_out_and_says_so(tmp_path, capsys, monkeypatch, tensor_file):
-    monkeypatch.setattr(denoise, "CHECKPOINTS", tmp_path / "site-packages")
-    argv = [x for x in TINY if x != "--no-denoise"]
-    assert cli.main(["demo", *map(str, [tensor_file, *argv, "--json", "--output", tmp_path])]) == 0
-    printed = capsys.readouterr()
-    assert json.loads(printed.out)["denoise"] is None and not (tmp_path / "denoise.png").exists()
-    assert "not in the wheel" in printed.err
-    assert "examples/tiny_dit" in printed.err and "--checkpoints" in printed.err
-
-
-def test_a_source_checkout_has_the_trained_models():
-    """Where the package is imported from one; an installed one finds none by itself."""
-    assert denoise.CHECKPOINTS.parts[-2:] == ("examples", "tiny_dit")
-    expected = [TRAINED / "dense.safetensors", TRAINED / "fps.safetensors"]
-    assert denoise.checkpoints(TRAINED) == expected
-    assert denoise.checkpoints(None) == (expected if denoise.CHECKPOINTS == TRAINED else [])
-
-
-def test_a_folder_without_the_trained_models_is_refused(tmp_path, capsys, tensor_file):
-    (tmp_path / "fps.safetensors").write_text("")
-    argv = [tensor_file, *(x for x in TINY if x != "--no-denoise"), "--output", tmp_path]
-    message = fails(capsys, *argv, "--checkpoints", tmp_path)
-    assert "holds no dense.safetensors; name the folder examples/tiny_dit" in message
-    with pytest.raises(SystemExit):
-        cli.main(["demo", "--no-denoise", "--checkpoints", "folder"])
-    assert "argument --checkpoints: not allowed with argument --no-denoise" in capsys.readouterr().err
-
-
-def test_the_crop_is_from_held_out_frames(monkeypatch):
-    drawn, real = [], denoise.clips.Clips.draw
-    monkeypatch.setattr(
-        denoise.clips.Clips, "draw", lambda self, *args: drawn.append(args[0]) or real(self, *args)
-    )
-    a, b = (denoise.prepare(denoise.checkpoints(TRAINED), torch.device("cpu")) for _ in range(2))
-    assert drawn == ["val", "val"] and a.clean.shape == (1, 8, 64, 64, 16)
-    assert torch.equal(a.clean, b.clean) and torch.equal(a.noise, b.noise)
-    assert denoise.CLIP in a.tuned.settings.clips
-
-
-@pytest.mark.parametrize(("name", "mode", "step"), [("dense", "dense", 4000), ("fps", "fps", 1000)])
-def test_the_trained_models_say_how_they_were_made(name, mode, step):
-    path = TRAINED / f"{name}.safetensors"
-    with export.safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    assert "EMA" in metadata["weights"] and "train_tiny_dit.py" in metadata["made_by"]
-    weights = export.load(path)
-    assert weights.step == weights.settings.steps == step and weights.settings.mode == mode
-    assert weights.settings.plan.grid == (8, 32, 32) and weights.settings.plan.tile == (8, 4, 4)
-    assert sum(p.numel() for p in weights.model.parameters()) == pytest.approx(5.3e6, rel=0.01)
-    assert all(p.isfinite().all() for p in weights.model.parameters())
-    assert weights.codec.equals(export.load(TRAINED / "dense.safetensors").codec)
-
-
 # Errors
 
 
@@ -420,9 +286,8 @@ def test_a_wrong_request_is_status_2_and_names_what_is_legal(tmp_path, capsys, t
     assert "512" in message("--tile", 3, 20, 20)
     (tmp_path / "file").write_text("")
     assert "cannot be made a folder" in message("--output", tmp_path / "file")
-    for name in ("demo.png", "denoise.png"):
-        (tmp_path / "of" / name / name).mkdir(parents=True)
-        assert f"{name} cannot be written" in message("--output", tmp_path / "of" / name)
+    (tmp_path / "taken" / "demo.png").mkdir(parents=True)
+    assert "demo.png cannot be written" in message("--output", tmp_path / "taken")
     torch.save(torch.zeros_like(torch.load(tensor_file)), tensor_file)
     assert "all of one colour" in message("--noise", 0)
 
@@ -441,11 +306,6 @@ def test_missing_packages_are_named(capsys, monkeypatch, tmp_path, tensor_file):
     with monkeypatch.context() as context:
         context.setattr(video.importlib.util, "find_spec", lambda name: None)
         assert "default clip is not installed" in fails(capsys, *TINY, "--output", tmp_path)
-        argv = [tensor_file, *TINY, "--output", tmp_path, "--checkpoints", TRAINED]
-        argv.remove("--no-denoise")
-        assert "scikit-video, which is not installed: pip install 'fpsattention[demo]'" in fails(
-            capsys, *argv
-        )
 
     real_import = builtins.__import__
 
@@ -454,8 +314,8 @@ def test_missing_packages_are_named(capsys, monkeypatch, tmp_path, tensor_file):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return real_import(name, *args, **kwargs)
 
-    monkeypatch.delitem(sys.modules, "fpsattention.demo")
-    monkeypatch.delattr("fpsattention.demo")
+    monkeypatch.delitem(sys.modules, "fpsattention.cli.demo")
+    monkeypatch.delattr("fpsattention.cli.demo")
     monkeypatch.setattr(builtins, "__import__", no_rich)
     assert "rich is not installed: pip install 'fpsattention[demo]'" in fails(
         capsys, *TINY, "--output", tmp_path

@@ -21,7 +21,8 @@ import pytest
 import torch
 
 from emulator import build
-from fpsattention import AttentionConfig, norm_rope, ops, reference
+from fpsattention import AttentionConfig, norm_rope, reference
+from fpsattention.core import ops
 from prologue_cases import inputs
 
 # Relative RMS. dQ and dK are of products of 16-bit numbers, which only their sums' order can change. A probability on
@@ -33,7 +34,7 @@ LIMITS = {"out": 1e-2, "lse": 1e-5, "dq": 4e-3, "dk": 4e-3, "dv": 1e-2}
 
 @dataclass(frozen=True)
 class Case:
-    """One call, and how it is scheduled: CTAs at a time, wgmmas early or late. `extra` and `counts` are the lengths of
+    """One call, and how it is scheduled: CTAs at a time, wgmmas early or late. `text` and `counts` are the lengths of
     prefix and suffix, and how many of each are valid in a sample.
     """
 
@@ -47,7 +48,7 @@ class Case:
     deterministic: bool = False
     ctas: int = 3
     eager: bool = False
-    extra: tuple[int, int] = (0, 0)
+    text: tuple[int, int] = (0, 0)
     counts: tuple[tuple[int, ...] | None, tuple[int, ...] | None] = (None, None)
 
 
@@ -80,10 +81,10 @@ CASES = {
         dtype=torch.float16,
         deterministic=True,
     ),
-    "extra tokens": Case(
-        (5, 7, 9), AttentionConfig(tile=(2, 3, 4), window=(1, 3, 3)), head_dim=128, extra=(70, 200), ctas=4
+    "text tokens": Case(
+        (5, 7, 9), AttentionConfig(tile=(2, 3, 4), window=(1, 3, 3)), head_dim=128, text=(70, 200), ctas=4
     ),
-    "extra tokens, some invalid": Case(
+    "text tokens, some invalid": Case(
         (5, 7, 9),
         AttentionConfig(tile=(2, 3, 4), window=((1, 1, 3), (3, 3, 3)), quant_tile=(4, 6, 8), smooth_k=True),
         batch=2,
@@ -91,12 +92,10 @@ CASES = {
         tensor_layout="HND",
         deterministic=True,
         eager=True,
-        extra=(140, 130),
+        text=(140, 130),
         counts=((129, 3), (0, 130)),
     ),
-    "extra tokens alone": Case(
-        (0, 4, 4), AttentionConfig(tile=(2, 4, 4)), extra=(90, 150), deterministic=True
-    ),
+    "text tokens alone": Case((0, 4, 4), AttentionConfig(tile=(2, 4, 4)), text=(90, 150), deterministic=True),
     "several blocks to a tile": Case(
         (5, 8, 8), AttentionConfig(tile=(5, 8, 6)), head_dim=128, deterministic=True, eager=True
     ),
@@ -150,7 +149,7 @@ def run(
     configure(case.ctas, case.eager, ctypes.c_uint64(schedule), mutation)
 
     generator = torch.Generator().manual_seed(seed)
-    tokens, heads = math.prod(case.grid) + sum(case.extra), case.heads
+    tokens, heads = math.prod(case.grid) + sum(case.text), case.heads
     shape = (tokens, heads) if case.tensor_layout == "NHD" else (heads, tokens)
     shape = (case.batch, *shape, case.head_dim)
     q, k, v, dout = (torch.randn(shape, generator=generator) for _ in range(4))
@@ -161,23 +160,23 @@ def run(
     scale = case.head_dim**-0.5
 
     counts = [None if x is None else torch.tensor(x, dtype=torch.int32) for x in case.counts]
-    extra = (*case.extra, *counts)
-    resolved = case.config.resolve(case.grid, heads, *case.extra)
+    text = (*case.text, *counts)
+    resolved = case.config.resolve(case.grid, heads, *case.text)
     windows = [max(x, 1) for window in resolved.windows for x in window]
     call = (windows, resolved.truncate, scale, case.tensor_layout)
     geometry = (resolved.grid, resolved.tile)
     quant_tile = list(case.config.quant_tile or ())
     images = ops._quantize_cuda(
-        q, k, v, *geometry, quant_tile, resolved.smooth_k, scale, case.tensor_layout, *extra
+        q, k, v, *geometry, quant_tile, resolved.smooth_k, scale, case.tensor_layout, *text
     )
-    out, lse = ops._attend_cuda(*images, *geometry, *call, q.dtype, *extra)
+    out, lse = ops._attend_cuda(*images, *geometry, *call, q.dtype, *text)
     q_blocks, kv_blocks, v_amax, _, lse_shift, k_mean = images
     gradients = ops._attention_backward_cuda(
         dout, dlse, out, lse, q_blocks, kv_blocks, v_amax, lse_shift, k_mean, *geometry, *call, case.deterministic,
-        *extra
+        *text
     )  # fmt: skip
     about = dict(grid=case.grid, config=case.config, scale=scale, tensor_layout=case.tensor_layout)
-    about |= dict(zip(("prefix_len", "suffix_len", "prefix_valid", "suffix_valid"), extra, strict=True))
+    about |= dict(zip(("prefix_len", "suffix_len", "prefix_valid", "suffix_valid"), text, strict=True))
     return [out, lse, *gradients], (q, k, v, dout, dlse), about
 
 

@@ -11,11 +11,11 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import brute
-import extra_cases
-from fpsattention import flex
-from fpsattention.config import AttentionConfig
-from fpsattention.geometry import tile_geometry
-from fpsattention.reference import exact_attention, valid_tokens
+import text_cases
+from fpsattention.core import flex
+from fpsattention.core.config import AttentionConfig
+from fpsattention.core.geometry import tile_geometry
+from fpsattention.core.reference import exact_attention, valid_tokens
 from inputs import to_nhd
 
 GRID = (5, 9, 7)
@@ -96,11 +96,11 @@ def test_flex_is_exact_attention(config, layout):
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
 
 
-EXTRA = pytest.mark.parametrize("case", extra_cases.EXTRA_CASES.values(), ids=extra_cases.EXTRA_CASES.keys())
+EXTRA = pytest.mark.parametrize("case", text_cases.EXTRA_CASES.values(), ids=text_cases.EXTRA_CASES.keys())
 
 
 @EXTRA
-def test_block_mask_of_extra_tokens(case):
+def test_block_mask_of_text_tokens(case):
     """For every sample the pairs that query by query attend each other."""
     resolved = case.config("none").resolve(case.grid, case.heads, case.prefix_len, case.suffix_len)
     rows = resolved.geometry.slot_tokens.flatten()
@@ -119,11 +119,11 @@ def test_block_mask_of_extra_tokens(case):
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @EXTRA
-def test_flex_of_extra_tokens_is_exact_attention(case):
+def test_flex_of_text_tokens_is_exact_attention(case):
     qkv = case.make_qkv(dtype=torch.float32)
     resolved = case.config("none").resolve(case.grid, case.heads, case.prefix_len, case.suffix_len)
     out, lse = flex.flex_attention(*qkv, resolved, case.scale or 0.25, case.layout, *case.counts().values())
-    expected, expected_lse = extra_cases.exact(case, *qkv)
+    expected, expected_lse = text_cases.exact(case, *qkv)
     assert out.shape == qkv[0].shape and lse.dtype == torch.float32
     torch.testing.assert_close(to_nhd(out, case.layout).double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fpsattention as fps
-from fpsattention import flex
+from fpsattention.core import flex
 
 pytestmark = pytest.mark.gpu
 

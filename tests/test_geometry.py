@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from brute import axis_keys, legal_windows, tile_mask, tile_tokens, token_mask
 from fpsattention import _C
-from fpsattention.geometry import MAX_TOKENS, TileGeometry, as_grid, as_tile, shrink_tile, tile_geometry
+from fpsattention.core.checks import MAX_TOKENS, as_grid, as_tile, shrink_tile
+from fpsattention.core.geometry import TileGeometry, tile_geometry
 
 BORDERS = ("clamp", "truncate")
 AXIS_CASES = [

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fpsattention as fps
 from fpsattention import reference
-from fpsattention.config import AttentionConfig
-from fpsattention.reference import emulated_attention, emulated_backward, exact_attention, quantize
+from fpsattention.core.config import AttentionConfig
+from fpsattention.core.reference import emulated_attention, emulated_backward, exact_attention, quantize
 from inputs import KINDS, make_qkv, poisoned
 from test_reference import GRID, LENGTH, TILE, LargestTensor, masks, qkv, rms, to_e4m3
 

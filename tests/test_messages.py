@@ -5,8 +5,9 @@ import torch
 import torch.distributed as dist
 
 import fpsattention as fps
-from fpsattention import geometry, parallel, reference
-from fpsattention.geometry import shown
+from fpsattention import parallel, reference
+from fpsattention.core import geometry
+from fpsattention.core.checks import shown
 
 MOST = 400  # characters
 GRID = (2, 4, 4)

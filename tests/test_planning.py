@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brute import tile_tokens
-from fpsattention import planning
-from fpsattention.config import AttentionConfig
-from fpsattention.planning import PATCH, plan
+from fpsattention.core import planning
+from fpsattention.core.config import AttentionConfig
+from fpsattention.core.explain import plan
+from fpsattention.core.planning import PATCH
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fpsattention as fps
-from fpsattention import ops
+from fpsattention.core import ops
 from inputs import poisoned
 from prologue_cases import inputs
 from test_attention_gpu import BOTH_DTYPES, BOTH_HEAD_DIMS

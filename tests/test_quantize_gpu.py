@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import fpsattention as fps
-from fpsattention import _C, ops, reference
+from fpsattention import _C, reference
+from fpsattention.core import ops
 from inputs import KINDS, make_qkv, poisoned
 
 pytestmark = pytest.mark.gpu

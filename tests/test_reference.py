@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 import brute
 from fpsattention import reference
-from fpsattention.config import AttentionConfig
-from fpsattention.reference import emulated_attention, exact_attention, quantize
+from fpsattention.core.config import AttentionConfig
+from fpsattention.core.reference import emulated_attention, exact_attention, quantize
 
 GRID, TILE, LENGTH = (4, 5, 7), (2, 3, 3), 140  # 2 x 2 x 3 tiles, ragged along h and w
 CONFIGS = [

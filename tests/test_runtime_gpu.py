@@ -12,7 +12,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fpsattention as fps
-from fpsattention import ops
+from fpsattention.core import ops
 from inputs import make_qkv, poisoned, to_nhd
 
 pytestmark = pytest.mark.gpu

@@ -11,7 +11,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import fpsattention as fps
-from fpsattention.schedule import STAGES
+from fpsattention.schedules.schedule import STAGES
 
 EARLY = fps.AttentionConfig(tile=(2, 2, 4), window=(1, 1, 1), quant="none")
 MID = fps.AttentionConfig(tile=(1, 2, 2), window=(1, 3, 3), quant="none")

@@ -12,8 +12,8 @@ from packaging.version import Version
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fpsattention as fps
-from fpsattention import api, ops
-from fpsattention.config import AttentionConfig
+from fpsattention.core import api, ops
+from fpsattention.core.config import AttentionConfig
 
 TILED = AttentionConfig(tile=(2, 4, 4), window=(1, 3, 3))
 SMOOTHED = AttentionConfig(tile=(2, 4, 4), quant_tile=(4, 4, 8), smooth_k=True, border="truncate")
@@ -60,9 +60,9 @@ def kernels_on_cpu(monkeypatch):
     library._destroy()
 
 
-def qkv(grid, extra: int = 0, heads: int = 2) -> list[torch.Tensor]:
+def qkv(grid, text: int = 0, heads: int = 2) -> list[torch.Tensor]:
     g = torch.Generator().manual_seed(0)
-    tokens = grid[0] * grid[1] * grid[2] + extra
+    tokens = grid[0] * grid[1] * grid[2] + text
     return [torch.randn(1, tokens, heads, 64, generator=g).bfloat16() for _ in range(3)]
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import fpsattention as fps
-from fpsattention import bench, support
-from fpsattention.planning import plan
+from fpsattention.cli import bench
+from fpsattention.core import support
+from fpsattention.core.explain import plan
 
 ROOT = Path(__file__).parent.parent
 CONFIG = fps.AttentionConfig(tile=(1, 3, 2))
@@ -77,4 +78,4 @@ def test_nothing_else_asks_for_the_capability():
             for node in ast.walk(ast.parse(path.read_text()))
         )
     }
-    assert asking == {"python/fpsattention/support.py"}
+    assert asking == {"python/fpsattention/core/support.py"}

@@ -10,7 +10,7 @@ import torch
 
 import fpsattention as fps
 import train_tiny_dit
-from fpsattention.tiny_dit import clips, evaluation, export, flow, model, training
+from tiny_dit import clips, evaluation, export, flow, model, training
 
 GRID = (2, 4, 4)  # tokens: 4 frames of 32 x 32 pixels
 WINDOWS = {"early": (1, 1, 1), "mid": (2, 3, 3), "late": (1, 3, 1)}

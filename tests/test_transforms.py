@@ -10,8 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import fpsattention as fps
-from fpsattention import api, config, geometry, ops, parallel, reference
-from fpsattention.geometry import tile_geometry
+from fpsattention import parallel, reference
+from fpsattention.core import api, config, geometry, ops
+from fpsattention.core.geometry import tile_geometry
 
 GRID = (1, 6, 6)
 CONFIG = fps.AttentionConfig(tile=(1, 3, 2), window=(1, 1, 1))
@@ -105,7 +106,7 @@ def test_the_first_call_leaves_plain_tensors(nothing_kept, mode):
     def call(x):
         attempt(lambda: fps.attention(x, x, x, config=CONFIG, **CALL))
         geometry = tile_geometry(GRID, CONFIG.tile)  # whether or not that call was refused
-        made = [geometry.slot_tokens, geometry.valid, geometry.tile_of_token, geometry.extra_tokens]
+        made = [geometry.slot_tokens, geometry.valid, geometry.tile_of_token, geometry.text_tokens]
         assert all(type(t) is torch.Tensor and t.device.type == "cpu" for t in made)
         return x.sum()
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 import fpsattention as fps
-from fpsattention import AttentionConfig, StepSchedule, WindowTable, windows
+from fpsattention import AttentionConfig, StepSchedule, WindowTable
+from fpsattention.schedules import windows
 
 GRID, CONFIG = (30, 48, 80), AttentionConfig(tile=(6, 8, 8))  # 5 x 6 x 10 tiles: HunyuanVideo in FastVideo
 FULL = (5, 6, 10)

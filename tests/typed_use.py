@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import assert_type
 
 import fpsattention as fps
-from fpsattention import ops
+from fpsattention.core import ops
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> None:

@@ -1,4 +1,4 @@
-// The E4M3 side of the numeric contract: scales, and where an element sits in a block image.
+// The E4M3 side of the numeric contract: scales, and where an element sits in a packed block.
 #pragma once
 
 #include <cuda_bf16.h>

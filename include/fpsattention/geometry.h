@@ -78,9 +78,9 @@ struct TileBox {
     FPS_HD int tiles() const { return t.size() * h.size() * w.size(); }
 };
 
-// Extra tokens, text for instance, before the grid's (the prefix) and after them (the suffix): how many there are, or
-// how many are valid in a sample, the first ones of each.
-struct Extra {
+// Text tokens before the grid's (the prefix) and after them (the suffix): how many there are,
+// or how many are valid in a sample, the first ones of each.
+struct TextTokens {
     int prefix, suffix;
     FPS_HD int blocks(int rows) const { return ceil_div(prefix, rows) + ceil_div(suffix, rows); }
 };
@@ -96,25 +96,25 @@ struct TileRows {
 // The token grid cut in tiles. Tiles are numbered in raster order of their coordinates; edge tiles are ragged.
 // A tile owns `slot` consecutive rows: its valid tokens first, in raster order, then padding.
 //
-// Each section of extra tokens is cut in runs of `slot` tokens. A run is a tile of its own: it attends everything, and
+// Each section of text tokens is cut in *text tiles* of `slot` tokens. A text tile attends everything, and
 // everything attends it. Runs are numbered after the grid's tiles, the prefix's first.
 struct TileGrid {
-    Int3 grid;    // tokens
-    Int3 tile;    // tokens of a full tile
-    Int3 tiles;   // tiles per axis
-    int slot;     // rows per tile, a multiple of kBlock
-    Extra extra;  // tokens
+    Int3 grid;        // tokens
+    Int3 tile;        // tokens of a full tile
+    Int3 tiles;       // tiles per axis
+    int slot;         // rows per tile, a multiple of kBlock
+    TextTokens text;  // tokens
 
     TileGrid() = default;
-    FPS_HD TileGrid(Int3 grid_, Int3 tile_, Extra extra_ = {})
+    FPS_HD TileGrid(Int3 grid_, Int3 tile_, TextTokens text_ = {})
         : grid(grid_),
           tile(tile_),
           tiles{ceil_div(grid_.t, tile_.t), ceil_div(grid_.h, tile_.h), ceil_div(grid_.w, tile_.w)},
           slot(ceil_div(tile_.volume(), kBlock) * kBlock),
-          extra(extra_) {}
+          text(text_) {}
 
-    FPS_HD int tokens() const { return extra.prefix + grid.volume() + extra.suffix; }
-    FPS_HD int all_tiles() const { return tiles.volume() + extra.blocks(slot); }
+    FPS_HD int tokens() const { return text.prefix + grid.volume() + text.suffix; }
+    FPS_HD int all_tiles() const { return tiles.volume() + text.blocks(slot); }
     FPS_HD int blocks_per_tile() const { return slot / kBlock; }
     FPS_HD int blocks() const { return all_tiles() * blocks_per_tile(); }
     FPS_HD TileBox everything() const { return {{0, tiles.t}, {0, tiles.h}, {0, tiles.w}}; }
@@ -122,35 +122,35 @@ struct TileGrid {
     FPS_HD int tile_index(Int3 c) const { return (c.t * tiles.h + c.h) * tiles.w + c.w; }
     FPS_HD Int3 tile_coord(int index) const { return coordinates(index, tiles); }
 
-    // Of the blocks of so many rows that hold a valid extra token, prefix first, the i-th: its number among all blocks.
-    FPS_HD int extra_block(int i, Extra valid, int rows) const {
+    // Of the blocks of so many rows that hold a valid text tokens, prefix first, the i-th: its number among all blocks.
+    FPS_HD int text_block(int i, TextTokens valid, int rows) const {
         const int in_suffix = i - ceil_div(valid.prefix, rows);
-        const int first_tile = tiles.volume() + (in_suffix < 0 ? 0 : ceil_div(extra.prefix, slot));
+        const int first_tile = tiles.volume() + (in_suffix < 0 ? 0 : ceil_div(text.prefix, slot));
         return first_tile * (slot / rows) + (in_suffix < 0 ? i : in_suffix);
     }
 
-    // What a tile holds, of a sample with so many valid extra tokens.
-    FPS_HD TileRows rows(int index, Extra valid) const {
-        int run = index - tiles.volume();
-        if (run < 0) {
+    // What a tile holds, of a sample with so many valid text tokens.
+    FPS_HD TileRows rows(int index, TextTokens valid) const {
+        int text_tile = index - tiles.volume();
+        if (text_tile < 0) {
             return rows(tile_coord(index));
         }
-        const int prefix_runs = ceil_div(extra.prefix, slot);
-        const bool in_suffix = run >= prefix_runs;
-        run -= in_suffix ? prefix_runs : 0;
-        const int left = (in_suffix ? valid.suffix : valid.prefix) - run * slot;
-        const int first = run * slot + (in_suffix ? extra.prefix + grid.volume() : 0);
+        const int prefix_tiles = ceil_div(text.prefix, slot);
+        const bool in_suffix = text_tile >= prefix_tiles;
+        text_tile -= in_suffix ? prefix_tiles : 0;
+        const int left = (in_suffix ? valid.suffix : valid.prefix) - text_tile * slot;
+        const int first = text_tile * slot + (in_suffix ? text.prefix + grid.volume() : 0);
         return {{1, 1, left < 0 ? 0 : left < slot ? left : slot}, first};
     }
     FPS_HD TileRows rows(Int3 c) const {
         const int first = (c.t * tile.t * grid.h + c.h * tile.h) * grid.w + c.w * tile.w;
-        return {extent(c), extra.prefix + first};
+        return {extent(c), text.prefix + first};
     }
     // Valid tokens of the prefix (0), of the grid (1) and of the suffix (2).
-    FPS_HD Range section(int i, Extra valid) const {
-        const int suffix = extra.prefix + grid.volume();
+    FPS_HD Range section(int i, TextTokens valid) const {
+        const int suffix = text.prefix + grid.volume();
         return i == 0   ? Range{0, valid.prefix}
-               : i == 1 ? Range{extra.prefix, suffix}
+               : i == 1 ? Range{text.prefix, suffix}
                         : Range{suffix, suffix + valid.suffix};
     }
     // Token of row r (0 <= r < rows.valid()).
@@ -176,9 +176,9 @@ struct TileGrid {
                 axis_queries(key.w, tiles.w, window.w, border)};
     }
 
-    // Tiles per axis of a *run*: query tiles that see the same keys under every one of these windows. They differ only
-    // on axes whose window is the whole axis.
-    FPS_HD Int3 run(const Int3 *windows, int n_windows) const {
+    // Tiles per axis of a *tile group*: query tiles that see the same keys under every one of these windows. They
+    // differ only on axes whose window is the whole axis.
+    FPS_HD Int3 tile_group(const Int3 *windows, int n_windows) const {
         Int3 size = tiles;
         for (int i = 0; i < n_windows; ++i) {
             const Int3 w = windows[i];

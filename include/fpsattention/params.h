@@ -50,13 +50,13 @@ FPS_HD constexpr int bwd_key_bytes(int head_dim) {
 // What every launch is told of the call it belongs to.
 struct Call {
     TileGrid geometry;
-    const int *prefix_valid, *suffix_valid;  // [B], how many of a sample's extra tokens are valid; or null: all
+    const int *prefix_valid, *suffix_valid;  // [B], how many of a sample's text tokens are valid; or null: all
     int batch, heads, head_dim;
     Dtype dtype;
     float scale;  // of the scores before softmax
 
-    FPS_HD Extra valid_extra(int sample) const {
-        const Extra all = geometry.extra;
+    FPS_HD TextTokens valid_text(int sample) const {
+        const TextTokens all = geometry.text;
         return {count(prefix_valid, sample, all.prefix), count(suffix_valid, sample, all.suffix)};
     }
 
@@ -67,7 +67,7 @@ private:
     }
 };
 
-// What may be done to Q and K, of a grid without extra tokens, before they are quantised: each row times 1 / RMS and a
+// What may be done to Q and K, of a grid without text tokens, before they are quantised: each row times 1 / RMS and a
 // weight per channel, then channel pairs (2i, 2i + 1) turned by the angle of one axis, those of t first, then h, then
 // w.
 struct NormRope {
@@ -92,7 +92,7 @@ struct QuantizeParams : Call {
     float *k_mean;           // [B, H, D], or null: no smoothing
     float *lse_shift;        // [B, H, L], q . k_mean * scale, or null
     float *q_amax, *k_amax;  // [B, H, bricks], zeroed by the caller, or null: each tile has its own
-    Int3 brick;              // tiles that share one scale, per axis; a run of extra tokens has its own
+    Int3 brick;              // tiles that share one scale, per axis; a text tile has its own
     NormRope norm_rope;
 };
 
@@ -113,16 +113,16 @@ struct ForwardParams : WindowedCall {
     const float *v_amax;                  // [B, H, D]
     const float *norms;                   // [B, H, 2]
     const float *lse_shift;               // [B, H, L] or null
-    void *out;                            // [B, H, L, D], dtype; invalid extra tokens are not written
+    void *out;                            // [B, H, L, D], dtype; invalid text tokens are not written
     float *lse;                           // [B, H, L], natural log; likewise
     Strides out_strides;
     int *next_item;  // zero
 
     // Work items; filled in by attn_fwd.
-    Int3 runs;                     // per axis; a run is a box of query tiles that see the same keys
-    int run_axis[3], run_size[3];  // axes, fastest first, and tiles of a run along them
-    int n_runs, tiles_per_run, items_per_run;
-    int extra_items_per_head, extra_items;  // of extra queries; they come first
+    Int3 groups;                       // per axis; a tile group is a box of query tiles that see the same keys
+    int group_axis[3], group_size[3];  // axes, fastest first, and tiles of a group along them
+    int n_groups, tiles_per_group, items_per_group;
+    int text_items_per_head, text_items;  // of text queries; they come first
     int items;
 };
 
@@ -134,11 +134,11 @@ struct BackwardParams : WindowedCall {
     const float *lse, *dlse;  // [B, H, L], and its gradient
     const float *lse_shift;   // [B, H, L] or null
     const float *k_mean;      // [B, H, D] or null, what lse_shift comes from
-    uint8_t *query_images;    // [B, H, tiles * slot / 64, bwd_query_bytes]
-    uint8_t *key_images;      // [B, H, tiles * slot / 128, bwd_key_bytes]
+    uint8_t *query_operands;  // [B, H, tiles * slot / 64, bwd_query_bytes]
+    uint8_t *key_operands;    // [B, H, tiles * slot / 128, bwd_key_bytes]
     float *dq_sum;            // [B, H, tiles * slot / 64, 64 * D] in the order of fragments, zeroed by the caller
     int *turns;               // [B, H, tiles * slot / 64, 2], zeroed by the caller: deterministic; or null
-    void *dq, *dk, *dv;       // [B, H, L, D], dtype; invalid extra tokens are not written
+    void *dq, *dk, *dv;       // [B, H, L, D], dtype; invalid text tokens are not written
     Strides dq_strides, dk_strides, dv_strides;
 
     int key_axis[3], key_size[3];  // order of the key blocks: axes, fastest first, and tiles along them; by attn_bwd

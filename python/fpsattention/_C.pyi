@@ -20,7 +20,7 @@ def slot_tokens(grid: _Triple, tile: _Triple, prefix_len: int, suffix_len: int, 
 def valid_blocks(
     grid: _Triple, tile: _Triple, window: _Triple, truncate: bool, query_tile: int, /
 ) -> int: ...
-def run(grid: _Triple, tile: _Triple, windows: Sequence[_Triple], /) -> list[int]: ...
+def tile_group(grid: _Triple, tile: _Triple, windows: Sequence[_Triple], /) -> list[int]: ...
 def q_block_bytes(head_dim: int, /) -> int: ...
 def kv_block_bytes(head_dim: int, /) -> int: ...
 def bwd_query_bytes(head_dim: int, /) -> int: ...
@@ -102,8 +102,8 @@ def attn_bwd(
     lse_shift: int,
     k_mean: int,
     dlse: int,
-    query_images: int,
-    key_images: int,
+    query_operands: int,
+    key_operands: int,
     dq_sum: int,
     turns: int,
     dq: int,

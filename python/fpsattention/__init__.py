@@ -5,13 +5,14 @@ out = fpsattention.attention(q, k, v, grid=(21, 45, 80), config=AttentionConfig(
 
 from importlib import import_module
 
-from . import integrations, reference
-from .api import QuantizedQKV, attention, backend_for, quantize_qkv
-from .config import AttentionConfig
-from .planning import Plan, plan
-from .prologue import norm_rope, norm_rope_quantize
-from .schedule import StepSchedule
-from .windows import WindowTable
+from .core import reference
+from .core.api import QuantizedQKV, attention, quantize_qkv
+from .core.config import AttentionConfig
+from .core.explain import Plan, plan
+from .core.prologue import norm_rope, norm_rope_quantize
+from .core.support import backend_for
+from .schedules.schedule import StepSchedule
+from .schedules.windows import WindowTable
 
 __all__ = [
     "AttentionConfig",
@@ -33,6 +34,6 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
-    if name == "parallel":  # a torch that is built without torch.distributed has all the rest
-        return import_module(".parallel", __name__)
+    if name in ("integrations", "parallel"):  # parallel needs a torch that is built with torch.distributed
+        return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

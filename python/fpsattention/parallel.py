@@ -16,10 +16,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .api import attention
-from .config import AXES, AttentionConfig, as_config
-from .geometry import Triple, as_grid, as_int, shown
-from .reference import as_autocast, check_tensor, grouped, kind_of, refuse_transforms, to_heads_first
+from .core.api import attention
+from .core.checks import (
+    Triple,
+    as_autocast,
+    as_grid,
+    as_int,
+    check_tensor,
+    grouped,
+    kind_of,
+    refuse_transforms,
+    shown,
+    to_heads_first,
+)
+from .core.config import AXES, AttentionConfig, as_config
 
 
 def ulysses_attention(

@@ -18,11 +18,11 @@ from pickle import PicklingError
 import torch
 from torch import Tensor, nn
 
-from ..api import check_backend
-from ..config import AttentionConfig, ResolvedConfig
-from ..geometry import Triple, as_grid, shown
-from ..schedule import StepSchedule
-from ..windows import WindowTable
+from ..core.checks import Triple, as_grid, shown
+from ..core.config import AttentionConfig, ResolvedConfig
+from ..core.support import check_backend
+from ..schedules.schedule import StepSchedule
+from ..schedules.windows import WindowTable
 
 try:
     import diffusers
@@ -38,7 +38,9 @@ if not Version(OLDEST) <= Version(diffusers.__version__) < Version(FIRST_UNTESTE
         f"install a version from {OLDEST} to below {FIRST_UNTESTED}: pip install 'fpsattention[diffusers]'"
     )
 
-from .dense import (  # noqa: E402
+from .diffusers_linears import use_fp8_linears  # noqa: E402
+from .diffusers_models import MODELS, Forward, Processor, model_of  # noqa: E402  (imports what the check above is for)
+from .hosts import (  # noqa: E402
     StepConfig,
     as_dense_layers,
     as_dense_steps,
@@ -46,8 +48,6 @@ from .dense import (  # noqa: E402
     noisiest,
     step_configs,
 )
-from .diffusers_linears import use_fp8_linears  # noqa: E402
-from .diffusers_models import MODELS, Forward, Processor, model_of  # noqa: E402  (imports what the check above is for)
 from .scope import Scope  # noqa: E402
 
 __all__ = ["Handle", "Report", "Row", "enable", "use_fp8_linears"]

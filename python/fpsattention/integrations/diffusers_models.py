@@ -27,13 +27,13 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ..api import attention
-from ..config import AttentionConfig
-from ..geometry import Triple
+from ..core.api import attention
+from ..core.checks import Triple
+from ..core.config import AttentionConfig
+from ..core.prologue import norm_rope_quantize
 from ..parallel import ulysses_attention
-from ..prologue import norm_rope_quantize
-from .dense import host_class
 from .fp8_linear import apply_all, has_hooks
+from .hosts import host_class
 from .scope import Scope
 from .windowed import attention_in_windows, in_windows
 

@@ -19,11 +19,12 @@ from fastvideo.distributed.parallel_state import get_sp_parallel_rank, get_sp_wo
 from fastvideo.models.dits.wanvideo import WanTransformer3DModel
 from torch import Tensor, nn
 
-from ..api import attention, check_backend
-from ..geometry import Triple, shown
+from ..core.api import attention
+from ..core.checks import Triple, shown
+from ..core.support import check_backend
 from ..parallel import own_windows
-from ..schedule import StepSchedule
-from .dense import as_dense_layers, host_class, noisiest
+from ..schedules.schedule import StepSchedule
+from .hosts import as_dense_layers, host_class, noisiest
 from .scope import Scope
 
 COMPARED = ("0.2.1",)

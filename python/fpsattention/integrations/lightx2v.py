@@ -15,11 +15,12 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from ..api import attention, check_backend
-from ..geometry import Triple, as_int, as_triple, shown
-from ..schedule import StepSchedule
-from ..windows import WindowTable
-from .dense import as_dense_layers, as_dense_steps, check_schedule, step_configs
+from ..core.api import attention
+from ..core.checks import Triple, as_int, as_triple, shown
+from ..core.support import check_backend
+from ..schedules.schedule import StepSchedule
+from ..schedules.windows import WindowTable
+from .hosts import as_dense_layers, as_dense_steps, check_schedule, step_configs
 
 try:
     from lightx2v.common.ops.attn.template import AttnWeightTemplate

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..api import attention
-from ..config import AttentionConfig
-from ..reference import as_autocast
-from ..windows import with_windows
+from ..core.api import attention
+from ..core.checks import as_autocast
+from ..core.config import AttentionConfig
+from ..schedules.windows import with_windows
 
 
 def in_windows(config: AttentionConfig, windows: Tensor, layer: Tensor) -> AttentionConfig:

@@ -1,0 +1,270 @@
+"""One training run in a folder: `checkpoint.pt`, `log.csv`, `loss.png`. The same call goes on with it."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fpsattention.cli.errors import UserError
+
+from . import flow
+from .clips import CHANNELS, Clips, Codec
+from .model import Shape, VideoDiT
+
+CHECKPOINT, LOG, PLOT = "checkpoint.pt", "log.csv", "loss.png"
+COLUMNS = ("step", "loss", *flow.STAGES, "grad_norm", "lr")
+CODEC_SEED = 0
+CLIP_NORM = 1.0
+MOST_STEPS, MOST_SEED = 2**24 - 1, 2**6 - 1  # see `_seed`
+LAST_LR = 0.1  # the cosine ends at this share of the peak
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All that decides the outcome of a run, and all that a resumed run must share with the one it continues.
+
+    Attributes:
+        mode: attention, of `flow.MODES`.
+        start: what the weights begin from; None: random ones, from the seed.
+        batch, steps, lr, warmup: lr rises over `warmup` steps and falls on a cosine to a tenth at the last.
+        ema: decay of the averaged weights; the first steps average over fewer.
+        t_std: deviation of the logit-normal u. 1.4 is nearly uniform, so that early and late steps get their share too.
+    """
+
+    size: str
+    plan: flow.Plan
+    mode: str
+    start: str | None
+    clips: tuple[str, ...]
+    steps: int
+    batch: int
+    lr: float
+    warmup: int
+    ema: float
+    t_std: float
+    seed: int
+
+
+@dataclasses.dataclass
+class Weights:
+    """A model ready for use and how it came to be: what `finetune` starts from and `evaluate` compares."""
+
+    model: VideoDiT
+    codec: Codec
+    settings: Settings
+    step: int
+
+
+class Run:
+    """Model, averaged weights and optimizer of a run, at `step` steps done.
+
+    Step n draws everything (crops, noise levels, noise) from generators seeded with (seed, n). So there is no state of
+    random numbers to save, and runs that share the seed see the same draws, whatever attention they use.
+    A resumed run is bit for bit an uninterrupted one, as far as the device's kernels are deterministic: a GPU's
+    backward of attention is not by default (`torch.use_deterministic_algorithms`).
+    """
+
+    def __init__(
+        self, folder: Path, settings: Settings, start: Weights | None, clips: Clips, device: torch.device
+    ):
+        self.folder, self.settings, self.clips, self.device = folder, settings, clips, device
+        self.codec = (start.codec if start else Codec.fit(clips, CODEC_SEED)).to(device)
+        torch.manual_seed(settings.seed)
+        self.model = start.model if start else VideoDiT(shape_of(settings))
+        self.model = self.model.to(device).train()
+        self.ema = [p.detach().clone() for p in self.model.parameters()]
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=settings.lr,
+            betas=(0.9, 0.95),
+            weight_decay=0.01,
+            fused=device.type == "cuda",
+        )
+        self.step, self._pending = 0, []
+        if (folder / CHECKPOINT).exists():
+            self._load()
+        else:
+            (folder / LOG).unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+
+    def train(self, attention: flow.Attention, minutes: float, save_every: int, console: Console) -> bool:
+        """Go on to the last step, or until `minutes` have passed. Returns whether the last step is done.
+
+        Raises UserError when the loss is no longer finite; the last checkpoint stays.
+        """
+        settings, deadline = self.settings, time.monotonic() + 60 * minutes
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task(f"{settings.mode:6}", total=settings.steps, completed=self.step)
+            since, first = time.monotonic(), self.step
+            while self.step < settings.steps and time.monotonic() < deadline:
+                self._one_step(attention)
+                progress.advance(task)
+                if self.step % save_every == 0 or self.step == settings.steps:
+                    loss = self.save()
+                    pace = (time.monotonic() - since) / (self.step - first)
+                    progress.update(task, description=f"{settings.mode:6} loss {loss:.4f}")
+                    console.print(
+                        f"step {self.step} of {settings.steps}: loss {loss:.4f}, {pace:.3f} s a step",
+                        highlight=False,
+                    )
+            if self._pending:
+                self.save()
+        return self.step == settings.steps
+
+    def _one_step(self, attention: flow.Attention) -> None:
+        settings = self.settings
+        generator = torch.Generator().manual_seed(_seed(settings.seed, self.step, 0))
+        pixels = self.clips.draw("train", settings.batch, generator)
+        sigma = flow.draw_sigma(settings.batch, settings.t_std, settings.plan.shift, generator)
+        clean = self.codec.encode(pixels)
+        of_noise = torch.Generator(self.device).manual_seed(_seed(settings.seed, self.step, 1))
+        noise = torch.randn(clean.shape, device=self.device, generator=of_noise)
+        lr = settings.lr * lr_factor(self.step, settings.warmup, settings.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss = flow.losses(self.model, clean, noise, sigma, attention)
+        loss.mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        decay = min(settings.ema, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(self.ema, [p.detach() for p in self.model.parameters()], 1 - decay)
+        self.step += 1
+        stages = [attention.stage(s) for s in sigma.tolist()]
+        self._pending.append((self.step, loss.detach(), stages, norm.detach(), lr))
+
+    def save(self) -> float:
+        """Write log and checkpoint, the latter all or nothing. Returns the mean loss since the last call."""
+        rows = []
+        for step, loss, stages, norm, lr in self._pending:
+            loss = loss.tolist()
+            by_stage = [[x for x, s in zip(loss, stages, strict=True) if s == stage] for stage in flow.STAGES]
+            rows.append([step, _mean(loss), *map(_mean, by_stage), norm.item(), lr])
+        bad = [row[0] for row in rows if not (math.isfinite(row[1]) and math.isfinite(row[5]))]
+        if bad:
+            raise UserError(
+                f"loss or gradient is not finite at step {bad[0]}; {self.folder} stays at its last checkpoint. Try a "
+                f"lower --lr than {self.settings.lr:g}"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        new = not (self.folder / LOG).exists()
+        with open(self.folder / LOG, "a", newline="") as file:
+            csv.writer(file).writerows([COLUMNS, *rows] if new else rows)
+        state = {
+            "settings": plain(self.settings),
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "ema": self.ema,
+            "optimizer": self.optimizer.state_dict(),
+            "codec": dataclasses.astuple(self.codec),
+        }
+        temporary = self.folder / f"{CHECKPOINT}.new"
+        torch.save(state, temporary)
+        os.replace(temporary, self.folder / CHECKPOINT)
+        self._pending.clear()
+        return _mean([row[1] for row in rows])
+
+    def _load(self) -> None:
+        state = _read_checkpoint(self.folder, self.device)
+        for name, now in plain(self.settings).items():
+            if (before := state["settings"][name]) != now:
+                raise UserError(
+                    f"{self.folder}: holds a run with {name} {before}, this one has {now}; use {before} again, or "
+                    f"another --out"
+                )
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema, self.codec = state["ema"], Codec(*state["codec"])
+        # Rows of steps that were logged but not in the checkpoint will come again.
+        rows = read_log(self.folder)
+        with open(self.folder / LOG, "w", newline="") as file:
+            csv.writer(file).writerows([COLUMNS, *(row for row in rows if int(row[0]) <= self.step)])
+
+
+def lr_factor(step: int, warmup: int, steps: int) -> float:
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return LAST_LR + (1 - LAST_LR) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def shape_of(settings: Settings) -> Shape:
+    return Shape(settings.size, settings.plan.grid, CHANNELS)
+
+
+def load(folder: Path, device: torch.device) -> Weights:
+    """The averaged weights of a run's last checkpoint."""
+    state = _read_checkpoint(folder, device)
+    settings = from_plain(state["settings"])
+    model = VideoDiT(shape_of(settings)).to(device).eval()
+    for parameter, average in zip(model.parameters(), state["ema"], strict=True):
+        parameter.data.copy_(average)
+    return Weights(model, Codec(*state["codec"]), settings, state["step"])
+
+
+def read_log(folder: Path) -> list[list[str]]:
+    with open(folder / LOG, newline="") as file:
+        return list(csv.reader(file))[1:]
+
+
+def plot(folder: Path) -> None:
+    """Draw the loss of each stage, smoothed, to `loss.png`."""
+    rows = [[float(x or "nan") for x in row] for row in read_log(folder)]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for stage in flow.STAGES:
+        column = COLUMNS.index(stage)
+        points = [(row[0], row[column]) for row in rows if not math.isnan(row[column])]
+        width = max(1, len(points) // 50)
+        means = [points[i : i + width] for i in range(0, len(points), width)]
+        axes.plot(
+            [_mean([p[0] for p in m]) for m in means], [_mean([p[1] for p in m]) for m in means], label=stage
+        )
+    axes.set(xlabel="step", ylabel="loss", yscale="log", title=f"{folder.name}: training loss by stage")
+    axes.legend()
+    figure.savefig(folder / PLOT, dpi=120)
+
+
+def from_plain(values: dict) -> Settings:
+    plan = {k: tuple(v) if isinstance(v, list) else v for k, v in values["plan"].items()}
+    return Settings(**values | {"plan": flow.Plan(**plan), "clips": tuple(values["clips"])})
+
+
+def plain(settings: Settings) -> dict:
+    """Settings as numbers, strings, lists and dicts."""
+
+    def plain(x):
+        if isinstance(x, dict):
+            return {k: plain(v) for k, v in x.items()}
+        return [plain(v) for v in x] if isinstance(x, tuple) else x
+
+    return plain(dataclasses.asdict(settings))
+
+
+def _read_checkpoint(folder: Path, device: torch.device) -> dict:
+    path = folder / CHECKPOINT
+    if not path.exists():
+        raise UserError(
+            f"{folder}: holds no {CHECKPOINT}; give the --out of a run that train or finetune has begun"
+        )
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+def _seed(seed: int, step: int, stream: int) -> int:
+    """Of a generator, another one for all arguments: torch's CPU generator looks at the lower 32 bits only."""
+    return seed << 25 | stream << 24 | step
+
+
+def _mean(values: list[float]) -> float | str:
+    """Empty for no values: an empty cell of the log."""
+    return sum(values) / len(values) if values else ""

@@ -1,0 +1,1 @@
+"""The `fpsattention` command. Nothing imports it."""

@@ -1,0 +1,7 @@
+"""`python -m fpsattention`: the command line, for where the console script is not on PATH."""
+
+import sys
+
+from .main import main
+
+sys.exit(main())

@@ -1,0 +1,287 @@
+"""`fpsattention calibrate`: for every step, layer and head the sparsest window that a user's own Q, K, V allow."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..core.checks import Triple
+from ..core.config import AttentionConfig
+from ..core.support import backend_for
+from ..schedules.search import by_density, legal_windows, search
+from ..schedules.windows import WindowTable, write_json
+from .console import by, people, print_json, progress, table_of
+from .errors import UserError, asked, chosen_device
+
+STATE_FORMAT = "fpsattention-calibration-1"
+FILE = re.compile(r"step(\d+)_layer(\d+)\.safetensors", re.ASCII)
+
+# Elements of Q of the heads searched at a time: Wan at 720p has 9.7 million a head, so 13 heads. A search holds some
+# ten tensors of that size, four of them fp32: 4 GB.
+ELEMENTS_AT_ONCE = 2**27
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One file: Q, K and V of a step and a layer. `shape` is [B, H, L, D], whatever the file's layout."""
+
+    path: Path
+    step: int
+    layer: int
+    shape: tuple[int, int, int, int]
+
+    @property
+    def stamp(self) -> list[int]:
+        """What changes when the file does: bytes, time of the last change in ns."""
+        stat = self.path.stat()
+        return [stat.st_size, stat.st_mtime_ns]
+
+
+def run(
+    *, folder, grid, budget, num_steps, layout, tile, border, candidates, device, output, restart, as_json
+) -> None:
+    """The `calibrate` command. Writes the table to `output` and, after every file, what is done beside it.
+
+    Raises UserError for files, shapes and options that do not fit, MachineError when --device cuda has none.
+    """
+    with asked():
+        captures = _captures(folder, grid, layout, num_steps)
+        heads = captures[0].shape[1]
+        resolved = AttentionConfig(tile=tile, border=border).resolve(grid, heads)
+        config = AttentionConfig(tile=resolved.tile, border=border)
+        geometry = resolved.geometry
+        if candidates is None:
+            candidates = legal_windows(geometry, border)
+        else:
+            fitted = [replace(config, window=w).resolve(grid, 1).windows[0] for w in candidates]
+            candidates = by_density({*fitted, geometry.tiles}, geometry, border)
+    device = chosen_device(device)
+    settings = {
+        "grid": list(resolved.grid),
+        "tile": list(resolved.tile),
+        "border": border,
+        "layout": layout,
+        "budget": budget,
+        "candidates": [list(window) for window in candidates],
+    }
+    state_path = output.with_suffix(".state.json")
+    done = {} if restart else _load_state(state_path, settings)
+
+    console = people(as_json)
+    console.print(
+        f"{len(captures)} files, grid {by(resolved.grid)}, tile {by(resolved.tile)}, {heads} heads, "
+        f"{len(candidates)} windows to choose from"
+    )
+    results: dict[tuple[int, int], dict] = {}
+    backend = None
+    with progress(remaining=True) as bar, torch.no_grad():
+        task = bar.add_task("", total=len(captures) * heads)
+        for capture in captures:
+            entry = done.get(capture.path.name)
+            if entry is None or entry["stamp"] != capture.stamp or len(entry["windows"]) != heads:
+                bar.update(task, description=f"step {capture.step}, layer {capture.layer}")
+                stamp = capture.stamp
+                windows, errors = [], []
+                try:
+                    for part in _parts(capture, layout):
+                        q, k, v = (x.to(device) for x in part)
+                        backend = backend or backend_for(q, config)
+                        more = search(
+                            q,
+                            k,
+                            v,
+                            grid=grid,
+                            config=config,
+                            candidates=candidates,
+                            budget=budget,
+                            tensor_layout=layout,
+                        )
+                        windows += more[0]
+                        errors += more[1]
+                        bar.advance(task, len(more[0]))
+                except (TypeError, ValueError, OSError, SafetensorError) as error:
+                    raise UserError(f"{capture.path}: {error}") from error
+                entry = {"stamp": stamp, "windows": windows, "errors": errors}
+                done[capture.path.name] = entry
+                with asked():
+                    write_json(state_path, {"format": STATE_FORMAT, "settings": settings, "files": done})
+            else:
+                bar.advance(task, heads)
+            results[capture.step, capture.layer] = entry
+        bar.update(task, description="done")
+
+    table = _table(results, resolved.grid, config, num_steps)
+    with asked():
+        table.save(output)
+    _report(console, table, results, budget, backend, output, state_path, as_json)
+
+
+def _captures(folder: Path, grid: Triple, layout: str, num_steps: int) -> list[Capture]:
+    """The files of a folder in order of step and layer, once their headers are known to fit together.
+
+    Raises ValueError for a file of another name or form, a missing layer, a step beyond `num_steps`.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: is no folder")
+    found: dict[tuple[int, int], Capture] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        match = FILE.fullmatch(path.name)
+        if match is None:
+            raise ValueError(f"{path}: a file must be named step<N>_layer<M>.safetensors")
+        step, layer = map(int, match.groups())
+        if step >= num_steps:
+            raise ValueError(f"{path}: step {step} is out of range, --num-steps is {num_steps}")
+        if (step, layer) in found:
+            raise ValueError(f"{path}: is the same step and layer as {found[step, layer].path.name}")
+        found[step, layer] = Capture(path, step, layer, _shape(path, grid, layout))
+    if not found:
+        raise ValueError(f"{folder}: holds no file step<N>_layer<M>.safetensors")
+    captures = [found[place] for place in sorted(found)]
+    first = captures[0]
+    for capture in captures:
+        if capture.shape[1:] != first.shape[1:]:
+            raise ValueError(
+                f"{capture.path}: has heads, tokens, channels {capture.shape[1:]}, {first.path.name} has "
+                f"{first.shape[1:]}"
+            )
+    layers = range(max(layer for _, layer in found) + 1)
+    for step in sorted({step for step, _ in found}):
+        if missing := [layer for layer in layers if (step, layer) not in found]:
+            raise ValueError(
+                f"{folder}: step {step} lacks layer {missing[0]}; every step needs all layers, 0 to {layers[-1]}"
+            )
+    return captures
+
+
+def _shape(path: Path, grid: Triple, layout: str) -> tuple[int, int, int, int]:
+    """[B, H, L, D] of the tensors in a file, from its header."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = sorted(file.keys())
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    except (SafetensorError, OSError) as error:  # OSError for a folder of that name
+        raise ValueError(f"{path}: is no safetensors file ({error})") from error
+    if names != ["k", "q", "v"]:
+        raise ValueError(f"{path}: must hold the tensors q, k and v and no others, holds {names}")
+    shape = shapes["q"]
+    if len(shape) != 4 or len(set(shapes.values())) != 1:
+        raise ValueError(f"{path}: q, k and v must have one shape of four dimensions, have {shapes}")
+    if layout == "NHD":
+        shape = (shape[0], shape[2], shape[1], shape[3])
+    if shape[2] != math.prod(grid):
+        raise ValueError(
+            f"{path}: has {shape[2]} tokens in layout {layout}, grid {tuple(grid)} has {math.prod(grid)}"
+        )
+    if not all(shape):
+        raise ValueError(f"{path}: shape {shapes['q']} is empty")
+    return shape
+
+
+def _parts(capture: Capture, layout: str):
+    """(q, k, v) of as many heads at a time as `ELEMENTS_AT_ONCE` allows, in the file's layout, on the CPU."""
+    batch, heads, tokens, head_dim = capture.shape
+    at_once = max(1, ELEMENTS_AT_ONCE // (batch * tokens * head_dim))
+    with safe_open(capture.path, framework="pt") as file:
+        slices = [file.get_slice(name) for name in "qkv"]
+        for first in range(0, heads, at_once):
+            some = slice(first, min(first + at_once, heads))
+            yield tuple(x[:, :, some] if layout == "NHD" else x[:, some] for x in slices)
+
+
+def _load_state(path: Path, settings: dict) -> dict:
+    """What an earlier run has done; empty without one. Raises UserError when it was asked something else."""
+    if not path.exists():
+        return {}
+    try:
+        state = json.loads(path.read_text())
+        if state["format"] != STATE_FORMAT:
+            raise ValueError(f"format {state['format']!r} is not {STATE_FORMAT!r}")
+        before, files = {name: state["settings"][name] for name in settings}, state["files"]
+        for name, entry in files.items():
+            windows, errors = entry["windows"], entry["errors"]
+            if not (
+                entry["stamp"]
+                and len(windows) == len(errors) > 0
+                and all(window in before["candidates"] for window in windows)
+                and all(0 <= error < math.inf for error in errors)
+            ):
+                raise ValueError(f"its windows and errors of {name} are damaged")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: is no state of an earlier run ({error}); remove it, or give --restart"
+        ) from error
+    for name, value in settings.items():
+        if before[name] != value:
+            was = "other ones" if name == "candidates" else before[name]
+            raise UserError(
+                f"{path}: an earlier run had other settings ({name}: {was}); go on with those, give another "
+                "--output, or --restart"
+            )
+    return files
+
+
+def _table(results: dict, grid: Triple, config: AttentionConfig, num_steps: int) -> WindowTable:
+    """The table of all steps: one that was not captured has the windows of the nearest that was, the earlier of two."""
+    captured = sorted({step for step, _ in results})
+    layers = range(len(results) // len(captured))
+    nearest = [min(captured, key=lambda c: (abs(c - step), c)) for step in range(num_steps)]
+    windows = [[results[step, layer]["windows"] for layer in layers] for step in nearest]
+    return WindowTable(grid, config, windows)
+
+
+def _report(console, table, results, budget, backend, output, state_path, as_json) -> None:
+    densities = table.densities()
+    whole = table.config.resolve(table.grid, table.heads).geometry.tiles
+    rows = []
+    for step in sorted({step for step, _ in results}):
+        entries = [entry for (s, _), entry in results.items() if s == step]
+        errors = [error for entry in entries for error in entry["errors"]]
+        windows = [tuple(window) for entry in entries for window in entry["windows"]]
+        rows.append(
+            {
+                "step": step,
+                "density": sum(densities[step]) / table.num_layers,
+                "mean_error": sum(errors) / len(errors),
+                "worst_error": max(errors),
+                "dense_heads": windows.count(whole),
+                "over_budget": sum(error > budget for error in errors),
+            }
+        )
+    shown = table_of("captured step", "density", "mean error", "worst error", "dense heads", "over budget")
+    for row in rows:
+        numbers = (f"{row[name]:.4f}" for name in ("density", "mean_error", "worst_error"))
+        shown.add_row(str(row["step"]), *numbers, str(row["dense_heads"]), str(row["over_budget"]))
+    console.print(shown)
+    if backend and backend[0] == "reference":
+        console.print(f"Ran on the reference backend: {backend[1]}.")
+    over = sum(row["over_budget"] for row in rows)
+    if over:
+        console.print(
+            f"{over} heads are over the budget of {budget:g} even with all of the grid: FP8 alone costs them more. "
+            "They are dense in the table."
+        )
+    mean = sum(map(sum, densities)) / (table.num_steps * table.num_layers)
+    console.print(
+        f"Mean density over {table.num_steps} steps: {mean:.3f}. Table: {output}; errors of every head: {state_path}"
+    )
+    if as_json:
+        print_json(
+            {
+                "table": str(output),
+                "state": str(state_path),
+                "grid": table.grid,
+                "tile": table.config.tile,
+                "budget": budget,
+                "num_steps": table.num_steps,
+                "layers": table.num_layers,
+                "heads": table.heads,
+                "mean_density": mean,
+                "captured_steps": rows,
+            }
+        )

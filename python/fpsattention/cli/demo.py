@@ -1,0 +1,361 @@
+"""`fpsattention demo`: four ways to attend over a real video."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from rich.console import Console
+
+from ..core.api import attention
+from ..core.config import AttentionConfig, ResolvedConfig
+from ..core.geometry import TileGeometry
+from ..core.support import backend_for
+from . import video
+from .console import by, milliseconds, people, print_json, progress, table_of
+from .errors import UserError, chosen_device
+
+# What runs when the user names nothing: Wan at 720p on a GPU; without one, what takes well under a minute.
+DEFAULTS = {
+    "cuda": {"frames": 81, "size": (720, 1280), "heads": 12},
+    "cpu": {"frames": 25, "size": (432, 768), "heads": 2},
+}
+DENSITY = 1 / 6  # of the default window, about: that of the paper's headline, 6 x 6 x 1 of 6 x 6 x 6 tiles
+GPU_RUNS = 5  # timed, after one that is not; the median counts
+
+# Kept out of the wheel, which its two checkpoints would make several times as large.
+MORE = (
+    "A small trained model that denoises dense, with FPSAttention, and fine-tuned with it: "
+    "examples/denoise_tiny_dit.py of https://github.com/fpsattention/fpsattention"
+)
+
+FIGURE_WIDTH = 12  # inches
+STRIP = 5  # latent frames on which the window is shown
+QUERY_COLOUR, KEY_COLOUR = "#00e5ff", "#ffb300"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to attend. Errors are against dense exact attention, over all channels of all tokens."""
+
+    mode: str
+    backend: str
+    reason: str
+    relative_rms_error: float
+    cosine: float
+    density: float
+    ms: float
+    speedup: float
+
+
+def run(
+    *,
+    video_path,
+    frames,
+    size,
+    device,
+    tile,
+    window,
+    heads,
+    noise,
+    seed,
+    output,
+    as_json,
+) -> None:
+    """The `demo` command. Options as `fpsattention demo --help` has them; None is the default it names.
+
+    Prints a table (or JSON) and writes `output`/demo.png. Raises UserError for a request that cannot be met,
+    MachineError for a GPU that is not there.
+    """
+    device = chosen_device(device)
+    defaults = DEFAULTS[device.type]
+    frames, heads = frames or defaults["frames"], heads or defaults["heads"]
+    height, width = size or defaults["size"]
+    path = video_path or video.default_clip()
+    picture = _picture(output)
+
+    with progress() as bar, torch.no_grad():
+        task = bar.add_task("", total=8)
+
+        def step(what: str, call: Callable, *args):
+            bar.update(task, description=what)
+            result = call(*args)
+            bar.advance(task)
+            return result
+
+        clip = step("reading the clip", video.load_clip, path, frames, height, width)
+        latent, variance_kept = step("encoding", video.encode, clip.to(device))
+        if noise == 0 and not latent.any():
+            raise UserError(f"{path}: is all of one colour; only --noise above 0 makes anything to attend")
+        grid = (latent.shape[0], height // video.TOKEN_PIXELS, width // video.TOKEN_PIXELS)
+        resolved = _resolve(grid, heads, tile, window)
+        q, k, v = step("projecting", video.self_attention_inputs, latent, heads, noise, seed)
+        rows, error_map, mass = _compare(q, k, v, resolved, step)
+        title = _title(f"{path.name}, {frames} frames of {width} x {height}", resolved, rows, heads)
+        step("drawing", _draw, picture, clip, resolved, error_map.cpu(), title)
+        bar.update(task, description="done")
+
+    result = {
+        "clip": str(path),
+        "frames": frames,
+        "height": height,
+        "width": width,
+        "grid": grid,
+        "tokens": math.prod(grid),
+        "heads": heads,
+        "head_dim": video.HEAD_DIM,
+        "tile": resolved.tile,
+        "window": resolved.windows[0],
+        "attention_mass_in_window": mass,
+        "noise": noise,
+        "seed": seed,
+        "latent_variance_kept": variance_kept,
+        "device": _name(device),
+        "torch": torch.__version__,
+        "rows": [asdict(row) for row in rows],
+        "picture": str(picture),
+    }
+    _print(people(as_json), result, rows)
+    if as_json:
+        print_json(result)
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def _picture(folder: Path) -> Path:
+    """Path of the picture in the folder, which is made. Raises UserError where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {folder}: cannot be made a folder ({error.strerror})") from error
+    path = folder / "demo.png"
+    if not os.access(path if path.exists() else folder, os.W_OK) or path.is_dir():
+        raise UserError(f"--output {folder}: {path} cannot be written; remove it or name another folder")
+    return path
+
+
+def _resolve(grid, heads, tile, window) -> ResolvedConfig:
+    try:
+        geometry = AttentionConfig(tile=tile).resolve(grid, heads).geometry
+        window = window or default_window(geometry)
+        return AttentionConfig(tile=geometry.tile, window=window).resolve(grid, heads)
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+def default_window(geometry: TileGeometry) -> tuple[int, int, int]:
+    """The legal window (tiles) whose density is near `DENSITY` and whose extent in tokens is near a cube.
+
+    Half an octave of density weighs as much as an octave between the longest and the shortest side.
+    """
+
+    def cost(window):
+        sides = [min(w * t, g) for w, t, g in zip(window, geometry.tile, geometry.grid, strict=True)]
+        density = math.prod(w / n for w, n in zip(window, geometry.tiles, strict=True))
+        return abs(math.log2(density / DENSITY)) + 0.5 * math.log2(max(sides) / min(sides))
+
+    return min(itertools.product(*([*range(1, n, 2), n] for n in geometry.tiles)), key=cost)
+
+
+def _compare(q, k, v, resolved: ResolvedConfig, step) -> tuple[list[Row], torch.Tensor, float]:
+    """Run the four modes on q, k, v [1, L, heads, 128].
+
+    Returns the table's rows, the relative error of each token under FPSAttention, fp32 [T, H, W], and the
+    share of the attention that lies inside the window, mean over queries and heads.
+    """
+    tile, window, grid = resolved.tile, resolved.windows[0], resolved.grid
+    modes = {
+        "dense exact": AttentionConfig(tile=tile, quant="none"),
+        "FP8 dense": AttentionConfig(tile=tile),
+        "sparse only": AttentionConfig(tile=tile, window=window, quant="none"),
+        "FPSAttention": AttentionConfig(tile=tile, window=window),
+    }
+    rows, lse = [], {}
+    for mode, config in modes.items():
+        with_lse = config.quant == "fp8"
+        name, reason = backend_for(q, config)
+        backend = "reference" if name == "reference" else "auto"  # the table says so: no warning besides
+        call = partial(attention, q, k, v, grid=grid, config=config, return_lse=with_lse, backend=backend)
+        out, ms = step(mode, _timed, call, q.device)
+        if with_lse:
+            out, lse[mode] = out
+        if not rows:
+            exact, exact_ms = out, ms
+        error, cosine, per_token = _differences(out, exact)
+        density = config.resolve(grid, q.shape[2]).density
+        rows.append(Row(mode, name, reason, error, cosine, density, ms, exact_ms / ms))
+    mass = (lse["FPSAttention"] - lse["FP8 dense"]).exp().mean().item()
+    return rows, per_token.view(grid), mass
+
+
+def _timed(call: Callable, device: torch.device):
+    """(result, milliseconds): on a GPU the median of `GPU_RUNS` after a warm-up, on a CPU one run."""
+    if device.type == "cpu":
+        start = time.perf_counter()
+        result = call()
+        return result, (time.perf_counter() - start) * 1e3
+    result = call()
+    times = []
+    for _ in range(GPU_RUNS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        result = call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return result, statistics.median(times)
+
+
+def _differences(out: torch.Tensor, exact: torch.Tensor) -> tuple[float, float, torch.Tensor]:
+    """Relative RMS error and cosine over everything, and the relative error of each token, fp32 [L]."""
+    out, exact = out[0].float(), exact[0].float()
+    norm = torch.linalg.vector_norm
+    error, out_norm, exact_norm = (norm(x, dim=(1, 2)) for x in (out - exact, out, exact))
+    dot = (out * exact).sum(dim=(1, 2), dtype=torch.float64).sum()
+    total_error, total_out, total_exact = (norm(x.double()) for x in (error, out_norm, exact_norm))
+    return (total_error / total_exact).item(), (dot / (total_out * total_exact)).item(), error / exact_norm
+
+
+def _print(console: Console, result: dict, rows: list[Row]) -> None:
+    grid, tile, window = (by(result[name]) for name in ("grid", "tile", "window"))
+    console.print(
+        f"{result['clip']}: {result['frames']} frames of {result['width']} x {result['height']}\n"
+        f"{result['tokens']:,} tokens ({grid}), {result['heads']} heads of {result['head_dim']} channels, "
+        f"tile {tile} tokens, window {window} tiles, on {result['device']}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    columns = ("mode", "backend", "rel. error", "cosine", "density", "time", "speed-up")
+    table = table_of(*columns, words=("mode", "backend"), collapse_padding=True)
+    for row in rows:
+        table.add_row(
+            row.mode,
+            row.backend,
+            f"{row.relative_rms_error:.4f}",
+            f"{row.cosine:.5f}",
+            f"{row.density:.3f}",
+            milliseconds(row.ms),
+            f"{row.speedup:.2f}x",
+        )
+    console.print(table)
+    notes = [
+        f"{row.mode} ran on the {row.backend} backend: {row.reason}."
+        for row in rows
+        if row.backend == "reference"
+    ]
+    if len(notes) == len(rows):
+        notes = [
+            f"All ran on the reference backend ({rows[-1].reason}): its times say nothing about the kernels."
+        ]
+    notes += [
+        "Errors are RMS, relative to dense exact attention. The window holds "
+        f"{result['attention_mass_in_window']:.0%} of the attention.",
+        f"No trained weights were used: principal components ({result['latent_variance_kept']:.1%} of the "
+        "variance) stand in for the VAE, seeded random matrices for the projections.",
+        f"Picture: {result['picture']}",
+        MORE,
+    ]
+    console.print("\n".join(notes), highlight=False, soft_wrap=True)
+
+
+def _title(clip: str, resolved: ResolvedConfig, rows: list[Row], heads: int) -> str:
+    _, fp8, sparse, both = rows
+    errors = ", ".join(f"{row.mode} {row.relative_rms_error:.3f}" for row in (fp8, sparse, both))
+    speed = "" if both.backend == "reference" else f"; {both.speedup:.2f} times as fast as dense exact"
+    return (
+        f"FPSAttention on {clip}: {resolved.geometry.n_tokens:,} tokens, {heads} heads\n"
+        f"relative RMS error: {errors}; density {both.density:.3f}{speed}"
+    )
+
+
+def _tokens_of(geometry: TileGeometry, tile: int) -> torch.Tensor:
+    """bool [T, H, W]: the tokens of one tile."""
+    return (geometry.tile_of_token == tile).view(geometry.grid)
+
+
+def _outline(axes, tokens: torch.Tensor, **style) -> None:
+    """Draw the box around the tokens set in `tokens`, bool [H, W]; nothing when none is."""
+    if not tokens.any():
+        return
+    (top, left), (bottom, right) = (f(tokens.nonzero(), dim=0).tolist() for f in (torch.amin, torch.amax))
+    pixels = video.TOKEN_PIXELS
+    corner, width, height = (left * pixels, top * pixels), right - left + 1, bottom - top + 1
+    axes.add_patch(Rectangle(corner, width * pixels, height * pixels, fill=False, clip_on=False, **style))
+
+
+def _draw(path: Path, clip: torch.Tensor, resolved: ResolvedConfig, error: torch.Tensor, title: str) -> None:
+    """Write the picture: a frame, the error over it, and the window of one query tile on the frames it sees.
+
+    Args:
+        clip: uint8 [frames, H, W, 3].
+        error: relative error of each token under FPSAttention, [T, H, W] of the grid.
+    """
+    geometry, (n_frames, n_rows, n_columns) = resolved.geometry, resolved.grid
+    t = n_frames // 2
+    query_tile = int(geometry.tile_of_token.view(resolved.grid)[t, n_rows // 2, n_columns // 2])
+    query = _tokens_of(geometry, query_tile)
+    key_tiles = [
+        _tokens_of(geometry, i) for i in geometry.key_tiles(query_tile, resolved.windows[0], resolved.border)
+    ]
+    keys = torch.stack(key_tiles).any(0)
+
+    frames = [
+        clip[max(0, 4 * i - 2)].numpy() for i in range(n_frames)
+    ]  # the middle of what a latent frame codes
+    height, width = frames[0].shape[:2]
+    shown = np.linspace(0, n_frames - 1, min(n_frames, STRIP)).round().astype(int).tolist()
+    extent = (
+        0,
+        width,
+        height,
+        0,
+    )  # pixel edges, not centres, at whole numbers: tokens start at multiples of 16
+    heights = 5.6 * height / width + 0.3, FIGURE_WIDTH / STRIP * height / width + 0.6  # inches
+    figure = Figure(figsize=(FIGURE_WIDTH, sum(heights) + 0.8), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    top, bottom = figure.subfigures(2, 1, height_ratios=heights)
+    left, right = top.subplots(1, 2)
+    strip = bottom.subplots(1, len(shown), squeeze=False)[0]
+
+    left.imshow(frames[t], extent=extent)
+    _outline(left, query[t], edgecolor=QUERY_COLOUR, linewidth=2)
+    left.set_title(f"latent frame {t} of {n_frames}, a query tile of {by(resolved.tile)} tokens", fontsize=10)
+
+    right.imshow(frames[t].mean(2), cmap="gray", extent=extent)
+    heat = right.imshow(
+        error[t].numpy(),
+        cmap="magma",
+        alpha=0.8,
+        extent=extent,
+        vmin=0,
+        vmax=error.quantile(0.99),
+        interpolation="nearest",
+    )
+    right.set_title("error of FPSAttention against dense exact attention, per token", fontsize=10)
+    top.colorbar(heat, ax=right, fraction=0.026, pad=0.02, extend="max")
+
+    for axes, i in zip(strip, shown, strict=True):
+        seen = torch.kron(keys[i], torch.ones(video.TOKEN_PIXELS, video.TOKEN_PIXELS, dtype=torch.bool))
+        axes.imshow(np.where(seen[..., None], frames[i], (frames[i] * 0.35).astype(np.uint8)), extent=extent)
+        for tile in key_tiles:
+            _outline(axes, tile[i], edgecolor=KEY_COLOUR, linewidth=0.4)
+        _outline(axes, keys[i], edgecolor=KEY_COLOUR, linewidth=2)
+        _outline(axes, query[i], edgecolor=QUERY_COLOUR, linewidth=2)
+        axes.set_title(f"latent frame {i}" + ("" if keys[i].any() else ": not seen"), fontsize=9)
+    bottom.suptitle(f"what this query tile attends: {by(resolved.windows[0])} key tiles", fontsize=10)
+    for axes in (left, right, *strip):
+        axes.set_axis_off()
+    figure.savefig(path, dpi=160)

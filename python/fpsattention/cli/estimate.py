@@ -1,0 +1,44 @@
+"""What a forward should take on an H100, from rates that were measured there. An estimate, not a measurement."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..core.config import ResolvedConfig
+
+SOURCE = (
+    "H100 80GB at 700 W, docs/performance.md: the dense forwards of Wan2.1-14B at 720p (head_dim 128) and of "
+    "CogVideoX at 480p (64), and the quantisation of the former"
+)
+
+# FLOP/s of the forward kernel by head_dim, of all rows it computes, padding included. From bench/results/h100.json,
+# whose other forwards of 16,000 tokens or more lie within a quarter of what these rates say.
+KERNEL_FLOPS = {128: 1083e12, 64: 715e12}
+# Bytes/s of the quantisation: three 16-bit reads (V's is done twice, and not counted twice) and three FP8 writes.
+QUANTIZE_BYTES = 2.38e12
+BYTES_PER_ELEMENT = 3 * 2 + 3 * 1
+
+# Below this, eager calls are bound by the host's launches, which the rates do not know.
+LEAST_TOKENS = 8000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Milliseconds of one FP8 forward, batch 1, quantisation included; `quantize_ms` of them are quantisation."""
+
+    ms: float
+    quantize_ms: float
+
+
+def forward(resolved: ResolvedConfig, heads: int, head_dim: int) -> Estimate | None:
+    """What an H100 should take for a config; None where nothing was measured to tell it from.
+
+    That is: head_dim other than 64 and 128, no FP8, or fewer than `LEAST_TOKENS` tokens.
+    """
+    geometry = resolved.geometry
+    if head_dim not in KERNEL_FLOPS or resolved.quant != "fp8" or geometry.n_tokens < LEAST_TOKENS:
+        return None
+    pairs = sum(geometry.computed_pairs(w, resolved.border) for w in resolved.windows) / len(resolved.windows)
+    attend = 4 * head_dim * heads * pairs / (KERNEL_FLOPS[head_dim] * resolved.item_fill)
+    quantize = BYTES_PER_ELEMENT * geometry.n_tokens * heads * head_dim / QUANTIZE_BYTES
+    return Estimate((attend + quantize) * 1e3, quantize * 1e3)

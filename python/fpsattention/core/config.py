@@ -1,0 +1,228 @@
+"""What to attend and how to round it: the user's `AttentionConfig` and the form of it that fits one grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from .. import _C
+from .checks import Triple, as_grid, as_int, as_tile, as_triple, as_truncate, shown
+from .geometry import TileGeometry, tile_geometry
+from .planning import ranked
+
+AXES = "thw"
+MAX_INT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Tile, window and rounding of an attention call (arXiv 2506.04648, section 3). Immutable, hashable.
+
+    Attributes:
+        tile: tokens (t, h, w) of a tile, at most 512; None lets `plan(grid)` choose. Any grid is legal: edge
+            tiles are ragged. The tile is the unit of sparsity and of the scales of Q and K.
+        window: tiles (wt, wh, ww) that a query tile attends, each odd or at least the number of tiles on its
+            axis (then it is the whole axis); or one such triple per head; None attends everything.
+        border: "clamp" shifts the window inward at the grid's edge, so that every query tile sees equally
+            many key tiles (arXiv 2502.04507); "truncate" cuts it (arXiv 2506.04648, Eq. 2).
+        quant: "fp8" rounds Q, K, P and V to E4M3; "none" does not round.
+        quant_tile: tokens (t, h, w) of the brick whose tiles share one scale, a whole multiple of the tile on
+            each axis; None: the tile itself. Coarser costs accuracy, not time.
+        smooth_k: subtract K's mean over the tokens before rounding it. Changes nothing in exact arithmetic.
+
+    Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value.
+    """
+
+    tile: Triple | None = None
+    window: Triple | tuple[Triple, ...] | None = None
+    border: Literal["clamp", "truncate"] = "clamp"
+    quant: Literal["fp8", "none"] = "fp8"
+    quant_tile: Triple | None = None
+    smooth_k: bool = False
+
+    def __post_init__(self):
+        def put(name, value):
+            object.__setattr__(self, name, value)
+
+        if self.tile is not None:
+            put("tile", as_tile(self.tile))
+        if self.window is not None:
+            put("window", _as_window(self.window))
+        as_truncate(self.border)
+        if not isinstance(self.quant, str) or self.quant not in ("fp8", "none"):
+            raise ValueError(f'quant: {shown(self.quant)} must be "fp8" or "none"')
+        if not isinstance(self.smooth_k, bool):
+            raise TypeError(f"smooth_k: {shown(self.smooth_k)} must be True or False")
+        if self.quant_tile is not None:
+            put("quant_tile", as_triple("quant_tile", self.quant_tile, 1))
+            if self.tile is not None:
+                _check_quant_tile(self.quant_tile, self.tile)
+        if self.quant == "none" and (self.quant_tile is not None or self.smooth_k):
+            name = "smooth_k" if self.quant_tile is None else "quant_tile"
+            raise ValueError(
+                f'{name}: {shown(getattr(self, name))} has no effect with quant="none", which rounds nothing; '
+                f'leave it out, or use quant="fp8"'
+            )
+
+    def as_lists(self) -> tuple[list[int], list[int], list[int], bool]:
+        """tile, quant_tile, windows and truncate as ops take them; what is None is empty."""
+        windows: list[int] = []
+        for x in self.window or ():
+            windows += (x,) if isinstance(x, int) else x
+        return list(self.tile or ()), list(self.quant_tile or ()), windows, as_truncate(self.border)
+
+    @classmethod
+    def from_lists(
+        cls, tile, quant_tile=(), windows=(), truncate=False, smooth_k=False, quant="fp8"
+    ) -> AttentionConfig:
+        """The config behind what `as_lists` gives: an empty tile is planned, empty windows are dense."""
+        triples = tuple(tuple(windows[i : i + 3]) for i in range(0, len(windows), 3))
+        return cls(
+            tile=tuple(tile) or None,
+            window=(triples[0] if len(triples) == 1 else triples) or None,
+            border="truncate" if truncate else "clamp",
+            quant=quant,
+            quant_tile=tuple(quant_tile) or None,
+            smooth_k=smooth_k,
+        )
+
+    def resolve(
+        self, grid: Sequence[int], heads: int, prefix_len: int = 0, suffix_len: int = 0
+    ) -> ResolvedConfig:
+        """This config for a grid (T, H, W) of tokens, a number of heads, and text tokens before and after the grid's.
+        Cached.
+
+        Raises TypeError or ValueError when the window does not fit the grid or the heads, or a length is no integer
+        of at least 0.
+        """
+        lengths = as_int("prefix_len", prefix_len, 0), as_int("suffix_len", suffix_len, 0)
+        return _resolve(self, as_grid(grid), as_int("heads", heads, 1, MAX_INT), *lengths)
+
+
+_DEFAULT = AttentionConfig()
+
+
+def as_config(value: AttentionConfig | None) -> AttentionConfig:
+    """`value`; None is the default config. Raises TypeError for anything else."""
+    if value is None:
+        return _DEFAULT
+    if not isinstance(value, AttentionConfig):
+        of_schedule = "; a schedule's is schedule.at(...) or schedule.for_sigma(...)"
+        raise TypeError(
+            f"config: {shown(value)} must be an AttentionConfig or None, got {type(value).__name__}"
+            f"{of_schedule if hasattr(value, 'at') else ''}"
+        )
+    return value
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """An `AttentionConfig` fitted to one grid; windows are cut to their axes. Immutable, hashable.
+
+    Attributes:
+        grid, tile, quant_tile: tokens per axis.
+        windows: triples of tiles; one for all heads, or one per head.
+        border, quant, smooth_k: as in `AttentionConfig`.
+        prefix_len, suffix_len: text tokens before and after the grid's.
+    """
+
+    grid: Triple
+    tile: Triple
+    windows: tuple[Triple, ...]
+    border: str
+    quant: str
+    quant_tile: Triple
+    smooth_k: bool
+    prefix_len: int = 0
+    suffix_len: int = 0
+
+    @property
+    def geometry(self) -> TileGeometry:
+        """Of the grid's tiles and the text tokens."""
+        return tile_geometry(self.grid, self.tile, self.prefix_len, self.suffix_len)
+
+    @property
+    def truncate(self) -> bool:
+        """Whether windows are cut at the grid's edge."""
+        return as_truncate(self.border)
+
+    @property
+    def brick(self) -> Triple:
+        """Tiles per axis that share one scale, at most the tiles there are."""
+        per_axis = zip(self.quant_tile, self.tile, self.geometry.tiles, strict=True)
+        t, h, w = (min(b // t, max(n, 1)) for b, t, n in per_axis)
+        return t, h, w
+
+    @property
+    def density(self) -> float:
+        """Attended pairs of tokens over all pairs, mean over the heads."""
+        per_head = [self.geometry.density(w, self.border) for w in self.windows]
+        return sum(per_head) / len(per_head)
+
+    @property
+    def item_fill(self) -> float:
+        """Query blocks over the places for them in the Hopper kernel's work items, of full tiles.
+
+        An item takes three blocks of 64 rows of one tile group, tiles that see the same keys (kernels/README.md,
+        "Windows").
+        """
+        group = _C.tile_group(self.grid, self.tile, self.windows)
+        blocks = math.prod(group) * self.geometry.slot // _C.QUERY_BLOCK
+        return blocks / (-(-blocks // _C.BLOCKS_PER_ITEM) * _C.BLOCKS_PER_ITEM) if blocks else 1.0
+
+
+def _as_window(value) -> Triple | tuple[Triple, ...]:
+    per_head = isinstance(value, Sequence) and len(value) > 0 and isinstance(value[0], Sequence)
+    if not per_head:
+        return as_triple("window", value, 1)
+    if len(value) > _C.MAX_WINDOWS:
+        raise ValueError(
+            f"window: {len(value)} windows of single heads, at most {_C.MAX_WINDOWS} are possible"
+        )
+    return tuple(as_triple(f"window[{head}]", triple, 1) for head, triple in enumerate(value))
+
+
+def _check_quant_tile(quant_tile: Triple, tile: Triple) -> None:
+    nearest = tuple(t * max(1, (2 * b + t - 1) // (2 * t)) for b, t in zip(quant_tile, tile, strict=True))
+    if quant_tile != nearest:
+        raise ValueError(
+            f"quant_tile: {shown(quant_tile)} must be a whole multiple of the tile {tile} on each axis; "
+            f"nearest legal value {shown(nearest)}"
+        )
+
+
+def fit_window(window: Triple, tiles: Triple) -> Triple:
+    """`window`, entries that cover their axis cut to it. Raises ValueError for an even one that does not."""
+    for axis, w, n in zip(AXES, window, tiles, strict=True):
+        if w < n and w % 2 == 0:
+            raise ValueError(
+                f"window: {shown(window)} has {w} on axis {axis}, which has {n} tiles; it must be odd, or at least "
+                f"{n} (the whole axis); nearest legal values {w - 1} and {w + 1}"
+            )
+    t, h, w = (min(w, n) for w, n in zip(window, tiles, strict=True))
+    return t, h, w
+
+
+@lru_cache(maxsize=1024)
+def _resolve(
+    config: AttentionConfig, grid: Triple, heads: int, prefix_len: int, suffix_len: int
+) -> ResolvedConfig:
+    tile = config.tile or ranked(grid)[0].tile
+    quant_tile = config.quant_tile or tile
+    _check_quant_tile(quant_tile, tile)
+    tiles = tile_geometry(grid, tile, prefix_len, suffix_len).tiles
+    windows = (tiles,) if config.window is None else config.window
+    if not isinstance(windows[0], tuple):
+        windows = (windows,)
+    if len(windows) not in (1, heads):
+        raise ValueError(
+            f"window: {len(windows)} windows of single heads for {heads} heads; give one triple, or {heads}"
+        )
+    windows = tuple(fit_window(w, tiles) for w in windows)
+    if len(set(windows)) == 1:
+        windows = windows[:1]
+    rounding = config.quant, quant_tile, config.smooth_k
+    return ResolvedConfig(grid, tile, windows, config.border, *rounding, prefix_len, suffix_len)

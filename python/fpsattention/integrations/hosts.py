@@ -1,0 +1,107 @@
+"""What a host runs in each step: a schedule or table, and the steps and layers that keep the host's own attention. And
+what hosts' transformers have in common.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+from functools import lru_cache
+
+from torch import Tensor, nn
+from torch.distributed import fsdp
+
+from ..core.checks import Triple, shown
+from ..core.config import AttentionConfig
+from ..schedules.schedule import StepSchedule
+from ..schedules.windows import WindowTable
+
+StepConfig = AttentionConfig | tuple[AttentionConfig, ...] | None
+
+
+def step_configs(
+    schedule: StepSchedule | WindowTable, dense_steps: tuple[int, ...], num_steps: int
+) -> tuple[StepConfig, ...]:
+    """What each step runs: a config for all layers, or of a table one for each; None: the host's own attention.
+    `dense_steps` is as from `as_dense_steps`.
+
+    Raises ValueError when one of them is no step of the sampler; else as `at` of schedule or table.
+    """
+    if isinstance(schedule, WindowTable):
+        schedule.at(step=0, layer=0, num_steps=num_steps)  # raises if num_steps is not the table's
+        configs = schedule.configs
+    else:
+        schedule.at(step=0, num_steps=num_steps)  # raises if num_steps is not legal
+        configs = _scheduled(schedule, num_steps)
+    if dense_steps and dense_steps[-1] >= num_steps:
+        given, most = dense_steps[-1], num_steps - 1
+        if len(dense_steps) > given:  # all from 0: so many from the first, as an integer says it
+            given, most = given + 1, num_steps
+        raise ValueError(
+            f"dense_steps: {given} must be at most {most}, as the sampler has {num_steps} steps; nearest legal value "
+            f"{most}"
+        )
+    return tuple(None if i in dense_steps else config for i, config in enumerate(configs))
+
+
+@lru_cache(maxsize=64)
+def _scheduled(schedule: StepSchedule, num_steps: int) -> tuple[AttentionConfig, ...]:
+    return tuple(schedule.at(step=i, num_steps=num_steps) for i in range(num_steps))
+
+
+def check_schedule(schedule: StepSchedule | WindowTable, host: str, **sizes: int | Triple) -> None:
+    """Raises TypeError for what is neither, ValueError for a table whose grid, num_layers or heads, whichever are given
+    as `sizes` of `host`, are others.
+    """
+    if isinstance(schedule, StepSchedule):
+        return
+    if not isinstance(schedule, WindowTable):
+        raise TypeError(f"schedule: {shown(schedule)} must be a StepSchedule or a WindowTable")
+    for name, value in sizes.items():
+        own = getattr(schedule, name)
+        if own != value:
+            raise ValueError(
+                f"schedule: the table's {name} is {own}, but must be that of {host}; nearest legal value {value}"
+            )
+
+
+def host_class(transformer: nn.Module) -> type:
+    """The host's own class: FSDP2 derives another one from its own and the host's."""
+    kind = type(transformer)
+    return kind.__bases__[-1] if isinstance(transformer, fsdp.FSDPModule) else kind
+
+
+def noisiest(timestep: Tensor) -> Tensor:
+    """[B]: of a timestep per token ([B, L]) the largest. Given tokens, those of an input image, have less noise."""
+    return timestep.flatten(1).amax(1) if timestep.dim() > 1 else timestep.reshape(-1)
+
+
+def as_dense_layers(value: Collection[int], n_layers: int) -> tuple[int, ...]:
+    """The layers that `dense_layers` means, ascending, from 0; negative numbers count from the end."""
+    layers = _as_ints("dense_layers", value)
+    for layer in layers:
+        if not -n_layers <= layer < n_layers:
+            nearest = -n_layers if layer < 0 else n_layers - 1
+            raise ValueError(
+                f"dense_layers: {layer} must be from {-n_layers} to {n_layers - 1}, as the transformer has {n_layers} "
+                f"layers; nearest legal value {nearest}"
+            )
+    return tuple(sorted({layer % n_layers for layer in layers}))
+
+
+def as_dense_steps(value: int | Collection[int]) -> tuple[int, ...]:
+    """The steps that `dense_steps` means, ascending."""
+    steps = _as_ints("dense_steps", value if isinstance(value, Collection) else (value,))
+    if min(steps, default=0) < 0:
+        raise ValueError(
+            f"dense_steps: {shown(value)} must be at least 0; nearest legal value for {min(steps)} is 0"
+        )
+    return tuple(sorted(set(steps))) if isinstance(value, Collection) else tuple(range(steps[0]))
+
+
+def _as_ints(name: str, value: Collection[int]) -> list[int]:
+    if not isinstance(value, Collection) or isinstance(value, str):
+        raise TypeError(f"{name}: {shown(value)} must be a collection of integers")
+    if any(isinstance(x, bool) or not hasattr(x, "__index__") for x in value):
+        raise TypeError(f"{name}: {shown(value)} must be integers")
+    return [operator.index(x) for x in value]

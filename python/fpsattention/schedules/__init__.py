@@ -1,0 +1,1 @@
+"""Which window each denoising step, layer and head attends."""

@@ -1,0 +1,298 @@
+"""Windows as data: one for each denoising step, layer and head, from a file that a search has written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+
+from ..core.checks import Triple, as_grid, as_int, as_triple, shown
+from ..core.config import AttentionConfig, as_config, fit_window
+from ..core.geometry import tile_geometry
+
+FORMAT = "fpsattention-windows-1"
+STA_TILE = (6, 8, 8)  # FastVideo's, for which its files count windows
+
+
+@dataclass(frozen=True)
+class WindowTable:
+    """A window for every (step, layer, head) of one model at one size of video. Immutable, hashable.
+
+    Where a `StepSchedule` has three stages for all layers and heads, this has one window for each. Both answer `at`.
+
+    Attributes:
+        grid: tokens (T, H, W) the windows were chosen for.
+        config: everything else of the attention: tile (which must be given), border, rounding. It has no window.
+        windows: triples of tiles (wt, wh, ww), `[num_steps][num_layers][heads]`; entries that cover their axis are cut
+            to it.
+
+    Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value; so do
+    all methods. A window's place is named as `windows[step][layer][head]`.
+    """
+
+    grid: Triple
+    config: AttentionConfig
+    windows: tuple[tuple[tuple[Triple, ...], ...], ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "grid", as_grid(self.grid))
+        if not isinstance(self.config, AttentionConfig):
+            raise TypeError(f"config: {shown(self.config)} must be an AttentionConfig")
+        if self.config.tile is None:
+            raise ValueError("config: tile=None; give the tile in which the windows are counted")
+        if self.config.window is not None:
+            raise ValueError(f"config: window={shown(self.config.window)} must be None: windows has them")
+        object.__setattr__(self, "windows", _checked(self.windows, self.grid, self.config))
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the sampler."""
+        return len(self.windows)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the transformer."""
+        return len(self.windows[0])
+
+    @property
+    def heads(self) -> int:
+        """Heads of a layer."""
+        return len(self.windows[0][0])
+
+    def at(self, *, step: int, layer: int, num_steps: int | None = None) -> AttentionConfig:
+        """The config of an inference step and a layer. Equal ones are the same object.
+
+        Args:
+            step: the sampler's step, from 0 (pure noise), as in `StepSchedule.at`.
+            layer: index of the transformer block.
+            num_steps: the sampler's number of steps, if known: it must be the table's.
+        """
+        if num_steps is not None and as_int("num_steps", num_steps, 1) != self.num_steps:
+            raise ValueError(f"num_steps: {shown(num_steps)} is not the table's, {self.num_steps}")
+        step = as_int("step", step, 0, self.num_steps - 1)
+        return self.configs[step][as_int("layer", layer, 0, self.num_layers - 1)]
+
+    @cached_property
+    def configs(self) -> tuple[tuple[AttentionConfig, ...], ...]:
+        """What `at` returns: `[num_steps][num_layers]`."""
+        made: dict[tuple[Triple, ...], AttentionConfig] = {}
+        for layers in self.windows:
+            for heads in layers:
+                if heads not in made:
+                    made[heads] = with_windows(self.config, heads)
+        return tuple(tuple(made[heads] for heads in layers) for layers in self.windows)
+
+    def densities(self) -> list[list[float]]:
+        """Attended pairs over all pairs, mean over the heads: `[num_steps][num_layers]`."""
+        geometry = tile_geometry(self.grid, self.config.tile)
+        distinct = {window for layers in self.windows for heads in layers for window in heads}
+        density = {window: geometry.density(window, self.config.border) for window in distinct}
+        return [
+            [sum(density[window] for window in heads) / self.heads for heads in layers]
+            for layers in self.windows
+        ]
+
+    def save(self, path: str | Path) -> None:
+        """Write the table as JSON. Either the whole file is written or none of it."""
+        index: dict[Triple, int] = {}
+        steps = [
+            [[index.setdefault(w, len(index)) for w in heads] for heads in layers] for layers in self.windows
+        ]
+        rest = {name: value for name, value in asdict(self.config).items() if name != "window"}
+        data = {
+            "format": FORMAT,
+            "grid": self.grid,
+            "config": rest,
+            "windows": list(index),
+            "steps": steps,  # [step][layer][head]: a place in `windows`
+        }
+        write_json(path, data)
+
+    @classmethod
+    def load(cls, path: str | Path) -> WindowTable:
+        """Read what `save` has written.
+
+        Raises ValueError, with the path, for a file of another form: an unknown, missing or repeated key, an index
+        without a window, a window that does not fit.
+        """
+        data = _read_object(path)
+        try:
+            _check_keys("", data, {"format", "grid", "config", "windows", "steps"})
+            if data["format"] != FORMAT:
+                raise ValueError(f'"format": {shown(data["format"])} must be {FORMAT!r}')
+            names = {field.name for field in fields(AttentionConfig)} - {"window"}
+            _check_keys('"config": ', data["config"], names)
+            config = AttentionConfig(**data["config"])
+            listed = _as_list('"windows"', data["windows"])
+            windows = [as_triple(f'"windows"[{i}]', w, 1) for i, w in enumerate(listed)]
+            steps = tuple(
+                tuple(
+                    tuple(_window_of(windows, index) for index in _as_list(f'"steps"[{s}][{i}]', heads))
+                    for i, heads in enumerate(_as_list(f'"steps"[{s}]', layers))
+                )
+                for s, layers in enumerate(_as_list('"steps"', data["steps"]))
+            )
+            return cls(data["grid"], config, steps)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_fastvideo(
+        cls,
+        path: str | Path,
+        *,
+        grid: Sequence[int],
+        num_steps: int,
+        num_layers: int,
+        heads: int,
+        config: AttentionConfig | None = None,
+    ) -> WindowTable:
+        """Read a mask_strategy JSON of FastVideo's Sliding Tile Attention.
+
+        The file is one object: "step_layer_head" -> [wt, wh, ww] in tiles, every key once. That is the form which
+        `dict_to_3d_list` and the SlidingTileAttention backend read as of FastVideo's commit 6c94883. FastVideo passes
+        over keys beyond the model's layers and heads, and leaves missing ones None; here both are errors. So is an
+        even window that does not cover its axis, which FastVideo's kernel takes for the next odd one.
+
+        Args:
+            grid: tokens (T, H, W) of the video.
+            num_steps, num_layers, heads: of sampler and model; the file must have exactly these.
+            config: tile and border in which the windows count, and the rounding; None: FastVideo's tile (6, 8, 8),
+                its border ("clamp"), FP8.
+
+        Raises ValueError, with the path, for an unknown, out-of-range, missing or repeated key and for a window that
+        does not fit.
+        """
+        config = AttentionConfig(tile=STA_TILE) if config is None else as_config(config)
+        sizes = {"num_steps": num_steps, "num_layers": num_layers, "heads": heads}
+        sizes = {name: as_int(name, value, 1) for name, value in sizes.items()}
+        found: dict[tuple[int, int, int], Triple] = {}
+        try:
+            for key, window in _read_object(path).items():
+                place = _place(key, sizes)
+                if place in found:
+                    raise ValueError(f"key {shown(key)}: is there twice, in another spelling")
+                found[place] = as_triple(f"key {shown(key)}", window, 1)
+            places = [
+                (s, layer, h) for s in range(num_steps) for layer in range(num_layers) for h in range(heads)
+            ]
+            missing = [place for place in places if place not in found]
+            if missing:
+                raise ValueError(
+                    f"{len(missing)} of {len(places)} keys are missing, the first is "
+                    f"{shown('_'.join(map(str, missing[0])))}"
+                )
+            windows = tuple(
+                tuple(tuple(found[s, layer, h] for h in range(heads)) for layer in range(num_layers))
+                for s in range(num_steps)
+            )
+            return cls(as_grid(grid), config, windows)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def with_windows(config: AttentionConfig, heads: tuple[Triple, ...]) -> AttentionConfig:
+    """`config` with the window of each head, or with the one that all have."""
+    return replace(config, window=heads if len(set(heads)) > 1 else heads[0])
+
+
+def write_json(path: str | Path, data: dict) -> None:
+    """Write `data` to a file that is replaced in one step, so that no reader and no interruption sees half of it."""
+    path = Path(path)
+    part = path.with_name(
+        f"{path.name}.{os.getpid()}-{threading.get_ident()}.part"
+    )  # two may write at a time
+    try:
+        part.write_text(json.dumps(data, allow_nan=False) + "\n")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)  # it is there only when that failed
+
+
+def _read_object(path: str | Path) -> dict:
+    def once(pairs):
+        read = {}
+        for key, value in pairs:
+            if key in read:
+                raise ValueError(f"key {shown(key)}: is there twice")
+            read[key] = value
+        return read
+
+    try:
+        data = json.loads(Path(path).read_text(), object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:  # also of the encoding, and of what is nested too deep
+        raise ValueError(f"{path}: is not the JSON it should be: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: must hold a JSON object, holds {type(data).__name__}")
+    return data
+
+
+def _check_keys(where: str, data: dict, expected: set[str]) -> None:
+    if not isinstance(data, dict):
+        raise TypeError(f"{where}{shown(data)} must be an object")
+    for what, keys in (("unknown", data.keys() - expected), ("missing", expected - data.keys())):
+        if keys:
+            raise ValueError(
+                f"{where}{what} key {shown(min(keys))}; the keys are {', '.join(sorted(expected))}"
+            )
+
+
+def _as_list(name: str, value) -> list:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(f"{name}: {shown(value)} must be a sequence")
+    if not value:
+        raise ValueError(f"{name}: is empty")
+    return list(value)
+
+
+def _window_of(windows: list[Triple], index: int) -> Triple:
+    return windows[as_int('"steps": index', index, 0, len(windows) - 1)]
+
+
+def _place(key: str, sizes: dict[str, int]) -> tuple[int, int, int]:
+    """(step, layer, head) of a FastVideo key."""
+    match = re.fullmatch(r"(\d+)_(\d+)_(\d+)", key, re.ASCII)
+    if match is None:
+        raise ValueError(f"key {shown(key)}: is unknown; a key is step_layer_head, for example '0_0_0'")
+    step, layer, head = map(int, match.groups())
+    place = step, layer, head
+    for (name, size), what, index in zip(sizes.items(), ("step", "layer", "head"), place, strict=True):
+        if index >= size:
+            raise ValueError(
+                f"key {shown(key)}: {what} {index} is out of range, {name} is {size}; at most {size - 1}"
+            )
+    return place
+
+
+def _checked(windows, grid: Triple, config: AttentionConfig) -> tuple:
+    """The windows as nested tuples, cut to their axes, once they are known to be legal and complete."""
+    tiles = tile_geometry(grid, config.tile).tiles
+
+    def fit(place: str, window) -> Triple:
+        triple = as_triple(place, window, 1)
+        try:
+            return fit_window(triple, tiles)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+
+    def alike(name: str, rows: list, what: str) -> tuple:
+        for i, row in enumerate(rows):
+            if len(row) != len(rows[0]):
+                raise ValueError(f"{name}[{i}]: has {len(row)} {what}, {name}[0] has {len(rows[0])}")
+        return tuple(rows)
+
+    steps = []
+    for s, layers in enumerate(_as_list("windows", windows)):
+        rows = []
+        for i, heads in enumerate(_as_list(f"windows[{s}]", layers)):
+            place = f"windows[{s}][{i}]"
+            rows.append(tuple(fit(f"{place}[{h}]", w) for h, w in enumerate(_as_list(place, heads))))
+        steps.append(alike(f"windows[{s}]", rows, "heads"))
+    alike("windows", steps, "layers")
+    alike("windows", [layers[0] for layers in steps], "heads")
+    return tuple(steps)
