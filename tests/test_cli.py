@@ -171,7 +171,7 @@ def test_out_of_cpu_memory_is_status_1(ask, capsys, monkeypatch):
 
 
 def test_the_module_runs_as_a_program():
-    done = programs.run_python("-m", "fpsattention", *PLAN, "--json")
+    done = programs.run_python("-m", "fpsattention.cli", *PLAN, "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["tokens"] == 192
 
 
@@ -529,7 +529,7 @@ def test_profile_prints_the_command_and_needs_a_gpu(capsys, no_gpu, tmp_path):
     assert command[0] == "ncu" and "regex:attn_fwd" in command and str(tmp_path / "report") in command
     # The command within is one that this program takes, and means the same shape.
     calls = command[command.index(sys.executable) + 1 :]
-    assert calls[:2] == ["-m", "fpsattention"]
+    assert calls[:2] == ["-m", "fpsattention.cli"]
     inner = calls[2:]
     assert inner[inner.index("--grid") + 1 :][:3] == ["21", "45", "80"]
     assert inner[inner.index("--window") + 1 :][:3] == ["3", "3", "9"]

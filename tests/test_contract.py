@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fpsattention as fps
 import programs
-from fpsattention.core import api, ops
+from fpsattention.core import api, ops, support
 from inputs import poisoned
 
 GRID = (4, 6, 8)
@@ -36,7 +36,7 @@ def device(backend, monkeypatch):
     if backend == "reference":
         yield "cpu"
         return
-    monkeypatch.setattr(api, "hopper_obstacle", lambda index: None)
+    monkeypatch.setattr(support, "hopper_obstacle", lambda index: None)
     with FakeTensorMode():
         yield "cuda"
 
@@ -328,7 +328,7 @@ def test_quant_tile_that_does_not_fit_the_planned_tile():
 
 @pytest.mark.parametrize("head_dim", [32, 96, 256])
 def test_sm90_head_dims(monkeypatch, head_dim):
-    monkeypatch.setattr(api, "hopper_obstacle", lambda index: None)
+    monkeypatch.setattr(support, "hopper_obstacle", lambda index: None)
     with FakeTensorMode():
         q = tensor(1, 192, 2, head_dim, device="cuda")
         with pytest.raises(
@@ -341,7 +341,7 @@ def test_sm90_head_dims(monkeypatch, head_dim):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_sm90_dtypes(monkeypatch, dtype):
-    monkeypatch.setattr(api, "hopper_obstacle", lambda index: None)
+    monkeypatch.setattr(support, "hopper_obstacle", lambda index: None)
     with FakeTensorMode():
         q = tensor(dtype=dtype, device="cuda")
         with pytest.raises(RuntimeError, match=says('backend="sm90"', "dtype", str(dtype), "bfloat16")):
@@ -371,7 +371,7 @@ def test_sm90_on_the_cpu():
 
 
 def test_backend_for_names_what_would_run(monkeypatch):
-    monkeypatch.setattr(api, "hopper_obstacle", lambda index: None)
+    monkeypatch.setattr(support, "hopper_obstacle", lambda index: None)
     unquantized = fps.AttentionConfig(quant="none")
     assert fps.backend_for(tensor(), CONFIG, "reference")[0] == "reference"
     assert fps.backend_for(tensor(), unquantized)[0] == "reference"
@@ -422,7 +422,7 @@ def test_default_device_and_mode_of_the_first_call(quant):
     """What is kept from call to call is on the CPU, and can be saved for a backward."""
     code = f"""
 import torch, fpsattention as fps
-from fpsattention import flex
+from fpsattention.core import flex
 config = fps.AttentionConfig(tile=(2, 2, 2), window=(1, 1, 1), quant={quant!r})
 q = torch.randn(1, 32, 1, 64)
 torch.set_default_device("meta")

@@ -215,7 +215,7 @@ def _command(tool: str, shape: catalog.VideoModel, resolved: ResolvedConfig, out
         "--window": resolved.windows[0],
         "--border": [resolved.border],
     }
-    calls = [sys.executable, "-m", "fpsattention", "profile", "--tool", "none"]
+    calls = [sys.executable, "-m", "fpsattention.cli", "profile", "--tool", "none"]
     for name, values in options.items():
         calls += [name, *map(str, values)]
     if tool == "nsys":
