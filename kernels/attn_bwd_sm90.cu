@@ -559,6 +559,7 @@ void attn_bwd(BackwardParams p, cudaStream_t stream) {
     for (int i = 0; i < 3; ++i) {
         p.key_size[i] = tiles[p.key_axis[i]];
     }
+    FPS_CUDA_CHECK(cudaMemsetAsync(p.zeroed.begin, 0, p.zeroed.bytes, stream));
     bwd_operands(p, stream);
     dispatch(p.head_dim, p.dtype, [&](auto dim, auto element) {
         using Cfg = BwdConfig<decltype(dim)::value>;

@@ -1,4 +1,5 @@
-// pybind11 module `fpsattention._C`: device pointers, sizes, strides and a stream in; nothing of torch.
+// pybind11 module `fpsattention._C`: the parameters of a launch as classes with named fields, the launches, and the
+// geometry rule. Takes addresses, sizes, strides and a stream; knows nothing of torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,6 +8,7 @@
 #include <cstdint>
 #include <numeric>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "fpsattention/check.h"
@@ -14,11 +16,14 @@
 
 namespace py = pybind11;
 using namespace fps;
+using namespace py::literals;
 
 namespace {
 
 using Triple = std::array<int, 3>;
 using StrideTriple = std::array<int64_t, 3>;
+// The emulator of the tests loads this module several times in one process: the classes belong to one module each.
+using module_local = py::module_local;
 
 Int3 int3(const Triple &x) {
     return {x[0], x[1], x[2]};
@@ -32,15 +37,10 @@ std::array<int, 2> pair(Range r) {
     return {r.lo, r.hi};
 }
 
-template <class T>
-T *pointer(uintptr_t address) {
-    return reinterpret_cast<T *>(address);
-}
-
-// Token of every row of every tile's slot, -1 for padding.
+// Token of every row of every tile's slot, -1 for padding, to host memory.
 void slot_tokens(const Triple &grid, const Triple &tile, int prefix_len, int suffix_len, uintptr_t out_address) {
     const TileGrid g(int3(grid), int3(tile), {prefix_len, suffix_len});
-    int *out = pointer<int>(out_address);
+    int *out = reinterpret_cast<int *>(out_address);
     for (int i = 0; i < g.all_tiles(); ++i) {
         const TileRows rows = g.rows(i, g.text);
         for (int r = 0; r < g.slot; ++r) {
@@ -61,66 +61,39 @@ Triple tile_group(const Triple &grid, const Triple &tile, const std::vector<Trip
     return {size.t, size.h, size.w};
 }
 
-Dtype dtype_of(const std::string &name) {
-    FPS_CHECK(name == "bfloat16" || name == "float16", "dtype must be bfloat16 or float16, got ", name);
-    return name == "bfloat16" ? Dtype::kBF16 : Dtype::kFP16;
+TileGrid tile_grid(const Triple &grid, const Triple &tile, int prefix_len, int suffix_len) {
+    return TileGrid(int3(grid), int3(tile), {prefix_len, suffix_len});
 }
 
-Strides strides_of(const StrideTriple &s) {
-    return {s[0], s[1], s[2]};
-}
-
-cudaStream_t stream_of(uintptr_t address) {
-    return reinterpret_cast<cudaStream_t>(address);
-}
-
-// What a call says of itself, once for all of its launches.
-void set_call(Call &p, const Triple &grid, const Triple &tile, int prefix_len, int suffix_len, uintptr_t prefix_valid,
-              uintptr_t suffix_valid, int batch, int heads, int head_dim, const std::string &dtype, float scale) {
-    p.geometry = TileGrid(int3(grid), int3(tile), {prefix_len, suffix_len});
-    p.prefix_valid = pointer<int>(prefix_valid), p.suffix_valid = pointer<int>(suffix_valid);
-    p.batch = batch, p.heads = heads, p.head_dim = head_dim;
-    p.dtype = dtype_of(dtype);
-    p.scale = scale;
+Call call_of(const TileGrid &geometry, int batch, int heads, int head_dim, const std::string &dtype, float scale) {
+    FPS_CHECK(dtype == "bfloat16" || dtype == "float16", "dtype must be bfloat16 or float16, got ", dtype);
     // The kernels count work items in int, with room to step past the last one, and put the batch in gridDim.z.
     FPS_CHECK(batch <= 65535, "batch must be at most 65535, got ", batch);
-    const int64_t blocks = int64_t(batch) * heads * p.geometry.all_tiles() * p.geometry.blocks_per_tile();
+    const int64_t blocks = int64_t(batch) * heads * geometry.all_tiles() * geometry.blocks_per_tile();
     FPS_CHECK(blocks <= 1 << 29, "batch * heads * blocks must be at most 2^29, got ", blocks);
+    Call p{};
+    p.geometry = geometry;
+    p.batch = batch, p.heads = heads, p.head_dim = head_dim;
+    p.dtype = dtype == "bfloat16" ? Dtype::kBF16 : Dtype::kFP16;
+    p.scale = scale;
+    return p;
 }
 
-void bind_quantize(uintptr_t q, uintptr_t k, uintptr_t v, const StrideTriple &q_strides, const StrideTriple &k_strides,
-                   const StrideTriple &v_strides, uintptr_t q_blocks, uintptr_t kv_blocks, uintptr_t v_amax,
-                   uintptr_t norms, uintptr_t k_sum, uintptr_t k_mean, uintptr_t lse_shift, uintptr_t q_amax,
-                   uintptr_t k_amax, const std::array<uintptr_t, 2> &norm_weights,
-                   const std::array<uintptr_t, 2> &inverse_rms, bool norm_per_head, float norm_eps, uintptr_t rope,
-                   const Triple &rope_pairs, const Triple &grid, const Triple &tile, int prefix_len, int suffix_len,
-                   uintptr_t prefix_valid, uintptr_t suffix_valid, const Triple &brick, int batch, int heads,
-                   int head_dim, const std::string &dtype, float scale, uintptr_t stream) {
-    QuantizeParams p{};
-    p.q = pointer<void>(q), p.k = pointer<void>(k), p.v = pointer<void>(v);
-    p.q_strides = strides_of(q_strides), p.k_strides = strides_of(k_strides), p.v_strides = strides_of(v_strides);
-    p.q_blocks = pointer<uint8_t>(q_blocks), p.kv_blocks = pointer<uint8_t>(kv_blocks);
-    p.v_amax = pointer<float>(v_amax), p.norms = pointer<float>(norms), p.k_sum = pointer<float>(k_sum),
-    p.k_mean = pointer<float>(k_mean);
-    p.lse_shift = pointer<float>(lse_shift), p.q_amax = pointer<float>(q_amax), p.k_amax = pointer<float>(k_amax);
-    p.brick = int3(brick);
-    for (int i = 0; i < 2; ++i) {
-        p.norm_rope.weights[i] = pointer<float>(norm_weights[i]);
-        p.norm_rope.inverse_rms[i] = pointer<float>(inverse_rms[i]);
-    }
-    p.norm_rope.per_head = norm_per_head, p.norm_rope.eps = norm_eps;
-    p.norm_rope.rope = pointer<float2>(rope);
-    p.norm_rope.pairs = int3(rope_pairs);
-    set_call(p, grid, tile, prefix_len, suffix_len, prefix_valid, suffix_valid, batch, heads, head_dim, dtype, scale);
-    quantize(p, stream_of(stream));
+template <class Params>
+Params params_of(const Call &call) {
+    Params p{};
+    static_cast<Call &>(p) = call;
+    return p;
 }
 
-// Of a call whose geometry and heads are known.
-void set_windows(WindowedCall &p, const std::vector<Triple> &windows, bool truncate) {
-    FPS_CHECK(windows.size() == 1 || int(windows.size()) == p.heads, "windows must hold 1 or ", p.heads, ", got ",
+// Windows in tiles: one for all heads, or one per head.
+template <class Params>
+Params windowed_params(const Call &call, const std::vector<Triple> &windows, bool truncate) {
+    FPS_CHECK(windows.size() == 1 || int(windows.size()) == call.heads, "windows must hold 1 or ", call.heads, ", got ",
               windows.size());
     FPS_CHECK(windows.size() <= size_t(kMaxWindows), "windows must hold at most ", kMaxWindows, ", got ",
               windows.size());
+    Params p = params_of<Params>(call);
     p.border = border_of(truncate);
     p.n_windows = int(windows.size());
     const Int3 tiles = p.geometry.tiles;
@@ -134,58 +107,102 @@ void set_windows(WindowedCall &p, const std::vector<Triple> &windows, bool trunc
     std::iota(p.head_order, p.head_order + p.n_windows, 0);
     std::stable_sort(p.head_order, p.head_order + p.n_windows,
                      [&](int a, int b) { return p.windows[a].volume() > p.windows[b].volume(); });
+    return p;
 }
 
-void bind_attn_fwd(uintptr_t q_blocks, uintptr_t kv_blocks, uintptr_t v_amax, uintptr_t norms, uintptr_t lse_shift,
-                   uintptr_t out, uintptr_t lse, const StrideTriple &out_strides, uintptr_t next_item,
-                   const Triple &grid, const Triple &tile, int prefix_len, int suffix_len, uintptr_t prefix_valid,
-                   uintptr_t suffix_valid, const std::vector<Triple> &windows, bool truncate, int batch, int heads,
-                   int head_dim, const std::string &dtype, float scale, uintptr_t stream) {
-    ForwardParams p{};
-    p.q_blocks = pointer<uint8_t>(q_blocks), p.kv_blocks = pointer<uint8_t>(kv_blocks);
-    p.v_amax = pointer<float>(v_amax), p.norms = pointer<float>(norms), p.lse_shift = pointer<float>(lse_shift);
-    p.out = pointer<void>(out), p.lse = pointer<float>(lse);
-    p.out_strides = strides_of(out_strides);
-    p.next_item = pointer<int>(next_item);
-    set_call(p, grid, tile, prefix_len, suffix_len, prefix_valid, suffix_valid, batch, heads, head_dim, dtype, scale);
-    set_windows(p, windows, truncate);
+// The field as Python sees it: an address, 0 for none.
+template <class Class, class Owner, class T>
+void pointer(Class &c, const char *name, T *Owner::*field) {
+    using Params = typename Class::type;
+    c.def_property(
+        name, [field](const Params &p) { return reinterpret_cast<uintptr_t>(p.*field); },
+        [field](Params &p, uintptr_t address) { p.*field = reinterpret_cast<T *>(address); });
+}
+
+// (batch, head, token), in elements.
+template <class Class, class Owner>
+void strides(Class &c, const char *name, Strides Owner::*field) {
+    using Params = typename Class::type;
+    c.def_property(
+        name, [field](const Params &p) { return StrideTriple{(p.*field).batch, (p.*field).head, (p.*field).token}; },
+        [field](Params &p, const StrideTriple &s) { p.*field = {s[0], s[1], s[2]}; });
+}
+
+// (address, bytes).
+template <class Class, class Owner>
+void zeroed(Class &c, const char *name, Zeroed Owner::*field) {
+    using Params = typename Class::type;
+    c.def_property(
+        name,
+        [field](const Params &p) { return std::pair{reinterpret_cast<uintptr_t>((p.*field).begin), (p.*field).bytes}; },
+        [field](Params &p, std::pair<uintptr_t, size_t> range) {
+            p.*field = {reinterpret_cast<void *>(range.first), range.second};
+        });
+}
+
+// Raises ValueError for a pointer that a kernel would follow and that was not set.
+void require(std::initializer_list<std::pair<const char *, const void *>> pointers) {
+    for (const auto &[name, address] : pointers) {
+        FPS_CHECK(address != nullptr, name, " is not set");
+    }
+}
+
+// Makes a device current for as long as this lives.
+class DeviceGuard {
+public:
+    explicit DeviceGuard(int device) {
+        FPS_CUDA_CHECK(cudaGetDevice(&previous_));
+        if (device != previous_) {
+            FPS_CUDA_CHECK(cudaSetDevice(device));
+            changed_ = true;
+        }
+    }
+    ~DeviceGuard() {
+        if (changed_) {
+            cudaSetDevice(previous_);
+        }
+    }
+    DeviceGuard(const DeviceGuard &) = delete;
+    DeviceGuard &operator=(const DeviceGuard &) = delete;
+
+private:
+    int previous_ = 0;
+    bool changed_ = false;
+};
+
+cudaStream_t stream_of(uintptr_t address) {
+    return reinterpret_cast<cudaStream_t>(address);
+}
+
+void launch_quantize(const QuantizeParams &p, int device, uintptr_t stream) {
+    require({{"q", p.q}, {"k", p.k}, {"v", p.v}, {"q_blocks", p.q_blocks}, {"kv_blocks", p.kv_blocks}});
+    require({{"v_amax", p.v_amax}, {"norms", p.norms}, {"zeroed", p.zeroed.begin}});
+    const DeviceGuard guard(device);
+    quantize(p, stream_of(stream));
+}
+
+void launch_attn_fwd(const ForwardParams &p, int device, uintptr_t stream) {
+    require({{"q_blocks", p.q_blocks}, {"kv_blocks", p.kv_blocks}, {"v_amax", p.v_amax}, {"norms", p.norms}});
+    require({{"out", p.out}, {"lse", p.lse}, {"next_item", p.next_item}});
+    const DeviceGuard guard(device);
     attn_fwd(p, stream_of(stream));
 }
 
-void bind_attn_bwd(uintptr_t q_blocks, uintptr_t kv_blocks, uintptr_t v_amax, uintptr_t out, uintptr_t dout,
-                   const StrideTriple &out_strides, const StrideTriple &dout_strides, uintptr_t lse,
-                   uintptr_t lse_shift, uintptr_t k_mean, uintptr_t dlse, uintptr_t query_operands,
-                   uintptr_t key_operands, uintptr_t dq_sum, uintptr_t turns, uintptr_t dq, uintptr_t dk, uintptr_t dv,
-                   const StrideTriple &dq_strides, const StrideTriple &dk_strides, const StrideTriple &dv_strides,
-                   const Triple &grid, const Triple &tile, int prefix_len, int suffix_len, uintptr_t prefix_valid,
-                   uintptr_t suffix_valid, const std::vector<Triple> &windows, bool truncate, int batch, int heads,
-                   int head_dim, const std::string &dtype, float scale, uintptr_t stream) {
-    BackwardParams p{};
-    p.q_blocks = pointer<uint8_t>(q_blocks), p.kv_blocks = pointer<uint8_t>(kv_blocks);
-    p.v_amax = pointer<float>(v_amax);
-    p.out = pointer<void>(out), p.dout = pointer<void>(dout);
-    p.out_strides = strides_of(out_strides), p.dout_strides = strides_of(dout_strides);
-    p.lse = pointer<float>(lse), p.lse_shift = pointer<float>(lse_shift), p.k_mean = pointer<float>(k_mean),
-    p.dlse = pointer<float>(dlse);
-    p.query_operands = pointer<uint8_t>(query_operands), p.key_operands = pointer<uint8_t>(key_operands);
-    p.dq_sum = pointer<float>(dq_sum), p.turns = pointer<int>(turns);
-    p.dq = pointer<void>(dq), p.dk = pointer<void>(dk), p.dv = pointer<void>(dv);
-    p.dq_strides = strides_of(dq_strides), p.dk_strides = strides_of(dk_strides), p.dv_strides = strides_of(dv_strides);
-    set_call(p, grid, tile, prefix_len, suffix_len, prefix_valid, suffix_valid, batch, heads, head_dim, dtype, scale);
-    set_windows(p, windows, truncate);
+void launch_attn_bwd(const BackwardParams &p, int device, uintptr_t stream) {
+    require({{"q_blocks", p.q_blocks}, {"kv_blocks", p.kv_blocks}, {"v_amax", p.v_amax}, {"out", p.out}});
+    require({{"dout", p.dout}, {"lse", p.lse}, {"dlse", p.dlse}, {"zeroed", p.zeroed.begin}, {"dq_sum", p.dq_sum}});
+    require({{"query_operands", p.query_operands}, {"key_operands", p.key_operands}});
+    require({{"dq", p.dq}, {"dk", p.dk}, {"dv", p.dv}});
+    const DeviceGuard guard(device);
     attn_bwd(p, stream_of(stream));
 }
 
-}  // namespace
-
-PYBIND11_MODULE(_C, m) {
-    m.doc() = "FPSAttention kernels and the geometry rule they share. Takes addresses, not tensors.";
+void bind_geometry(py::module_ &m) {
     m.attr("BLOCK") = kBlock;
     m.attr("QUERY_BLOCK") = kQueryBlock;
     m.attr("BLOCKS_PER_ITEM") = kBlocksPerItem;
     m.attr("MAX_SLOT") = kMaxSlot;
     m.attr("MAX_WINDOWS") = kMaxWindows;
-
     m.def("axis_keys",
           [](int i, int n, int w, bool truncate) { return pair(axis_keys(i, n, w, border_of(truncate))); });
     m.def("axis_queries",
@@ -193,27 +210,125 @@ PYBIND11_MODULE(_C, m) {
     m.def("slot_tokens", &slot_tokens);
     m.def("valid_blocks", &valid_blocks);
     m.def("tile_group", &tile_group);
+    py::class_<TileGrid>(m, "TileGrid", module_local())
+        .def(py::init(&tile_grid), "grid"_a, "tile"_a, "prefix_len"_a = 0, "suffix_len"_a = 0);
+}
+
+void bind_format(py::module_ &m) {
     m.def("q_block_bytes", &q_block_bytes);
     m.def("kv_block_bytes", &kv_block_bytes);
     m.def("bwd_query_bytes", &bwd_query_bytes);
     m.def("bwd_key_bytes", &bwd_key_bytes);
     m.def("quantize_chunks", &quantize_chunks);
+}
 
+void bind_call(py::module_ &m) {
+    py::class_<Call> c(m, "Call", module_local());
+    c.def(py::init(&call_of), "geometry"_a, py::kw_only(), "batch"_a, "heads"_a, "head_dim"_a, "dtype"_a, "scale"_a);
+    pointer(c, "prefix_valid", &Call::prefix_valid);
+    pointer(c, "suffix_valid", &Call::suffix_valid);
+}
+
+void bind_quantize(py::module_ &m) {
+    py::class_<NormRope> n(m, "NormRope", module_local());
+    for (const int of_k : {0, 1}) {
+        n.def_property(
+            of_k ? "k_weight" : "q_weight",
+            [of_k](const NormRope &x) { return reinterpret_cast<uintptr_t>(x.weights[of_k]); },
+            [of_k](NormRope &x, uintptr_t address) { x.weights[of_k] = reinterpret_cast<float *>(address); });
+        n.def_property(
+            of_k ? "k_inverse_rms" : "q_inverse_rms",
+            [of_k](const NormRope &x) { return reinterpret_cast<uintptr_t>(x.inverse_rms[of_k]); },
+            [of_k](NormRope &x, uintptr_t address) { x.inverse_rms[of_k] = reinterpret_cast<float *>(address); });
+    }
+    n.def_readwrite("per_head", &NormRope::per_head);
+    n.def_readwrite("eps", &NormRope::eps);
+    pointer(n, "rope", &NormRope::rope);
+    n.def_property(
+        "pairs", [](const NormRope &x) { return Triple{x.pairs.t, x.pairs.h, x.pairs.w}; },
+        [](NormRope &x, const Triple &pairs) { x.pairs = int3(pairs); });
+
+    py::class_<QuantizeParams, Call> c(m, "QuantizeParams", module_local());
+    c.def(py::init<const QuantizeParams &>(), "other"_a);  // first, or another's Call alone would be copied
+    c.def(py::init(&params_of<QuantizeParams>), "call"_a);
+    pointer(c, "q", &QuantizeParams::q);
+    pointer(c, "k", &QuantizeParams::k);
+    pointer(c, "v", &QuantizeParams::v);
+    strides(c, "q_strides", &QuantizeParams::q_strides);
+    strides(c, "k_strides", &QuantizeParams::k_strides);
+    strides(c, "v_strides", &QuantizeParams::v_strides);
+    pointer(c, "q_blocks", &QuantizeParams::q_blocks);
+    pointer(c, "kv_blocks", &QuantizeParams::kv_blocks);
+    pointer(c, "v_amax", &QuantizeParams::v_amax);
+    pointer(c, "norms", &QuantizeParams::norms);
+    pointer(c, "k_sum", &QuantizeParams::k_sum);
+    pointer(c, "k_mean", &QuantizeParams::k_mean);
+    pointer(c, "lse_shift", &QuantizeParams::lse_shift);
+    pointer(c, "q_amax", &QuantizeParams::q_amax);
+    pointer(c, "k_amax", &QuantizeParams::k_amax);
+    c.def_property(
+        "brick", [](const QuantizeParams &p) { return Triple{p.brick.t, p.brick.h, p.brick.w}; },
+        [](QuantizeParams &p, const Triple &brick) { p.brick = int3(brick); });
+    c.def_readwrite("norm_rope", &QuantizeParams::norm_rope);
+    zeroed(c, "zeroed", &QuantizeParams::zeroed);
+}
+
+void bind_forward(py::module_ &m) {
+    py::class_<ForwardParams, Call> c(m, "ForwardParams", module_local());
+    c.def(py::init(&windowed_params<ForwardParams>), "call"_a, "windows"_a, "truncate"_a);
+    c.def(py::init<const ForwardParams &>(), "other"_a);
+    pointer(c, "q_blocks", &ForwardParams::q_blocks);
+    pointer(c, "kv_blocks", &ForwardParams::kv_blocks);
+    pointer(c, "v_amax", &ForwardParams::v_amax);
+    pointer(c, "norms", &ForwardParams::norms);
+    pointer(c, "lse_shift", &ForwardParams::lse_shift);
+    pointer(c, "out", &ForwardParams::out);
+    pointer(c, "lse", &ForwardParams::lse);
+    strides(c, "out_strides", &ForwardParams::out_strides);
+    pointer(c, "next_item", &ForwardParams::next_item);
+}
+
+void bind_backward(py::module_ &m) {
+    py::class_<BackwardParams, Call> c(m, "BackwardParams", module_local());
+    c.def(py::init(&windowed_params<BackwardParams>), "call"_a, "windows"_a, "truncate"_a);
+    c.def(py::init<const BackwardParams &>(), "other"_a);
+    pointer(c, "q_blocks", &BackwardParams::q_blocks);
+    pointer(c, "kv_blocks", &BackwardParams::kv_blocks);
+    pointer(c, "v_amax", &BackwardParams::v_amax);
+    pointer(c, "out", &BackwardParams::out);
+    pointer(c, "dout", &BackwardParams::dout);
+    strides(c, "out_strides", &BackwardParams::out_strides);
+    strides(c, "dout_strides", &BackwardParams::dout_strides);
+    pointer(c, "lse", &BackwardParams::lse);
+    pointer(c, "dlse", &BackwardParams::dlse);
+    pointer(c, "lse_shift", &BackwardParams::lse_shift);
+    pointer(c, "k_mean", &BackwardParams::k_mean);
+    pointer(c, "query_operands", &BackwardParams::query_operands);
+    pointer(c, "key_operands", &BackwardParams::key_operands);
+    pointer(c, "dq_sum", &BackwardParams::dq_sum);
+    pointer(c, "turns", &BackwardParams::turns);
+    pointer(c, "dq", &BackwardParams::dq);
+    pointer(c, "dk", &BackwardParams::dk);
+    pointer(c, "dv", &BackwardParams::dv);
+    strides(c, "dq_strides", &BackwardParams::dq_strides);
+    strides(c, "dk_strides", &BackwardParams::dk_strides);
+    strides(c, "dv_strides", &BackwardParams::dv_strides);
+    zeroed(c, "zeroed", &BackwardParams::zeroed);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "FPSAttention kernels and the geometry rule they share. Takes addresses, not tensors.";
+    bind_geometry(m);
+    bind_format(m);
+    bind_call(m);
+    bind_quantize(m);
+    bind_forward(m);
+    bind_backward(m);
     // Without the GIL: a launch waits while the stream's queue is full.
     using no_gil = py::call_guard<py::gil_scoped_release>;
-    using namespace py::literals;
-    m.def("quantize", &bind_quantize, no_gil(), py::kw_only(), "q"_a, "k"_a, "v"_a, "q_strides"_a, "k_strides"_a,
-          "v_strides"_a, "q_blocks"_a, "kv_blocks"_a, "v_amax"_a, "norms"_a, "k_sum"_a, "k_mean"_a, "lse_shift"_a,
-          "q_amax"_a, "k_amax"_a, "norm_weights"_a, "inverse_rms"_a, "norm_per_head"_a, "norm_eps"_a, "rope"_a,
-          "rope_pairs"_a, "grid"_a, "tile"_a, "prefix_len"_a, "suffix_len"_a, "prefix_valid"_a, "suffix_valid"_a,
-          "brick"_a, "batch"_a, "heads"_a, "head_dim"_a, "dtype"_a, "scale"_a, "stream"_a);
-    m.def("attn_fwd", &bind_attn_fwd, no_gil(), py::kw_only(), "q_blocks"_a, "kv_blocks"_a, "v_amax"_a, "norms"_a,
-          "lse_shift"_a, "out"_a, "lse"_a, "out_strides"_a, "next_item"_a, "grid"_a, "tile"_a, "prefix_len"_a,
-          "suffix_len"_a, "prefix_valid"_a, "suffix_valid"_a, "windows"_a, "truncate"_a, "batch"_a, "heads"_a,
-          "head_dim"_a, "dtype"_a, "scale"_a, "stream"_a);
-    m.def("attn_bwd", &bind_attn_bwd, no_gil(), py::kw_only(), "q_blocks"_a, "kv_blocks"_a, "v_amax"_a, "out"_a,
-          "dout"_a, "out_strides"_a, "dout_strides"_a, "lse"_a, "lse_shift"_a, "k_mean"_a, "dlse"_a, "query_operands"_a,
-          "key_operands"_a, "dq_sum"_a, "turns"_a, "dq"_a, "dk"_a, "dv"_a, "dq_strides"_a, "dk_strides"_a,
-          "dv_strides"_a, "grid"_a, "tile"_a, "prefix_len"_a, "suffix_len"_a, "prefix_valid"_a, "suffix_valid"_a,
-          "windows"_a, "truncate"_a, "batch"_a, "heads"_a, "head_dim"_a, "dtype"_a, "scale"_a, "stream"_a);
+    m.def("quantize", &launch_quantize, no_gil(), "params"_a, "device"_a, "stream"_a);
+    m.def("attn_fwd", &launch_attn_fwd, no_gil(), "params"_a, "device"_a, "stream"_a);
+    m.def("attn_bwd", &launch_attn_bwd, no_gil(), "params"_a, "device"_a, "stream"_a);
 }

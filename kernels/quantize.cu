@@ -492,6 +492,7 @@ int quantize_chunks(int tokens) {
 void quantize(const QuantizeParams &p, cudaStream_t stream) {
     const TileGrid &g = p.geometry;
     const unsigned batch = p.batch, heads = p.heads, tiles = g.all_tiles();
+    FPS_CUDA_CHECK(cudaMemsetAsync(p.zeroed.begin, 0, p.zeroed.bytes, stream));
     dispatch(p.head_dim, p.dtype, [&](auto dim, auto element) {
         constexpr int kHeadDim = decltype(dim)::value;
         using T = decltype(element);

@@ -124,7 +124,9 @@ PLAN = ["plan", "--grid", "4", "6", "8"]
 
 def said_by(command: list[str], redirection: str, **env: str) -> tuple[int, str]:
     """(status, stderr) of `fpsattention COMMAND REDIRECTION`; the shell makes stdout what no Python object can be."""
-    script = f"set -o pipefail; {shlex.join([sys.executable, '-m', 'fpsattention.cli', *command])} {redirection}"
+    script = (
+        f"set -o pipefail; {shlex.join([sys.executable, '-m', 'fpsattention.cli', *command])} {redirection}"
+    )
     done = subprocess.run(
         ["bash", "-c", script], capture_output=True, text=True, timeout=120, env=programs.environment(**env)
     )

@@ -13,13 +13,14 @@ import os
 import subprocess
 import sys
 import threading
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import packed
 from emulator import build
 from fpsattention import AttentionConfig, norm_rope, reference
 from fpsattention.core import ops
@@ -124,9 +125,7 @@ def emulated(tmp_path_factory):
 @pytest.fixture
 def on_cpu(monkeypatch):
     """Lets the host code of ops.py take tensors of the CPU; memory that it leaves uninitialised holds NaN."""
-    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
-    monkeypatch.setattr(torch.cuda.nvtx, "range", lambda _: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(ops, "_launch", lambda kernels, name, params, device: kernels(params, 0, 0))
 
     def poisoned(allocate):
         def wrapper(*args, **kwargs):
@@ -138,6 +137,14 @@ def on_cpu(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+
+
+def call_of(q, config, grid, scale, tensor_layout, prefix_len=0, suffix_len=0) -> ops.Call:
+    """A new one, whose parameters belong to the module that is loaded."""
+    batch, second, third, head_dim = q.shape
+    heads = third if tensor_layout == "NHD" else second
+    sizes = batch, heads, head_dim, q.dtype, scale, tensor_layout
+    return ops.call_of.__wrapped__(config, grid, prefix_len, suffix_len, *sizes)
 
 
 def run(
@@ -161,20 +168,9 @@ def run(
 
     counts = [None if x is None else torch.tensor(x, dtype=torch.int32) for x in case.counts]
     text = (*case.text, *counts)
-    resolved = case.config.resolve(case.grid, heads, *case.text)
-    windows = [max(x, 1) for window in resolved.windows for x in window]
-    call = (windows, resolved.truncate, scale, case.tensor_layout)
-    geometry = (resolved.grid, resolved.tile)
-    quant_tile = list(case.config.quant_tile or ())
-    images = ops._quantize_cuda(
-        q, k, v, *geometry, quant_tile, resolved.smooth_k, scale, case.tensor_layout, *text
-    )
-    out, lse = ops._attend_cuda(*images, *geometry, *call, q.dtype, *text)
-    q_blocks, kv_blocks, v_amax, _, lse_shift, k_mean = images
-    gradients = ops._attention_backward_cuda(
-        dout, dlse, out, lse, q_blocks, kv_blocks, v_amax, lse_shift, k_mean, *geometry, *call, case.deterministic,
-        *text
-    )  # fmt: skip
+    call = call_of(q, case.config, case.grid, scale, case.tensor_layout, *case.text)
+    out, lse, operands = ops.launch_attention(call, q, k, v, *counts)
+    gradients = ops.launch_backward(call, dout, dlse, out, lse, operands, *counts, case.deterministic)
     about = dict(grid=case.grid, config=case.config, scale=scale, tensor_layout=case.tensor_layout)
     about |= dict(zip(("prefix_len", "suffix_len", "prefix_valid", "suffix_valid"), text, strict=True))
     return [out, lse, *gradients], (q, k, v, dout, dlse), about
@@ -216,16 +212,14 @@ def test_norm_and_rotation_ahead_of_rounding(emulated, on_cpu, monkeypatch, seed
     grid, tile = (5, 7, 9), (2, 3, 4)
     (q, k, v), given = inputs(grid, 3, 128, seed=seed, dtype=torch.bfloat16)
     rest = {"eps": given["eps"], "rope": given["rope"]}
-    got = ops._norm_rope_quantize_cuda(
-        *(q, k, v, given["q_weight"], given["k_weight"], given["eps"], given["rope"]),
-        *(grid, tile, [], 0.1, "NHD"),
-    )
+    call = call_of(q, AttentionConfig(tile=tile), grid, 0.1, "NHD")
+    got = ops.launch_quantize(call, q, k, v, None, None, ops.NormRope(**given))
     q, k = (norm_rope(x, given[f"{n}_weight"], grid=grid, **rest) for n, x in (("q", q), ("k", k)))
-    want = ops._quantize_cuda(q, k, v, grid, tile, [], False, 0.1, "NHD")
+    want = ops.launch_quantize(call, q, k, v, None, None)
     monkeypatch.undo()
-    for a, b in zip(*(ops.decode_blocks(*x[:3], grid, tile, 128) for x in (got, want)), strict=True):
+    for a, b in zip(*(packed.decode(call, x) for x in (got, want)), strict=True):
         assert (a - b).norm() <= 3e-3 * b.norm()
-    assert torch.equal(got[2], want[2])
+    assert torch.equal(*(packed.sections(call, x).v_amax for x in (got, want)))
 
 
 # Every CTA of the forward goes round its rings several times, and the last query block of some items is missing.

@@ -1,9 +1,11 @@
 """The compiled kernels and the geometry rule they share (kernels/bindings.cpp). Takes addresses, not tensors.
 
-An address is that of device memory, 0 for none; `slot_tokens` alone takes host memory. `stream` is a cudaStream_t.
+An address is that of device memory, 0 for none; `slot_tokens` alone takes host memory. `stream` is a cudaStream_t,
+`device` the index of the GPU. The fields of parameters are explained in include/fpsattention/params.h.
 """
 
 from collections.abc import Sequence
+from typing import overload
 
 # Three numbers: tokens or tiles on the axes (t, h, w), or strides in elements (batch, head, token).
 _Triple = Sequence[int]
@@ -26,104 +28,94 @@ def kv_block_bytes(head_dim: int, /) -> int: ...
 def bwd_query_bytes(head_dim: int, /) -> int: ...
 def bwd_key_bytes(head_dim: int, /) -> int: ...
 def quantize_chunks(tokens: int, /) -> int: ...
-def quantize(
-    *,
-    q: int,
-    k: int,
-    v: int,
-    q_strides: _Triple,
-    k_strides: _Triple,
-    v_strides: _Triple,
-    q_blocks: int,
-    kv_blocks: int,
-    v_amax: int,
-    norms: int,
-    k_sum: int,
-    k_mean: int,
-    lse_shift: int,
-    q_amax: int,
-    k_amax: int,
-    norm_weights: Sequence[int],
-    inverse_rms: Sequence[int],
-    norm_per_head: bool,
-    norm_eps: float,
-    rope: int,
-    rope_pairs: _Triple,
-    grid: _Triple,
-    tile: _Triple,
-    prefix_len: int,
-    suffix_len: int,
-    prefix_valid: int,
-    suffix_valid: int,
-    brick: _Triple,
-    batch: int,
-    heads: int,
-    head_dim: int,
-    dtype: str,
-    scale: float,
-    stream: int,
-) -> None: ...
-def attn_fwd(
-    *,
-    q_blocks: int,
-    kv_blocks: int,
-    v_amax: int,
-    norms: int,
-    lse_shift: int,
-    out: int,
-    lse: int,
-    out_strides: _Triple,
-    next_item: int,
-    grid: _Triple,
-    tile: _Triple,
-    prefix_len: int,
-    suffix_len: int,
-    prefix_valid: int,
-    suffix_valid: int,
-    windows: Sequence[_Triple],
-    truncate: bool,
-    batch: int,
-    heads: int,
-    head_dim: int,
-    dtype: str,
-    scale: float,
-    stream: int,
-) -> None: ...
-def attn_bwd(
-    *,
-    q_blocks: int,
-    kv_blocks: int,
-    v_amax: int,
-    out: int,
-    dout: int,
-    out_strides: _Triple,
-    dout_strides: _Triple,
-    lse: int,
-    lse_shift: int,
-    k_mean: int,
-    dlse: int,
-    query_operands: int,
-    key_operands: int,
-    dq_sum: int,
-    turns: int,
-    dq: int,
-    dk: int,
-    dv: int,
-    dq_strides: _Triple,
-    dk_strides: _Triple,
-    dv_strides: _Triple,
-    grid: _Triple,
-    tile: _Triple,
-    prefix_len: int,
-    suffix_len: int,
-    prefix_valid: int,
-    suffix_valid: int,
-    windows: Sequence[_Triple],
-    truncate: bool,
-    batch: int,
-    heads: int,
-    head_dim: int,
-    dtype: str,
-    scale: float,
-    stream: int,
-) -> None: ...
+
+class TileGrid:
+    def __init__(self, grid: _Triple, tile: _Triple, prefix_len: int = 0, suffix_len: int = 0) -> None: ...
+
+class Call:
+    def __init__(
+        self, geometry: TileGrid, *, batch: int, heads: int, head_dim: int, dtype: str, scale: float
+    ) -> None: ...
+    prefix_valid: int
+    suffix_valid: int
+
+class NormRope:
+    q_weight: int
+    k_weight: int
+    q_inverse_rms: int
+    k_inverse_rms: int
+    per_head: bool
+    eps: float
+    rope: int
+    pairs: _Triple
+
+class QuantizeParams(Call):
+    @overload
+    def __init__(self, other: QuantizeParams) -> None: ...
+    @overload
+    def __init__(self, call: Call) -> None: ...
+    q: int
+    k: int
+    v: int
+    q_strides: _Triple
+    k_strides: _Triple
+    v_strides: _Triple
+    q_blocks: int
+    kv_blocks: int
+    v_amax: int
+    norms: int
+    k_sum: int
+    k_mean: int
+    lse_shift: int
+    q_amax: int
+    k_amax: int
+    brick: _Triple
+    norm_rope: NormRope
+    zeroed: tuple[int, int]
+
+class ForwardParams(Call):
+    @overload
+    def __init__(self, call: Call, windows: Sequence[_Triple], truncate: bool) -> None: ...
+    @overload
+    def __init__(self, other: ForwardParams) -> None: ...
+    q_blocks: int
+    kv_blocks: int
+    v_amax: int
+    norms: int
+    lse_shift: int
+    out: int
+    lse: int
+    out_strides: _Triple
+    next_item: int
+
+class BackwardParams(Call):
+    @overload
+    def __init__(self, call: Call, windows: Sequence[_Triple], truncate: bool) -> None: ...
+    @overload
+    def __init__(self, other: BackwardParams) -> None: ...
+    q_blocks: int
+    kv_blocks: int
+    v_amax: int
+    out: int
+    dout: int
+    out_strides: _Triple
+    dout_strides: _Triple
+    lse: int
+    dlse: int
+    lse_shift: int
+    k_mean: int
+    query_operands: int
+    key_operands: int
+    dq_sum: int
+    turns: int
+    dq: int
+    dk: int
+    dv: int
+    dq_strides: _Triple
+    dk_strides: _Triple
+    dv_strides: _Triple
+    zeroed: tuple[int, int]
+
+def quantize(params: QuantizeParams, device: int, stream: int) -> None: ...
+def attn_fwd(params: ForwardParams, device: int, stream: int) -> None: ...
+def attn_bwd(params: BackwardParams, device: int, stream: int) -> None: ...

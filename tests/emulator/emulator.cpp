@@ -727,6 +727,13 @@ cudaError_t cudaGetDevice(int *device) {
     *device = 0;
     return cudaSuccess;
 }
+cudaError_t cudaSetDevice(int) {
+    return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void *begin, int value, size_t bytes, cudaStream_t) {
+    std::memset(begin, value, bytes);
+    return cudaSuccess;
+}
 cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr, int) {
     *value = 3;  // SMs, so that CTAs of the persistent forward take several items
     return cudaSuccess;

@@ -24,13 +24,14 @@ class QuantizedQKV:
     were replaced. An object equals itself alone.
 
     Attributes:
-        operands: on the sm90 backend the packed blocks and what belongs to them (`fpsattention.ops.quantize`); on the
-            reference backend Q, K and V themselves, which it rounds again in every call: leave them as they are.
+        operands: on the sm90 backend the packed operands, one uint8 tensor; on the reference backend Q, K and V
+            themselves, which it rounds again in every call: leave them as they are.
         grid: tokens (T, H, W), as in the `quantize_qkv` call.
         config: that of the call.
         scale: that of the call, or what None stood for.
         tensor_layout: that of the call.
         dtype: of Q, K, V, and so of the output.
+        shape: of Q, K, V, and so of the output.
         backend: "sm90" or "reference".
         prefix_len: that of the call.
         suffix_len: that of the call.
@@ -44,6 +45,7 @@ class QuantizedQKV:
     scale: float
     tensor_layout: str
     dtype: torch.dtype
+    shape: tuple[int, ...]
     backend: str
     prefix_len: int = 0
     suffix_len: int = 0
@@ -84,16 +86,20 @@ def quantize_qkv(
     config = as_config(config)
     q, k, v = checks.as_autocast(q, k, v)
     check_rounding(config, {"q": q, "k": k, "v": v}, instead="hand q, k, v to attention")
-    text = (prefix_len, suffix_len, prefix_valid, suffix_valid)
-    name, scale = set_up(q, k, v, grid, config, scale, tensor_layout, backend, *text)
+    lengths, counts = (prefix_len, suffix_len), (prefix_valid, suffix_valid)
+    name, scale = set_up(q, k, v, grid, config, scale, tensor_layout, backend, *lengths, *counts)
     check_window(q, grid, config, tensor_layout, prefix_len, suffix_len)
-    operands = (q.detach(), k.detach(), v.detach())
+    operands: tuple[Tensor, ...] = (q.detach(), k.detach(), v.detach())
     if name == "sm90":
-        tile, quant_tile, _, _ = config.as_lists()
-        operands = torch.ops.fpsattention.quantize(
-            *operands, list(grid), tile, quant_tile, config.smooth_k, scale, tensor_layout, *text
-        )
-    return QuantizedQKV.of(tuple(operands), tuple(grid), config, scale, tensor_layout, q.dtype, name, *text)
+        if ops.is_watched(q, k, v):
+            rest = list(grid), *lengths, config.spec, scale, tensor_layout
+            packed = ops.quantize(*operands, *counts, *rest)
+        else:
+            call = _call_of(q, grid, config, scale, tensor_layout, *lengths)
+            packed = ops.launch_quantize(call, *operands, *counts)
+        operands = (packed,)
+    about = tuple(grid), config, scale, tensor_layout, q.dtype, tuple(q.shape), name
+    return QuantizedQKV.of(operands, *about, *lengths, *counts)
 
 
 def attention(
@@ -178,7 +184,7 @@ def attention(
     tensor_layout = "NHD" if tensor_layout is None else tensor_layout
     lengths, counts = (prefix_len, suffix_len), (prefix_valid, suffix_valid)
     name, scale = set_up(q, k, v, grid, config, scale, tensor_layout, backend, *lengths, *counts)
-    call = {
+    keywords = {
         "grid": grid,
         "config": config,
         "scale": scale,
@@ -191,17 +197,19 @@ def attention(
     if name == "sm90":
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
-        rounding = config.smooth_k, scale, tensor_layout, deterministic
-        out, lse, *_ = torch.ops.fpsattention.attention(
-            q, k, v, list(grid), *config.as_lists(), *rounding, *lengths, *counts
-        )
+        if ops.is_watched(q, k, v):
+            rest = list(grid), *lengths, config.spec, scale, tensor_layout, deterministic
+            out, lse, _ = ops.attention(q, k, v, *counts, *rest)
+        else:
+            call = _call_of(q, grid, config, scale, tensor_layout, *lengths)
+            out, lse, _ = ops.launch_attention(call, q, k, v, *counts)
     elif config.quant == "fp8":
-        out, lse = reference.emulated_attention(q, k, v, **call)
+        out, lse = reference.emulated_attention(q, k, v, **keywords)
     elif name == "torch":
         heads = checks.to_heads_first(q, tensor_layout).shape[1]
-        out, lse = _unquantized(q, k, v, config.resolve(grid, heads, *lengths), return_lse, call)
+        out, lse = _unquantized(q, k, v, config.resolve(grid, heads, *lengths), return_lse, keywords)
     else:
-        out, lse = _exact(q, k, v, call)
+        out, lse = _exact(q, k, v, keywords)
     return (out, lse) if return_lse else out
 
 
@@ -245,11 +253,24 @@ def _attend(quantized: QuantizedQKV, config: AttentionConfig) -> tuple[Tensor, T
             tensor_layout=x.tensor_layout,
             **text,
         )
-    tile, _, window, truncate = config.as_lists()
-    return torch.ops.fpsattention.attend(
-        *(*x.operands, list(x.grid), tile, window, truncate, x.scale, x.tensor_layout, x.dtype),
-        **text,
-    )
+    (packed,), counts = x.operands, (x.prefix_valid, x.suffix_valid)
+    batch, second, third, head_dim = x.shape
+    heads = third if x.tensor_layout == "NHD" else second
+    if ops.is_watched(packed):
+        rest = list(x.grid), x.prefix_len, x.suffix_len, config.spec, x.scale, x.tensor_layout
+        return ops.attend(packed, *counts, *rest, batch, heads, head_dim, x.dtype)
+    sizes = x.grid, x.prefix_len, x.suffix_len, batch, heads, head_dim, x.dtype, x.scale, x.tensor_layout
+    return ops.launch_attend(ops.call_of(config, *sizes), packed, *counts)
+
+
+def _call_of(
+    q: Tensor, grid, config: AttentionConfig, scale: float, tensor_layout: str, *lengths
+) -> ops.Call:
+    """The resolved call of q, k, v like q."""
+    batch, second, third, head_dim = q.shape
+    heads = third if tensor_layout == "NHD" else second
+    sizes = tuple(grid), *lengths, batch, heads, head_dim, q.dtype, scale, tensor_layout
+    return ops.call_of(config, *sizes)
 
 
 def _check_repeated(quantized: QuantizedQKV, given: dict) -> None:

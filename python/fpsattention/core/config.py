@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -66,28 +67,22 @@ class AttentionConfig:
                 f'{name}: {shown(getattr(self, name))} has no effect with quant="none", which rounds nothing; '
                 f'leave it out, or use quant="fp8"'
             )
+        put("_spec", _spec_of(self))
 
-    def as_lists(self) -> tuple[list[int], list[int], list[int], bool]:
-        """tile, quant_tile, windows and truncate as ops take them; what is None is empty."""
-        windows: list[int] = []
-        for x in self.window or ():
-            windows += (x,) if isinstance(x, int) else x
-        return list(self.tile or ()), list(self.quant_tile or ()), windows, as_truncate(self.border)
+    @property
+    def spec(self) -> str:
+        """This config as ops take it, for example "7x9x2||3x3x9|clamp|fp8|": tile, quant_tile, windows, border, quant,
+        smooth_k; what is None is empty.
+        """
+        return self._spec  # type: ignore[attr-defined]  # of __post_init__; a field would show in fields()
 
     @classmethod
-    def from_lists(
-        cls, tile, quant_tile=(), windows=(), truncate=False, smooth_k=False, quant="fp8"
-    ) -> AttentionConfig:
-        """The config behind what `as_lists` gives: an empty tile is planned, empty windows are dense."""
-        triples = tuple(tuple(windows[i : i + 3]) for i in range(0, len(windows), 3))
-        return cls(
-            tile=tuple(tile) or None,
-            window=(triples[0] if len(triples) == 1 else triples) or None,
-            border="truncate" if truncate else "clamp",
-            quant=quant,
-            quant_tile=tuple(quant_tile) or None,
-            smooth_k=smooth_k,
-        )
+    def from_spec(cls, spec: str) -> AttentionConfig:
+        """The config that `spec` describes. Cached."""
+        return _from_spec(spec)
+
+    def __hash__(self) -> int:
+        return hash(self.spec)  # a string keeps its hash: every call of attention looks its config up
 
     def resolve(
         self, grid: Sequence[int], heads: int, prefix_len: int = 0, suffix_len: int = 0
@@ -100,6 +95,17 @@ class AttentionConfig:
         """
         lengths = as_int("prefix_len", prefix_len, 0), as_int("suffix_len", suffix_len, 0)
         return _resolve(self, as_grid(grid), as_int("heads", heads, 1, MAX_INT), *lengths)
+
+
+def _spec_of(config: AttentionConfig) -> str:
+    def by(triple: Triple | None) -> str:  # torch.compile makes a constant of an index
+        return "x".join([str(operator.index(n)) for n in triple or ()])
+
+    windows = config.window or ()
+    windows = (windows,) if windows and isinstance(windows[0], int) else windows
+    listed = ",".join([by(window) for window in windows])
+    smooth_k = "smooth_k" if config.smooth_k else ""
+    return "|".join([by(config.tile), by(config.quant_tile), listed, config.border, config.quant, smooth_k])
 
 
 _DEFAULT = AttentionConfig()
@@ -192,6 +198,23 @@ def _check_quant_tile(quant_tile: Triple, tile: Triple) -> None:
             f"quant_tile: {shown(quant_tile)} must be a whole multiple of the tile {tile} on each axis; "
             f"nearest legal value {shown(nearest)}"
         )
+
+
+@lru_cache(maxsize=1024)
+def _from_spec(spec: str) -> AttentionConfig:
+    def triples(text: str) -> tuple[Triple, ...]:
+        return tuple(tuple(map(int, part.split("x"))) for part in text.split(",") if part)
+
+    tile, quant_tile, windows, border, quant, smooth_k = spec.split("|")
+    per_head = triples(windows)
+    return AttentionConfig(
+        tile=next(iter(triples(tile)), None),
+        window=(per_head[0] if len(per_head) == 1 else per_head) or None,
+        border=border,
+        quant=quant,
+        quant_tile=next(iter(triples(quant_tile)), None),
+        smooth_k=bool(smooth_k),
+    )
 
 
 def fit_window(window: Triple, tiles: Triple) -> Triple:

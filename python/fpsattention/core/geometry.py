@@ -86,6 +86,11 @@ class TileGeometry:
             -(-n // self.slot) for n in (self.prefix_len, self.suffix_len)
         )
 
+    @property
+    def n_rows(self) -> int:
+        """Rows of all slots, padding included."""
+        return self.n_tiles * self.slot
+
     @_Kept
     def slot_tokens(self) -> torch.Tensor:
         """int64 [n_tiles, slot]: index of the token in each row, -1 for padding."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, ops
 from .api import QuantizedQKV, check_rounding, check_window, quantize_qkv, set_up
 from .checks import as_grid, shown
 from .config import AttentionConfig, as_config
@@ -72,14 +72,13 @@ def norm_rope_quantize(
         )
         about = {"grid": grid, "config": config, "scale": scale, "tensor_layout": tensor_layout}
         return quantize_qkv(q, k, v, **about, backend=name)
-    tile, quant_tile, _, _ = config.as_lists()
     weights = (None, None) if q_weight is None else (q_weight.detach(), k_weight.detach())
-    images = torch.ops.fpsattention.norm_rope_quantize(
+    packed = ops.norm_rope_quantize(
         *(q.detach(), k.detach(), v.detach(), *weights, eps, [x.detach() for x in rope]),
-        *(list(grid), tile, quant_tile, scale, tensor_layout),
+        *(list(grid), config.spec, scale, tensor_layout),
     )
-    about = tuple(grid), config, scale, tensor_layout, q.dtype, name
-    return QuantizedQKV.of(tuple(images), *about, *no_text)
+    about = tuple(grid), config, scale, tensor_layout, q.dtype, tuple(q.shape), name
+    return QuantizedQKV.of((packed,), *about, *no_text)
 
 
 def norm_rope(

@@ -343,15 +343,18 @@ def _goes_by_the_op(q) -> bool:
     return isinstance(q, torch.Tensor) and (torch.compiler.is_compiling() or dispatches(q))
 
 
-def _call_op(kind, q, k, v, dtype, grid, config, scale, tensor_layout, *text):
+def _call_op(
+    kind, q, k, v, dtype, grid, config, scale, tensor_layout, prefix_len, suffix_len, prefix_valid, suffix_valid
+):  # fmt: skip
     """`exact_attention` or `emulated_attention` by the op of reference_op.py."""
-    _, heads, _, head_dim = check_inputs(q, k, v, grid, tensor_layout, *text)[0].shape
+    lengths, counts = (prefix_len, suffix_len), (prefix_valid, suffix_valid)
+    _, heads, _, head_dim = check_inputs(q, k, v, grid, tensor_layout, *lengths, *counts)[0].shape
     config = as_config(config)
     if not torch.compiler.is_compiling():  # a graph has the check inside of the op
-        config.resolve(grid, heads, *text[:2])
+        config.resolve(grid, heads, *lengths)
     return torch.ops.fpsattention.reference(
-        *(q, k, v, kind, list(grid), *config.as_lists(), config.smooth_k),
-        *(as_scale(scale, head_dim), tensor_layout, dtype, *text),
+        *(q, k, v, *counts, list(grid), *lengths, config.spec),
+        *(as_scale(scale, head_dim), tensor_layout, kind, dtype),
     )
 
 
