@@ -6,6 +6,7 @@ python bench/plots.py [--input FILE] [--output DIRECTORY]
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -246,25 +247,42 @@ TIME_STYLES = {
 }
 
 
+# Marker and colour of each shape beside the one that is swept over windows.
+SHAPE_STYLES = (
+    ("s", GREEN),
+    ("^", PURPLE),
+    ("D", ORANGE),
+    ("v", "#b03060"),
+    ("P", "#3a9aa5"),
+    ("X", "#8c6d1f"),
+    (">", "#d46ab0"),
+    ("<", "#5b7f2b"),
+)
+
+
+def _legend_below(ax) -> None:
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
+
+
 def _draw_speedup(ax, swept: str, series: dict, dense: float | None, x: np.ndarray) -> None:
-    others = iter([("s", GREEN), ("^", PURPLE), ("D", ORANGE), ("v", "#b03060"), ("P", "#3a9aa5")])
     if dense is not None:
         ax.plot(x, dense / x, color=BLUE, lw=1, ls="--", label=f"ideal: {dense:.2f} / density", zorder=1)
     ax.plot(x, 1 / x, color=GREY, lw=1, ls=":", label="BF16 ideal: 1 / density", zorder=1)
+    others = itertools.cycle(SHAPE_STYLES)
     for name, pts in series.items():
         if name == swept:
             style = dict(marker="o", color=BLUE, lw=1.4, label=f"FPSAttention, {name}")
         elif name == "FlexAttention BF16":
             style = dict(marker="x", color=INK, linestyle="", label=name)
         else:
-            marker, color = next(others, ("o", GREY))
+            marker, color = next(others)
             style = dict(marker=marker, color=color, linestyle="", label=f"FPSAttention, {name}")
         ax.plot(*zip(*pts, strict=True), markersize=5.5, zorder=3, **style)
     _log_axes(ax, DENSITY_TICKS, (0.5, 1, 2, 5, 10, 20, 50))
     speeds = [s for pts in series.values() for _, s in pts]
     ax.set_ylim(min(0.9, *speeds) * 0.9, max((dense or 1) / x[0], *speeds) * 1.1)
-    ax.set_ylabel("speed-up over dense BF16 cuDNN, quantisation included")
-    ax.legend(loc="upper right")
+    ax.set_ylabel("speed-up over dense BF16 cuDNN,\nquantisation included")
+    _legend_below(ax)
 
 
 def _draw_time(ax, swept: str, series: dict, x: np.ndarray) -> None:
@@ -277,7 +295,7 @@ def _draw_time(ax, swept: str, series: dict, x: np.ndarray) -> None:
     _log_axes(ax, DENSITY_TICKS, (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500))
     ax.set_ylim(min(*times, (dense or math.inf) * x[0]) * 0.9, max(times) * 1.2)
     ax.set_ylabel(f"ms, {swept}")
-    ax.legend(loc="upper left")
+    _legend_below(ax)
 
 
 def speedup_over_density(results: Results, path: Path) -> None:
@@ -289,7 +307,7 @@ def speedup_over_density(results: Results, path: Path) -> None:
     least = min(density for pts in series.values() for density, _ in pts)
     x = np.geomspace(least * 0.85, 1, 100)
     with plt.rc_context(STYLE):
-        fig, (speed, time) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+        fig, (speed, time) = plt.subplots(1, 2, figsize=(10, 5.2), layout="constrained")
         _draw_speedup(speed, swept, series, dense, x)
         _draw_time(time, swept, time_series(records, swept), x)
         for ax in (speed, time):

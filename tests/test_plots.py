@@ -1,11 +1,15 @@
 """The pictures of the bench, from made-up records."""
 
+from pathlib import Path
+
 import pytest
 
 import common
 from records import make_record
 
 plots = pytest.importorskip("plots", reason="matplotlib")
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def synthetic_results():
@@ -82,6 +86,28 @@ def test_length_points():
     assert series["cuDNN BF16"][1] == (16384, 540.0) and series["torch flash BF16"][0] == (4096, 280.0)
     assert set(series) == set(plots.LENGTH_STYLES) and not plots.length_series(lengths, 64)
     assert {peer.name for peer in plots.PEERS} == set(plots.PEER_STYLES)
+
+
+def test_no_two_series_look_the_same(monkeypatch, tmp_path):
+    """Those of the committed records, in every panel that has a legend of its own."""
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda fig, path: figures.append(fig))
+    results = common.Results.load(ROOT / "bench" / "results" / "h100.json")
+    plots.speedup_over_density(results, tmp_path)
+    for ax in figures[0].axes:
+        looks = [
+            (x.get_marker(), x.get_color(), x.get_linestyle(), x.get_markerfacecolor()) for x in ax.lines
+        ]
+        assert len(looks) > 3 and len(set(looks)) == len(looks)
+
+
+def test_legends_lie_beside_the_lines(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda fig, path: figures.append(fig))
+    plots.speedup_over_density(synthetic_results(), tmp_path)
+    figures[0].draw_without_rendering()
+    for ax in figures[0].axes:
+        assert not ax.get_legend().get_window_extent().overlaps(ax.get_window_extent())
 
 
 def test_split_bars():
