@@ -2,13 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-SOURCES := $(shell find kernels include python -name '*.py' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
+CUDA := $(wildcard kernels/*.cu kernels/*.cpp include/fpsattention/*)
+SOURCES := $(CUDA) $(shell find python -name '*.py' -o -name '*.pyi')
+BUILD_FILES := pyproject.toml setup.py build_backend.py CMakeLists.txt
 # With no GPU in sight, torch comes from its CPU index: hundreds of megabytes instead of gigabytes of CUDA.
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= $(if $(HAS_GPU),,--extra-index-url https://download.pytorch.org/whl/cpu --retries 0)
 
-.PHONY: demo test test-gpu sanitize bench bench-wan bench-models plots profile docs lint format sass wheel wheels test-torch clean
+.DELETE_ON_ERROR:
+.PHONY: demo dev test test-gpu sanitize bench bench-wan bench-models plots profile docs lint format sass wheel wheels test-torch clean
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
@@ -16,39 +19,55 @@ $(VENV)/torch:
 	$(RUN) -m pip install --quiet $(TORCH) $(TORCH_INDEX)
 	touch $@
 
-$(VENV)/installed: $(VENV)/torch $(SOURCES) pyproject.toml setup.py build_backend.py CMakeLists.txt
-	$(RUN) -m pip install '.[test]'
+# What compiles the extension, in the environment itself and not in one that pip makes for each build: CMake finds the
+# tools where they were, so only what an edit concerns is compiled.
+$(VENV)/tools.txt: $(VENV)/torch setup.py build_backend.py
+	$(RUN) -m pip install --quiet 'setuptools>=77'
+	$(RUN) build_backend.py > $@
+	$(RUN) -m pip install --quiet --requirement $@
+
+PIP_INSTALL := PATH="$(abspath $(VENV)/bin):$$PATH" $(RUN) -m pip install --no-build-isolation
+
+$(VENV)/installed: $(VENV)/tools.txt $(SOURCES) $(BUILD_FILES)
+	$(PIP_INSTALL) '.[test]'
 	touch $@
 
-demo: $(VENV)/installed  ## on a real clip: dense, FP8, sparse, FPSAttention; then trained models denoise one
+$(VENV)/editable: $(VENV)/tools.txt $(CUDA) $(BUILD_FILES)
+	$(PIP_INSTALL) --editable '.[test]'
+	touch $@
+
+# What the other targets use: the package as a user has it or, once `make dev` was called, the sources themselves.
+INSTALLED := $(VENV)/$(if $(wildcard $(VENV)/editable),editable,installed)
+
+dev: $(VENV)/editable  ## an editable install: an edit of Python builds nothing, one of a kernel compiles that kernel
+
+demo: $(INSTALLED)  ## on a real clip: dense, FP8, sparse, FPSAttention; then trained models denoise one
 	$(VENV)/bin/fpsattention demo
 	$(RUN) examples/denoise_tiny_dit.py
 
 # Without a GPU, a process for every core. A GPU has one process at a time.
 WORKERS := $(if $(HAS_GPU),,-n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
 
-test: $(VENV)/installed  ## the tests this machine can run; the GPU receipt stands for the others
+test: $(INSTALLED)  ## the tests this machine can run; the GPU receipt stands for the others
 	$(RUN) -m pytest -q $(WORKERS)
 
-test-gpu: $(VENV)/installed  ## the GPU tests, on a Hopper GPU; writes the receipt that `make test` checks elsewhere
+test-gpu: $(INSTALLED)  ## the GPU tests, on a Hopper GPU; writes the receipt that `make test` checks elsewhere
 	$(RUN) -m pytest -q -m gpu --gpu-receipt tests/gpu_receipt.json
 
-sanitize: $(VENV)/installed  ## compute-sanitizer's four tools over small launches of every kernel variant
+sanitize: $(INSTALLED)  ## compute-sanitizer's four tools over small launches of every kernel variant
 	$(RUN) tests/sanitize.py
 
-bench: $(VENV)/installed  ## every number of the README, in one run on one Hopper GPU
+bench: $(INSTALLED)  ## every number of the README, in one run on one Hopper GPU
 	$(RUN) bench/bench_forward.py --output bench/results/h100.json
 	$(MAKE) plots
 
-bench-wan: $(VENV)/installed  ## Wan2.1-14B at 720p end to end, on one Hopper GPU
-	$(RUN) -m pip install --quiet '.[bench]'
+bench-wan: $(INSTALLED)  ## Wan2.1-14B at 720p end to end, on one Hopper GPU
 	$(RUN) bench/bench_wan.py --output bench/results/h100_wan.json
 
-bench-models: $(VENV)/installed  ## a few layers of diffusers' other models, on one Hopper GPU
-	$(RUN) -m pip install --quiet '.[bench]'
+bench-models: $(INSTALLED)  ## a few layers of diffusers' other models, on one Hopper GPU
 	$(RUN) bench/bench_models.py --output bench/results/h100_models.json
 
-plots: $(VENV)/installed
+plots: $(INSTALLED)
 	$(RUN) bench/plots.py
 
 # Those of `fpsattention profile`; asked for by the recipe alone.
@@ -56,7 +75,7 @@ NCU_SECTIONS = $(shell $(RUN) -c 'from fpsattention.cli.bench import NCU_SECTION
 PROFILE := build/profile.ncu-rep
 
 # The third launch: the first two load the kernel and warm the GPU. The clock is left to the GPU, as in real use.
-profile: $(VENV)/installed  ## the forward under Nsight Compute (CASE=shape/window); docs/profiling.md reads the report
+profile: $(INSTALLED)  ## the forward under Nsight Compute (CASE=shape/window); docs/profiling.md reads the report
 	mkdir -p $(dir $(PROFILE))
 	ncu --clock-control none --kernel-name regex:attn_fwd --launch-skip 2 --launch-count 1 \
 	    $(addprefix --section ,$(NCU_SECTIONS)) --force-overwrite --export $(PROFILE) \
@@ -79,7 +98,7 @@ $(VENV)/lint: $(VENV)/torch pyproject.toml
 	$(RUN) -m pip install --quiet --group lint
 	touch $@
 
-CPP := $(wildcard kernels/*.cu kernels/*.cpp include/fpsattention/* $(addprefix tests/emulator/*.,cpp cuh h))
+CPP := $(CUDA) $(wildcard $(addprefix tests/emulator/*.,cpp cuh h))
 
 lint: $(VENV)/lint
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
@@ -92,7 +111,7 @@ format: $(VENV)/lint
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-sass: $(VENV)/lint $(VENV)/installed  ## what ptxas made of the kernels: QGMMA there, no local memory, register counts
+sass: $(VENV)/lint $(INSTALLED)  ## what ptxas made of the kernels: QGMMA there, no local memory, register counts
 	$(RUN) .ci/check_sass.py
 
 RELEASE := build/release
@@ -105,7 +124,7 @@ $(RELEASE)/installed: pyproject.toml
 
 WHEEL := $(RELEASE)/wheel-$(notdir $(PYTHON))
 
-$(WHEEL): $(RELEASE)/installed $(SOURCES) setup.py build_backend.py CMakeLists.txt MANIFEST.in .ci/build_wheels.py
+$(WHEEL): $(RELEASE)/installed $(SOURCES) $(BUILD_FILES) MANIFEST.in .ci/build_wheels.py
 	$(RELEASE)/bin/python .ci/build_wheels.py --python $(PYTHON)
 	touch $@
 

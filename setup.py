@@ -1,6 +1,7 @@
 """Builds the extension with CMake. CMakeLists.txt is the one place for sources and flags; this file finds the tools."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -24,9 +26,9 @@ def package_dir(name: str) -> Path | None:
     return Path(next(iter(spec.submodule_search_locations))) if spec else None
 
 
-def nvcc_version(nvcc: str) -> tuple[int, int]:
+def nvcc_version(nvcc: str) -> tuple[int, ...]:
     text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    return tuple(int(x) for x in re.search(r"release (\d+)\.(\d+)", text).groups())
+    return tuple(int(x) for x in re.search(r"release .*V(\d+)\.(\d+)\.(\d+)", text).groups())
 
 
 def nvcc_on_path() -> str | None:
@@ -49,10 +51,34 @@ def find_nvcc() -> str:
     )
 
 
+def configure(build: Path, command: list[str], nvcc: tuple[int, ...], env: dict[str, str]) -> None:
+    """Run CMake unless the last build here had the same tools and options.
+
+    CMake's cache names tools that may be gone, such as those of pip's build environment, so a new cache is made, and
+    everything is compiled again. An edit of CMakeLists.txt needs nothing here: `cmake --build` notices it.
+    """
+    done = build / "configured.json"
+    wanted = json.dumps({"command": command, "cmake": shutil.which("cmake"), "nvcc": nvcc}, indent=1)
+    if done.exists() and done.read_text() == wanted:
+        return
+    done.unlink(missing_ok=True)
+    subprocess.run(command, check=True, env=env)
+    done.write_text(wanted)
+
+
+class Build(build):
+    """Empties the folder that setuptools packs: it may hold modules that the sources no longer have."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(os.environ.get("FPSATTENTION_BUILD_DIR", Path(self.build_temp).resolve() / ext.name))
+        # Kept from build to build, so that only what changed is compiled; setuptools' own may be temporary.
+        build = Path(os.environ.get("FPSATTENTION_BUILD_DIR", ROOT / "build" / sys.implementation.cache_tag))
         build.mkdir(parents=True, exist_ok=True)
         cutlass = package_dir("cutlass_library")
         pybind11 = package_dir("pybind11")
@@ -65,21 +91,17 @@ class CMakeBuild(build_ext):
         env = os.environ | {"LIBRARY_PATH": ":".join(filter(None, paths))}
         kernels = os.environ.get("FPSATTENTION_KERNELS", "")  # .ci/build_wheels.py
         debug = "ON" if os.environ.get("FPSATTENTION_DEBUG") == "1" else "OFF"
-        subprocess.run(
-            [
-                # Afresh: a cache left by an earlier build names tools of pip's build environment, which is gone.
-                *("cmake", "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
-                "-DCMAKE_BUILD_TYPE=Release",
-                f"-DCMAKE_CUDA_COMPILER={nvcc}",
-                f"-DCUTLASS_INCLUDE_DIR={cutlass / 'source' / 'include'}",
-                f"-Dpybind11_DIR={pybind11 / 'share' / 'cmake' / 'pybind11'}",
-                f"-DPython_EXECUTABLE={sys.executable}",
-                f"-DFPS_KERNELS={kernels}",
-                f"-DFPS_DEBUG={debug}",
-            ],
-            check=True,
-            env=env,
-        )
+        command = [
+            *("cmake", "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_CUDA_COMPILER={nvcc}",
+            f"-DCUTLASS_INCLUDE_DIR={cutlass / 'source' / 'include'}",
+            f"-Dpybind11_DIR={pybind11 / 'share' / 'cmake' / 'pybind11'}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DFPS_KERNELS={kernels}",
+            f"-DFPS_DEBUG={debug}",
+        ]
+        configure(build, command, nvcc_version(str(nvcc)), env)
         subprocess.run(["cmake", "--build", str(build)], check=True, env=env)
         module = build / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -87,4 +109,7 @@ class CMakeBuild(build_ext):
 
 
 if __name__ == "__main__":
-    setup(ext_modules=[Extension("fpsattention._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+    setup(
+        ext_modules=[Extension("fpsattention._C", sources=[])],
+        cmdclass={"build": Build, "build_ext": CMakeBuild},
+    )

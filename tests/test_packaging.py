@@ -1,14 +1,22 @@
-"""What is shipped: the sdist holds what a build reads and nothing large, and the compiled module's stub is true."""
+"""What is shipped: the sdist holds what a build reads and nothing large, and the compiled module's stub is true.
+
+And how it is built: with what, when CMake is configured anew, and that a module that is gone is not packed again.
+"""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
+from importlib.metadata import requires
 from pathlib import Path
 
+import build_backend
 import pytest
+import setup
+from setuptools import Distribution
 
 import fpsattention as fps
 from fpsattention import _C
@@ -54,6 +62,57 @@ def test_the_sdist_holds_nothing_large_or_compiled(sdist):
     suffixes = {Path(name).suffix for name in sdist}
     assert not suffixes & {".so", ".pyc", ".safetensors", ".png", ".json"}
     assert not [name for name in sdist if name.startswith(("tests/", "examples/"))]
+
+
+@pytest.fixture
+def configured(tmp_path):
+    """A function that configures with a stand-in for CMake, and says how often that has been called."""
+
+    def configure(*options: str, nvcc: tuple[int, ...] = (13, 0, 88)) -> int:
+        write = "import sys; open(sys.argv[1], 'a').write('x')"
+        command = [sys.executable, "-c", write, str(tmp_path / "calls"), *options]
+        setup.configure(tmp_path, command, nvcc, dict(os.environ))
+        return len((tmp_path / "calls").read_text())
+
+    return configure
+
+
+def test_a_build_with_the_same_tools_is_not_configured_again(configured):
+    assert [configured("a"), configured("a")] == [1, 1]
+
+
+def test_a_build_with_other_tools_is_configured_again(configured):
+    configured("a")
+    assert [configured("b"), configured("b", nvcc=(13, 0, 89)), configured("a", nvcc=(13, 0, 89))] == [
+        2,
+        3,
+        4,
+    ]
+
+
+def test_a_build_is_configured_again_where_that_has_failed(configured, tmp_path):
+    configured("a")
+    with pytest.raises(subprocess.CalledProcessError):
+        setup.configure(
+            tmp_path, [sys.executable, "-c", "import sys; sys.exit(1)"], (13, 0, 88), dict(os.environ)
+        )
+    assert configured("a") == 2
+
+
+def test_what_an_earlier_build_packed_goes(tmp_path):
+    command = setup.Build(Distribution())
+    command.build_base = str(tmp_path)
+    command.ensure_finalized()
+    stale = Path(command.build_lib) / "fpsattention" / "gone.py"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    command.run()
+    assert not stale.exists()
+
+
+def test_the_emulator_compiles_with_the_headers_of_the_build():
+    extra = [x.partition(";")[0].strip() for x in requires("fpsattention") if 'extra == "emulator"' in x]
+    assert len(extra) > 3 and set(extra) <= {*build_backend.TOOLS, *build_backend.COMPILER}
 
 
 def functions_of_the_stub() -> dict[str, ast.arguments]:
