@@ -1,0 +1,86 @@
+"""Links of the pages lead somewhere, and the README's figures are those of the committed records."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import common
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+
+
+def without_code(page: Path) -> str:
+    return re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings of a page, as mkdocs makes them."""
+    pages = [page, ROOT / "kernels/README.md"] if page.name == "kernels.md" else [page]
+    headings = (x for p in pages for x in re.findall(r"^#+ (.+)$", without_code(p), re.MULTILINE))
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", x).strip().lower()) for x in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links(page):
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", without_code(page)):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def rows_of_the_readme() -> list[list[str]]:
+    text = (ROOT / "README.md").read_text()
+    table = text.partition("<!-- numbers: bench/results/h100.json -->")[2].partition("<!-- end numbers -->")[
+        0
+    ]
+    return [[x.strip() for x in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
+
+
+def agrees(written: str, value: float) -> bool:
+    """Whether a figure is the value, rounded to the digits that are written."""
+    digits = len(written.partition(".")[2])
+    return abs(float(written) - value) <= 0.501 * 10.0**-digits
+
+
+def numbers(text: str, separator: str) -> list[int]:
+    return [int(x) for x in text.split(separator)]
+
+
+@pytest.mark.parametrize("row", rows_of_the_readme(), ids=lambda row: f"{row[0].split()[0]} {row[3]}")
+def test_figures_of_the_readme(row):
+    grid, heads, tile, window, density, cudnn_ms, flex_ms, ms, quant_ms, speedup = row
+    shape = dict(zip(("heads", "head_dim"), numbers(heads, " x "), strict=True))
+    shape |= {"grid": tuple(numbers(grid.split()[0], "x")), "layout": "NHD"}
+    windowed = shape | {"window": None if window == "dense" else tuple(numbers(window, ","))}
+    records = common.Results.load(ROOT / "bench" / "results" / "h100.json").records
+    records = [r for r in records if re.fullmatch(r"[^/]+/\S+", r.case)]  # forwards of the video alone
+
+    def found(op: str, **fields) -> list[common.Record]:
+        return [
+            r for r in records if r.op == op and all(_plain(getattr(r, k)) == v for k, v in fields.items())
+        ]
+
+    (ours,) = found(common.OURS, **windowed, tile=tuple(numbers(tile, "x")))
+    assert agrees(density, ours.density) and agrees(ms, ours.ms) and agrees(speedup, ours.speedup)
+    assert (
+        agrees(quant_ms, ours.quant_ms)
+        and agrees(cudnn_ms, ours.baseline_ms)
+        and ours.baseline == common.CUDNN
+    )
+    if flex_ms != "-":
+        (flex,) = found(common.FLEX, **windowed)
+        assert agrees(flex_ms, flex.ms)
+
+
+def _plain(value):
+    return tuple(value) if isinstance(value, list) else value
