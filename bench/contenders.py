@@ -65,8 +65,6 @@ def config_of(shape: Shape, window: Window, quant: str = "fp8") -> fps.Attention
 
 def ours(shape: Shape, window: Window) -> Contender:
     config = config_of(shape, window)
-    resolved = config.resolve(shape.grid, shape.heads)
-    scale = shape.head_dim**-0.5
 
     def prepare(q, k, v):
         return lambda: fps.attention(
@@ -74,13 +72,13 @@ def ours(shape: Shape, window: Window) -> Contender:
         )
 
     def parts(q, k, v):
-        def quantize():
-            return ops.quantize(q, k, v, resolved, scale, shape.layout)
-
-        quantized = quantize()
-        packed_bytes = sum(blocks.numel() * blocks.element_size() for blocks in quantized[:2])
+        sizes = q.shape[0], shape.heads, shape.head_dim, q.dtype, shape.head_dim**-0.5, shape.layout
+        call = ops.call_of(config, shape.grid, 0, 0, *sizes)
+        packed = ops.launch_quantize(call, q, k, v, None, None)
         return Parts(
-            quantize, lambda: ops.attend(quantized, resolved, scale, shape.layout, q.dtype), packed_bytes
+            lambda: ops.launch_quantize(call, q, k, v, None, None),
+            lambda: ops.launch_attend(call, packed, None, None),
+            call.sections.k_mean,  # where the packed blocks end
         )
 
     return Contender(

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import fpsattention as fps
 from compare import check_gradients
 from fpsattention import reference
+from fpsattention.core import ops
 from inputs import KINDS, make_qkv, poisoned, to_nhd
 from test_attention_gpu import BOTH_DTYPES, BOTH_HEAD_DIMS, CASES, random_cases
 
@@ -165,16 +166,14 @@ def test_deterministic(grid, config, head_dim, seed):
 
 
 def test_the_global_setting_makes_it_deterministic(seed, monkeypatch):
-    asked = []
-    op = torch.ops.fpsattention.attention
-    at = [x.name for x in op.default._schema.arguments].index("deterministic")
+    asked, real = [], ops.attention
 
     def spy(*args):
-        asked.append(args[at])
-        return op(*args)
+        asked.append(args[-1])
+        return real(*args)
 
-    monkeypatch.setattr(torch.ops.fpsattention, "attention", spy)
-    q, k, v = make_qkv("gaussian", grid=GRID, tile=CONFIG.tile, seed=seed)
+    monkeypatch.setattr(ops, "attention", spy)
+    q, k, v = (x.requires_grad_() for x in make_qkv("gaussian", grid=GRID, tile=CONFIG.tile, seed=seed))
     for setting in (True, False):
         torch.use_deterministic_algorithms(setting)
         try:
@@ -274,6 +273,6 @@ def test_never_waits_for_the_gpu(seed):
 def test_opcheck(seed):
     """Schema, fake and autograd of the differentiable op."""
     q, k, v = (x.requires_grad_() for x in make_qkv("gaussian", grid=GRID, tile=CONFIG.tile, seed=seed))
-    args = (q, k, v, list(GRID), [5, 6, 4], [], [1, 3, 3], False, False, 0.125, "NHD", True)
+    args = q, k, v, None, None, list(GRID), 0, 0, CONFIG.spec, 0.125, "NHD", True
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.fpsattention.attention.default, args, test_utils=utils)

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fpsattention as fps
 import programs
+from fpsattention import _C
 from fpsattention.core import api, ops, support
 from inputs import poisoned
 
@@ -257,6 +258,7 @@ REPLACED = {
     "scale": 0.5,
     "tensor_layout": "HND",
     "dtype": torch.float16,
+    "shape": (1, 96, 4, 64),
     "backend": "torch",
     "prefix_len": 1,
     "suffix_len": 1,
@@ -466,74 +468,76 @@ def test_gradient_of_the_reference(name):
 
 # The ops themselves: what they are not told of q, k and v they would read past the end of.
 
-RESOLVED = CONFIG.resolve(GRID, 2, 3, 0)
+SIZES = GRID, 3, 0  # grid and text lengths: 195 tokens
+PACKED = torch.zeros(ops.call_of(CONFIG, *SIZES, 1, 2, 64, torch.bfloat16, 0.125, "NHD").sections.end).byte()
+
+
+def run(op, arguments: dict):
+    """What the op does on a GPU, up to the launch."""
+    return op._init_fn(**arguments)
 
 
 def packed_arguments(**changes):
     """Arguments of `attend` for 195 tokens, on the CPU: right until a kernel would be launched."""
-    rows = RESOLVED.geometry.n_tiles * RESOLVED.geometry.slot
-    images = dict(
-        zip(
-            ("q_blocks", "kv_blocks", "v_amax", "norms", "lse_shift", "k_mean"),
-            ops._quantize_shapes(torch.empty(1, 195, 2, 64, dtype=torch.bfloat16), rows, False, "NHD"),
-            strict=True,
-        )
-    )
-    call = {"grid": GRID, "tile": CONFIG.tile, "windows": CONFIG.window, "truncate": False, "scale": 0.125}
-    call |= {"tensor_layout": "NHD", "prefix_len": 3, "prefix_valid": torch.ones(1, dtype=torch.int32)}
-    return images | call | changes
+    call = dict(zip(("grid", "prefix_len", "suffix_len"), SIZES, strict=True))
+    call |= {"config": CONFIG.spec, "scale": 0.125, "tensor_layout": "NHD"}
+    call |= {"prefix_valid": torch.ones(1, dtype=torch.int32), "suffix_valid": None}
+    return {"packed": PACKED} | call | changes
 
 
-BAD_IMAGES = {
-    "another grid": ({"grid": (60, 60, 60)}, "q_blocks"),
-    "another tile": ({"tile": (1, 1, 1), "windows": ()}, "q_blocks"),
-    "other text tokens": ({"prefix_len": 300}, "q_blocks"),
-    "fewer heads of q": ({"q_blocks": packed_arguments()["q_blocks"][:, :1]}, "q_blocks"),
-    "blocks of k cut": ({"kv_blocks": packed_arguments()["kv_blocks"][:, :, 1:]}, "kv_blocks"),
-    "blocks of k apart": ({"kv_blocks": packed_arguments()["kv_blocks"].mT.contiguous().mT}, "kv_blocks"),
-    "blocks of k as fp32": ({"kv_blocks": packed_arguments()["kv_blocks"].float()}, "kv_blocks"),
-    "amax without heads": ({"v_amax": torch.zeros(64)}, "v_amax"),
-    "amax in bf16": ({"v_amax": torch.zeros(1, 2, 64, dtype=torch.bfloat16)}, "v_amax"),
-    "amax on another device": ({"v_amax": torch.zeros(1, 2, 64, device="meta")}, "q_blocks"),
-    "one norm": ({"norms": torch.zeros(1, 2, 1)}, "norms"),
-    "shift without mean": ({"lse_shift": torch.zeros(1, 2, 195)}, "k_mean"),
+SHAPE = {"batch": 1, "heads": 2, "head_dim": 64, "dtype": torch.bfloat16}
+BAD_OPERANDS = {
+    "another grid": ({"grid": (60, 60, 60)}, "packed"),
+    "another tile": ({"config": fps.AttentionConfig(tile=(1, 1, 1)).spec}, "packed"),
+    "another rounding": ({"config": replace(CONFIG, smooth_k=True).spec}, "packed"),
+    "other text tokens": ({"prefix_len": 300}, "packed"),
+    "fewer heads": ({"heads": 1}, "packed"),
+    "cut": ({"packed": PACKED[1:]}, "packed"),
+    "apart": ({"packed": torch.zeros(2 * len(PACKED), dtype=torch.uint8)[::2]}, "packed"),
+    "as fp32": ({"packed": PACKED.float()}, "packed"),
+    "not on 16 bytes": ({"packed": torch.zeros(len(PACKED) + 1, dtype=torch.uint8)[1:]}, "packed"),
+    "head_dim": ({"head_dim": 80}, "q"),
     "counts in int64": ({"prefix_valid": torch.ones(1, dtype=torch.int64)}, "prefix_valid"),
     "counts of two samples": ({"prefix_valid": torch.ones(2, dtype=torch.int32)}, "prefix_valid"),
     "counts on another device": ({"prefix_valid": torch.ones(1, dtype=torch.int32, device="meta")}, "prefix_valid"),
     "counts of no section": ({"suffix_valid": torch.ones(1, dtype=torch.int32)}, "suffix_valid"),
-    "fp32 out": ({"dtype": torch.float32}, "dtype"),
+    "fp32 out": ({"dtype": torch.float32}, "q"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("changes", "name"), BAD_IMAGES.values(), ids=BAD_IMAGES.keys())
+@pytest.mark.parametrize(("changes", "name"), BAD_OPERANDS.values(), ids=BAD_OPERANDS.keys())
 def test_operands_of_attend_are_checked(changes, name):
     with pytest.raises(ValueError, match=rf"^{name}: "):
-        ops._attend_cuda(**{"dtype": torch.bfloat16} | packed_arguments(**changes))
+        run(ops.attend, SHAPE | packed_arguments(**changes))
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("out", torch.zeros(1, 192, 2, 64, dtype=torch.bfloat16)),
         ("dout", torch.zeros(1, 195, 2, 64)),
+        ("dout", torch.zeros(1, 192, 2, 64, dtype=torch.bfloat16)),
+        ("out", torch.zeros(1, 195, 64, 2, dtype=torch.bfloat16).mT),
+        ("out", torch.zeros(1, 192, 2, 64, dtype=torch.bfloat16)),
+        ("out", torch.zeros(195, 2, 64, dtype=torch.bfloat16)),
         ("lse", torch.zeros(1, 2, 195, dtype=torch.float64)),
+        ("lse", torch.zeros(1, 195, 2).mT),
         ("dlse", torch.zeros(1, 2, 195, 1)),
-        ("q_blocks", packed_arguments()["q_blocks"][:, :, 1:]),
+        ("packed", PACKED[1:]),
         ("prefix_valid", torch.ones(1)),
     ],
 )
 def test_operands_of_the_backward_are_checked(name, value):
     rows = {x: torch.zeros(1, 195, 2, 64, dtype=torch.bfloat16) for x in ("out", "dout")}
     rows |= {x: torch.zeros(1, 2, 195) for x in ("lse", "dlse")}
-    arguments = packed_arguments() | rows | {"deterministic": False, name: value}
-    del arguments["norms"]
     with pytest.raises(ValueError, match=rf"^{name}: "):
-        ops._attention_backward_cuda(**arguments)
+        run(ops.attention_backward, packed_arguments() | rows | {"deterministic": False, name: value})
 
 
+@pytest.mark.parametrize("op", [ops.quantize, ops.attention])
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
+        ("q", {"q": tensor()[0]}),
         ("k", {"k": tensor(1, 96, 2, 64)}),
         ("v", {"v": tensor(dtype=torch.float16)}),
         ("v", {"v": tensor(device="meta")}),
@@ -542,10 +546,12 @@ def test_operands_of_the_backward_are_checked(name, value):
         ("prefix_valid", {"grid": (4, 6, 7), "prefix_len": 24, "prefix_valid": torch.ones(1)}),
     ],
 )
-def test_operands_of_quantize_are_checked(name, changes):
-    call = {"grid": GRID, "tile": CONFIG.tile, "quant_tile": (), "smooth_k": False, "scale": 1.0}
+def test_operands_of_quantize_are_checked(op, name, changes):
+    call = {"grid": GRID, "prefix_len": 0, "suffix_len": 0, "config": CONFIG.spec, "scale": 1.0}
+    call |= {"tensor_layout": "NHD", "prefix_valid": None, "suffix_valid": None}
+    call |= {"deterministic": False} if op is ops.attention else {}
     with pytest.raises(ValueError, match=rf"^{name}: "):
-        ops._quantize_cuda(**dict.fromkeys("qkv", tensor()) | call | {"tensor_layout": "NHD"} | changes)
+        run(op, dict.fromkeys("qkv", tensor()) | call | changes)
 
 
 @pytest.mark.parametrize(
@@ -560,9 +566,23 @@ def test_operands_of_quantize_are_checked(name, changes):
 )
 def test_operands_of_norm_rope_quantize_are_checked(name, changes):
     call = {"q_weight": torch.ones(64), "k_weight": torch.ones(64), "eps": 1e-6, "rope": []}
-    call |= {"grid": GRID, "tile": CONFIG.tile, "quant_tile": (), "scale": 1.0, "tensor_layout": "NHD"}
+    call |= {"grid": GRID, "config": CONFIG.spec, "scale": 1.0, "tensor_layout": "NHD"}
     with pytest.raises(ValueError, match=rf"^{name}: "):
-        ops._norm_rope_quantize_cuda(**dict.fromkeys("qkv", tensor()) | call | changes)
+        run(ops.norm_rope_quantize, dict.fromkeys("qkv", tensor()) | call | changes)
+
+
+def test_a_launch_names_what_is_not_set():
+    """A kernel would read address 0."""
+    call = ops.call_of(CONFIG, *SIZES, 1, 2, 64, torch.bfloat16, 0.125, "NHD")
+    for launch, params, missing in (
+        (_C.quantize, call.quantize_params, "q"),
+        (_C.attn_fwd, call.forward_params, "q_blocks"),
+        (_C.attn_bwd, call.backward_params, "q_blocks"),
+    ):
+        with pytest.raises(ValueError, match=f"^{missing} is not set"):
+            launch(params, 0, 0)
+        with pytest.raises(AttributeError):
+            params.no_such_field = 1
 
 
 @BACKENDS

@@ -235,13 +235,13 @@ def test_deterministic_gradients_do_not_depend_on_the_schedule(emulated, on_cpu,
 
 
 def test_every_byte_that_is_copied_is_written(emulated, on_cpu, monkeypatch):
-    """The packed blocks that the kernels copy to shared memory are the same, whatever their memory held before. Here
-    every block holds a token: of the others, nobody reads what the backward makes.
+    """What the kernels copy to shared memory is the same, whatever its memory held before. Here every block holds a
+    token: the backward leaves the operands of the others alone, which nothing reads.
     """
     case = Case((3, 5, 8), AttentionConfig(tile=(3, 5, 8), smooth_k=True), heads=2)
     poisoned = torch.Tensor.new_empty
 
-    def packed(fill: int) -> list[torch.Tensor]:
+    def buffers(fill: int) -> list[torch.Tensor]:
         made = []
 
         def filled(*args, **kwargs):
@@ -255,8 +255,8 @@ def test_every_byte_that_is_copied_is_written(emulated, on_cpu, monkeypatch):
             run(emulated, case, 3, 3, patch)
         return made
 
-    first, second = packed(0xFF), packed(0)
-    assert len(first) == 4  # Q and K, V of the forward; of queries and of keys of the backward
+    first, second = buffers(0xFF), buffers(0)
+    assert len(first) == 2  # the packed operands; the scratch of the backward
     for x, y in zip(first, second, strict=True):
         assert torch.equal(x, y)
 
@@ -266,12 +266,12 @@ def test_launches_let_other_threads_run(emulated, on_cpu, monkeypatch):
     real, ran = load(emulated), dict.fromkeys(("quantize", "attn_fwd", "attn_bwd"), 0)
 
     def watched(name):
-        def launch(**kwargs):
+        def launch(*args):
             counting, counted = threading.Event(), threading.Event()
             thread = threading.Thread(target=lambda: (counting.wait(), counted.set()))
             thread.start()
             counting.set()
-            getattr(real, name)(**kwargs)
+            getattr(real, name)(*args)
             ran[name] += counted.is_set()
             thread.join()
 

@@ -96,7 +96,7 @@ def test_flex_is_exact_attention(config, layout):
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
 
 
-EXTRA = pytest.mark.parametrize("case", text_cases.EXTRA_CASES.values(), ids=text_cases.EXTRA_CASES.keys())
+EXTRA = pytest.mark.parametrize("case", text_cases.TEXT_CASES.values(), ids=text_cases.TEXT_CASES.keys())
 
 
 @EXTRA

@@ -195,8 +195,8 @@ opaque.register_autograd(lambda ctx, d: (d, 2 * d, 3 * d, None, None, None))
 
 
 def attend_opaquely(q, k, v, *, grid, config, **_):
-    tile, _, windows, _ = config.as_lists()
-    return torch.ops.fpsattention_test.attention_of_heads(q, k, v, list(grid), tile, windows)
+    windows = [x for window in config.window for x in window]
+    return torch.ops.fpsattention_test.attention_of_heads(q, k, v, list(grid), list(config.tile), windows)
 
 
 def compiled_ulysses() -> tuple[int, bool, bool]:

@@ -7,6 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fpsattention as fps
+from fpsattention import AttentionConfig
+from fpsattention.core import ops
 from prologue_cases import expected, inputs
 
 GRID = (2, 3, 4)
@@ -69,11 +71,9 @@ def test_fake(seed):
         q = torch.zeros(2, 24, 3, 64, dtype=torch.bfloat16)
         weight = torch.zeros(192)
         rope = [torch.zeros(n, p, 2) for n, p in zip(GRID, (12, 10, 10), strict=True)]
-        images = torch.ops.fpsattention.norm_rope_quantize(
-            q, q, q, weight, weight, 1e-6, rope, list(GRID), [2, 2, 2], [], 0.125, "NHD"
-        )
-        plain = torch.ops.fpsattention.quantize(q, q, q, list(GRID), [2, 2, 2], [], False, 0.125, "NHD")
-        assert [x.shape for x in images] == [x.shape for x in plain]
+        rest = AttentionConfig(tile=(2, 2, 2)).spec, 0.125, "NHD"
+        packed = ops.norm_rope_quantize(q, q, q, weight, weight, 1e-6, rope, list(GRID), *rest)
+        assert packed.shape == ops.quantize(q, q, q, None, None, list(GRID), 0, 0, *rest).shape
 
 
 def wrong(**kwargs):

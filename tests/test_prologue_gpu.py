@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fpsattention as fps
+import packed
 from fpsattention.core import ops
 from inputs import poisoned
 from prologue_cases import inputs
@@ -21,8 +22,14 @@ CONFIGS = {
 }
 
 
-def values(x: fps.QuantizedQKV, tile, head_dim):
-    return ops.decode_blocks(*x.operands[:3], GRID, tile, head_dim)
+def call_of(x: fps.QuantizedQKV) -> ops.Call:
+    batch, second, third, head_dim = x.shape
+    heads = third if x.tensor_layout == "NHD" else second
+    return ops.call_of(x.config, GRID, 0, 0, batch, heads, head_dim, x.dtype, x.scale, x.tensor_layout)
+
+
+def values(x: fps.QuantizedQKV):
+    return packed.decode(call_of(x), *x.operands)
 
 
 @BOTH_HEAD_DIMS
@@ -40,11 +47,12 @@ def test_contract(norm, rope, config, dtype, head_dim, seed):
     rest = {"grid": GRID, "eps": given["eps"], "rope": given.get("rope")}
     q, k = (fps.norm_rope(x, given.get(f"{n}_weight"), **rest) for n, x in (("q", q), ("k", k)))
     want = fps.quantize_qkv(q, k, v, **call)
-    for a, b in zip(values(got, config.tile, head_dim), values(want, config.tile, head_dim), strict=True):
+    for a, b in zip(values(got), values(want), strict=True):
         assert a.isfinite().all() and (a - b).norm() <= 3e-3 * b.norm()
         assert ((a - b).abs() > 1e-2 * b.abs()).float().mean() <= 5e-3
-    torch.testing.assert_close(got.operands[2], want.operands[2], rtol=0, atol=0)
-    torch.testing.assert_close(got.operands[3], want.operands[3], rtol=5e-3, atol=0)  # norms: of rounded rows
+    ours, theirs = (packed.sections(call_of(x), *x.operands) for x in (got, want))
+    torch.testing.assert_close(ours.v_amax, theirs.v_amax, rtol=0, atol=0)
+    torch.testing.assert_close(ours.norms, theirs.norms, rtol=5e-3, atol=0)  # of rounded rows
     out, expected = fps.attention(got).float(), fps.attention(want).float()
     assert (out - expected).norm() <= 5e-3 * expected.norm()
 
@@ -55,14 +63,14 @@ def test_layouts_and_strides(seed):
     want = fps.norm_rope_quantize(q, k, v, **call)
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
     hnd = fps.norm_rope_quantize(*heads_first, **call, tensor_layout="HND")
-    packed = torch.stack((q, k, v), dim=2).unbind(2)
-    strided = fps.norm_rope_quantize(*packed, **call)
-    of_want = values(want, CONFIGS["tile"].tile, 128)
+    together = torch.stack((q, k, v), dim=2).unbind(2)
+    strided = fps.norm_rope_quantize(*together, **call)
+    of_want = values(want)
     # The kernel loads pairs of weights: here they do not start on 8 bytes.
     weights = {x: torch.cat([given[x].float()[:1], given[x].float()])[1:] for x in ("q_weight", "k_weight")}
     shifted = fps.norm_rope_quantize(q, k, v, **call | weights)
     for got in (hnd, strided, shifted):
-        of_got = values(got, CONFIGS["tile"].tile, 128)
+        of_got = values(got)
         assert all(torch.equal(a, b) for a, b in zip(of_got, of_want, strict=True))
 
 
@@ -80,20 +88,8 @@ def test_compiled(seed):
 
 def test_opcheck(seed):
     (q, k, v), given = inputs(GRID, 3, 128, seed=seed, device="cuda", dtype=torch.bfloat16)
-    args = (
-        q,
-        k,
-        v,
-        given["q_weight"],
-        given["k_weight"],
-        1e-6,
-        given["rope"],
-        list(GRID),
-        [3, 4, 5],
-        [],
-        0.1,
-        "NHD",
-    )
+    norm = given["q_weight"], given["k_weight"], 1e-6, given["rope"]
+    args = q, k, v, *norm, list(GRID), CONFIGS["tile"].spec, 0.1, "NHD"
     torch.library.opcheck(
         torch.ops.fpsattention.norm_rope_quantize.default, args, test_utils=("test_schema", "test_faketensor")
     )

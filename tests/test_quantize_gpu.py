@@ -8,28 +8,32 @@ import pytest
 import torch
 
 import fpsattention as fps
+import packed
 from fpsattention import _C, reference
 from fpsattention.core import ops
+from fpsattention.core.checks import to_heads_first
 from inputs import KINDS, make_qkv, poisoned
 
 pytestmark = pytest.mark.gpu
 
 
-def quantize(q, k, v, resolved, tensor_layout="NHD"):
-    """(q_blocks, kv_blocks, v_amax, norms, lse_shift) out of poisoned memory."""
+def quantize(q, k, v, config, grid, tensor_layout="NHD"):
+    """(call, packed operands), these out of poisoned memory."""
+    call = call_of(q, config, grid, tensor_layout)
     with poisoned():
-        return ops.quantize(q, k, v, resolved, 0.125, tensor_layout)
+        return call, ops.launch_quantize(call, q, k, v, None, None)
 
 
-def decode(images, resolved, head_dim):
-    """Dequantised q, k, v [B, L, H, D] of the images."""
-    return ops.decode_blocks(*images[:3], resolved.grid, resolved.tile, head_dim)
+def call_of(q, config, grid, tensor_layout="NHD") -> ops.Call:
+    batch, second, third, head_dim = q.shape
+    heads = third if tensor_layout == "NHD" else second
+    return ops.call_of(config, grid, 0, 0, batch, heads, head_dim, q.dtype, 0.125, tensor_layout)
 
 
-def assert_bits(q, k, v, resolved, tensor_layout="NHD"):
-    images = quantize(q, k, v, resolved, tensor_layout)
-    expected = reference.quantize(q, k, v, resolved, tensor_layout)
-    mine = decode(images, resolved, q.shape[-1])
+def assert_bits(q, k, v, config, grid, tensor_layout="NHD"):
+    call, operands = quantize(q, k, v, config, grid, tensor_layout)
+    expected = reference.quantize(q, k, v, call.resolved, tensor_layout)
+    mine = packed.decode(call, operands)
     for name, got, want in zip("qkv", mine, (expected.q, expected.k, expected.v), strict=True):
         want = want.transpose(1, 2)
         wrong = (got != want).nonzero()
@@ -38,13 +42,14 @@ def assert_bits(q, k, v, resolved, tensor_layout="NHD"):
             f"{name}: {len(wrong)} of {want.numel()} values differ, the first at [B, L, H, D] {first}: "
             f"{got[first].item():.9g}, reference {want[first].item():.9g}"
         )
-    q, k, v = (reference.to_heads_first(x, tensor_layout).float() for x in (q, k, v))
-    assert torch.equal(images[2], v.abs().amax(2))
+    found = packed.sections(call, operands)
+    q, k, v = (to_heads_first(x, tensor_layout).float() for x in (q, k, v))
+    assert torch.equal(found.v_amax, v.abs().amax(2))
     if expected.k_mean is not None:
         k = k - expected.k_mean[:, :, None]
     norms = torch.stack([x.norm(dim=-1).amax(-1) for x in (q, k)], -1)
-    torch.testing.assert_close(images[3], norms, rtol=1e-5, atol=0)
-    return images
+    torch.testing.assert_close(found.norms, norms, rtol=1e-5, atol=0)
+    return found
 
 
 GRIDS = {
@@ -78,7 +83,7 @@ def test_bits(grid, tile, quant_tile, head_dim, dtype, tensor_layout, seed):
         tensor_layout=tensor_layout,
         seed=seed,
     )
-    assert_bits(*qkv, config.resolve(grid, 3), tensor_layout)
+    assert_bits(*qkv, config, grid, tensor_layout)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -86,7 +91,7 @@ def test_bits(grid, tile, quant_tile, head_dim, dtype, tensor_layout, seed):
 def test_bits_of_nasty_inputs(kind, dtype, seed):
     grid, config = (9, 12, 10), fps.AttentionConfig(tile=(3, 6, 4))
     qkv = make_qkv(kind, grid=grid, tile=config.tile, head_dim=128, dtype=dtype, seed=seed)
-    assert_bits(*qkv, config.resolve(grid, 2))
+    assert_bits(*qkv, config, grid)
 
 
 def test_bits_of_every_bfloat16(seed):
@@ -98,26 +103,25 @@ def test_bits_of_every_bfloat16(seed):
     values = torch.cat([every, -every, every[: 65536 - 2 * len(every)]]).reshape(1, 1024, 1, 64).cuda()
     by_size = values.flatten()[values.flatten().abs().argsort(stable=True)].reshape(values.shape)
     shuffled = values.flatten()[torch.randperm(65536, generator=torch.Generator().manual_seed(seed)).cuda()]
-    resolved = fps.AttentionConfig(tile=tile).resolve(grid, 1)
-    assert_bits(by_size, by_size.flip(1).contiguous(), shuffled.reshape(values.shape), resolved)
+    config = fps.AttentionConfig(tile=tile)
+    assert_bits(by_size, by_size.flip(1).contiguous(), shuffled.reshape(values.shape), config, grid)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(("grid", "tile"), [((7, 11, 13), (3, 4, 5)), ((9, 12, 20), (8, 8, 8))])
 def test_padding_rows_are_zero(grid, tile, head_dim):
-    """Every input is 1, so every valid element has the code of 448, and the rest of an image must be zero: a
-    stale NaN in a padding row of V would reach the output through a probability of zero.
+    """Every input is 1, so every valid element has the code of 448. The rest of a packed block must be zero: a stale
+    NaN in a padding row of V would reach the output through a probability of zero.
     """
     code_of_448 = 0x7E
-    resolved = fps.AttentionConfig(tile=tile).resolve(grid, 2)
-    geometry = resolved.geometry
-    ones = torch.ones(1, geometry.n_tokens, 2, head_dim, dtype=torch.bfloat16, device="cuda")
-    q_blocks, kv_blocks, *_ = quantize(ones, ones, ones, resolved)
-    image = _C.BLOCK * head_dim
+    ones = torch.ones(1, math.prod(grid), 2, head_dim, dtype=torch.bfloat16, device="cuda")
+    call, operands = quantize(ones, ones, ones, fps.AttentionConfig(tile=tile), grid)
+    geometry, found = call.resolved.geometry, packed.sections(call, operands)
+    k_bytes = _C.BLOCK * head_dim
     for operand, rows, codes in (
-        ("q", _C.QUERY_BLOCK, q_blocks[..., : _C.QUERY_BLOCK * head_dim]),
-        ("k", _C.BLOCK, kv_blocks[..., :image]),
-        ("v", _C.BLOCK, kv_blocks[..., image : 2 * image]),
+        ("q", _C.QUERY_BLOCK, found.q_blocks[..., : _C.QUERY_BLOCK * head_dim]),
+        ("k", _C.BLOCK, found.kv_blocks[..., :k_bytes]),
+        ("v", _C.BLOCK, found.kv_blocks[..., k_bytes : 2 * k_bytes]),
     ):
         valid = (geometry.slot_tokens >= 0).reshape(-1, rows).sum(1)
         assert (valid % rows != 0).any(), "the case has padding"
@@ -142,7 +146,7 @@ def test_smooth_k(head_dim, dtype, tensor_layout, quant_tile, seed):
     then a code may differ: by one step, in one value of a thousand. Q and V do not take part.
     """
     grid, tile = (7, 11, 13), (3, 4, 4)
-    resolved = fps.AttentionConfig(tile=tile, quant_tile=quant_tile, smooth_k=True).resolve(grid, 3)
+    config = fps.AttentionConfig(tile=tile, quant_tile=quant_tile, smooth_k=True)
     q, k, v = make_qkv(
         "key_mean",
         grid=grid,
@@ -154,9 +158,9 @@ def test_smooth_k(head_dim, dtype, tensor_layout, quant_tile, seed):
         tensor_layout=tensor_layout,
         seed=seed,
     )
-    images = quantize(q, k, v, resolved, tensor_layout)
-    expected = reference.quantize(q, k, v, resolved, tensor_layout)
-    got_q, got_k, got_v = decode(images, resolved, head_dim)
+    call, operands = quantize(q, k, v, config, grid, tensor_layout)
+    expected = reference.quantize(q, k, v, call.resolved, tensor_layout)
+    got_q, got_k, got_v = packed.decode(call, operands)
     assert torch.equal(got_q, expected.q.transpose(1, 2))
     assert torch.equal(got_v, expected.v.transpose(1, 2))
 
@@ -169,30 +173,30 @@ def test_smooth_k(head_dim, dtype, tensor_layout, quant_tile, seed):
     heads_first = q.transpose(1, 2) if tensor_layout == "NHD" else q
     shift = 0.125 * (heads_first.double() * expected.k_mean[:, :, None].double()).sum(-1)
     assert shift.abs().max() > 1
-    torch.testing.assert_close(images[4].double(), shift, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        packed.sections(call, operands).lse_shift.double(), shift, rtol=1e-4, atol=1e-4
+    )
 
 
-def test_layouts_give_the_same_images(seed):
+def test_layouts_give_the_same_codes(seed):
     grid, config = (7, 11, 13), fps.AttentionConfig(tile=(3, 4, 5), smooth_k=True)
-    resolved = config.resolve(grid, 3)
     qkv = make_qkv("gaussian", grid=grid, tile=config.tile, batch=2, heads=3, seed=seed)
-    nhd = quantize(*qkv, resolved, "NHD")
-    hnd = quantize(*(x.transpose(1, 2).contiguous() for x in qkv), resolved, "HND")
-    for a, b in zip(decode(nhd, resolved, 64), decode(hnd, resolved, 64), strict=True):
+    nhd = quantize(*qkv, config, grid, "NHD")
+    hnd = quantize(*(x.transpose(1, 2).contiguous() for x in qkv), config, grid, "HND")
+    for a, b in zip(packed.decode(*nhd), packed.decode(*hnd), strict=True):
         assert torch.equal(a, b)
-    assert torch.equal(nhd[2], hnd[2]) and torch.equal(nhd[3], hnd[3])
+    for name in ("v_amax", "norms"):
+        assert torch.equal(*(getattr(packed.sections(*x), name) for x in (nhd, hnd)))
 
 
-def test_same_images_every_time(seed):
+def test_same_codes_every_time(seed):
     """Also where sums and maxima are gathered over many blocks: the mean of K, bricks, V's channels."""
     grid = (17, 45, 40)
     config = fps.AttentionConfig(tile=(7, 9, 2), quant_tile=(7, 9, 8), smooth_k=True)
-    resolved = config.resolve(grid, 2)
     qkv = make_qkv("key_mean", grid=grid, tile=config.tile, head_dim=128, seed=seed)
-    first = quantize(*qkv, resolved)
-    assert math.prod(grid) == first[4].shape[2]
+    first = quantize(*qkv, config, grid)
+    assert math.prod(grid) == packed.sections(*first).lse_shift.shape[2]
     for _ in range(4):
-        again = quantize(*qkv, resolved)
-        for a, b in zip(decode(first, resolved, 128), decode(again, resolved, 128), strict=True):
+        again = quantize(*qkv, config, grid)
+        for a, b in zip(packed.decode(*first), packed.decode(*again), strict=True):
             assert torch.equal(a, b)
-        assert torch.equal(first[2], again[2]) and torch.equal(first[3], again[3])

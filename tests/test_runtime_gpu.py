@@ -282,23 +282,21 @@ def test_sizes_become_symbols(seed):
 def test_opcheck(config, tensor_layout, seed):
     """The ops' schemas say what they do, and their fakes the shapes, strides and dtypes that come out."""
     q, k, v = random_qkv(seed, tensor_layout=tensor_layout)
-    resolved = config.resolve(GRID, 3)
-    grid, tile, quant_tile = (list(x) for x in (resolved.grid, resolved.tile, resolved.quant_tile))
-    windows = [x for window in resolved.windows for x in window]
     utils = ("test_schema", "test_faketensor")
-    quantize = torch.ops.fpsattention.quantize.default
-    args = (q, k, v, grid, tile, quant_tile, resolved.smooth_k, 0.125, tensor_layout)
-    torch.library.opcheck(quantize, args, test_utils=utils)
-    images = quantize(*args)
-    args = (*images, grid, tile, windows, resolved.truncate, 0.125, tensor_layout, q.dtype)
+    rest = None, None, list(GRID), 0, 0, config.spec, 0.125, tensor_layout
+    torch.library.opcheck(torch.ops.fpsattention.quantize.default, (q, k, v, *rest), test_utils=utils)
+    packed = ops.quantize(q, k, v, *rest)
+    args = packed, *rest, q.shape[0], 3, q.shape[3], q.dtype
     torch.library.opcheck(torch.ops.fpsattention.attend.default, args, test_utils=utils)
-    # The two calls of ops.py are these ops.
-    out = ops.attend(images, resolved, 0.125, tensor_layout, q.dtype)
-    assert_same(out, torch.ops.fpsattention.attend.default(*args))
+    # An eager call goes past the ops, to the same launches.
+    call = {"grid": GRID, "config": config, "scale": 0.125, "tensor_layout": tensor_layout}
+    want = fps.attention(q, k, v, **call, return_lse=True)
+    assert_same(ops.attend(*args), want)
+    assert_same(ops.attention(q, k, v, *rest, False)[:2], want)
 
 
 def test_offsets_beyond_32_bits(seed):
-    """3.1e9 elements: every tensor, and K and V's images, pass 2^31 elements and 2^32 bytes."""
+    """3.1e9 elements: every tensor, and the packed blocks of K and V, pass 2^31 elements and 2^32 bytes."""
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     if free < 40 * 2**30:

@@ -26,23 +26,18 @@ pytestmark = [
 ]
 
 
-def config_of(grid, tile, quant_tile, windows, truncate, smooth_k) -> AttentionConfig:
-    return AttentionConfig.from_lists(tile, quant_tile, windows, truncate, smooth_k)
-
-
 def attention_on_cpu(
-    q, k, v, grid, tile, quant_tile, windows, truncate, smooth_k, scale, tensor_layout, deterministic, prefix_len=0,
-    suffix_len=0, prefix_valid=None, suffix_valid=None
+    q, k, v, prefix_valid, suffix_valid, grid, prefix_len, suffix_len, config, scale, tensor_layout, deterministic
 ):  # fmt: skip
-    config = config_of(grid, tile, quant_tile, windows, truncate, smooth_k)
-    resolved = config.resolve(tuple(grid), q.shape[2], prefix_len, suffix_len)
+    config = AttentionConfig.from_spec(config)
     out, lse = fps.reference.emulated_attention(
         q, k, v, grid=grid, config=config, scale=scale, prefix_len=prefix_len, suffix_len=suffix_len,
         prefix_valid=prefix_valid, suffix_valid=suffix_valid,
     )  # fmt: skip
-    rows = resolved.geometry.n_tiles * resolved.geometry.slot
-    images = ops._quantize_shapes(q, rows, smooth_k, tensor_layout)
-    return out.contiguous(), lse.contiguous(), *(x.zero_() for x in images)
+    batch, _, heads, head_dim = q.shape
+    sizes = tuple(grid), prefix_len, suffix_len, batch, heads, head_dim, q.dtype, scale, tensor_layout
+    packed = torch.zeros(ops.call_of(config, *sizes).sections.end, dtype=torch.uint8)
+    return out.contiguous(), lse.contiguous(), packed
 
 
 def backward_on_cpu(dout, dlse, out, *_):
@@ -55,6 +50,7 @@ def kernels_on_cpu(monkeypatch):
     library.impl("attention", attention_on_cpu, "CPU")
     library.impl("attention_backward", backward_on_cpu, "CPU")
     monkeypatch.setattr(api, "backend_for", lambda *_: ("sm90", ""))
+    monkeypatch.setattr(ops, "is_watched", lambda *_: True)  # eager calls would launch
     torch.compiler.reset()
     yield
     library._destroy()
@@ -116,8 +112,8 @@ def test_a_planned_tile_is_of_one_size(kernels_on_cpu):
 def test_shapes_that_are_promised(kernels_on_cpu, config):
     """Of every result, operands for the backward included, by torch's own check with symbolic sizes."""
     for grid, prefix_len, suffix_len in ((GRIDS[2], 0, 0), (GRIDS[4], 3, 150)):
-        call = *qkv(grid, prefix_len + suffix_len), list(grid), *config.as_lists()
-        call = *call, config.smooth_k, 0.125, "NHD", False, prefix_len, suffix_len
+        sizes = list(grid), prefix_len, suffix_len
+        call = *qkv(grid, prefix_len + suffix_len), None, None, *sizes, config.spec, 0.125, "NHD", False
         torch.library.opcheck(
             torch.ops.fpsattention.attention, call, test_utils=("test_schema", "test_faketensor")
         )

@@ -8,16 +8,17 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import brute
+import fake_kernels
 import fpsattention as fps
 import text_cases
 from fpsattention import reference
 from fpsattention.core import api, ops
 from fpsattention.core.geometry import TileGeometry
 from inputs import to_nhd
-from text_cases import EXTRA_CASES, TextCase
+from text_cases import TEXT_CASES, TextCase
 
-ALL = pytest.mark.parametrize("case", EXTRA_CASES.values(), ids=EXTRA_CASES.keys())
-COUNTS = EXTRA_CASES["counts"]
+ALL = pytest.mark.parametrize("case", TEXT_CASES.values(), ids=TEXT_CASES.keys())
+COUNTS = TEXT_CASES["counts"]
 
 
 def close(got, want):
@@ -259,7 +260,7 @@ def test_wrong_attention_is_told_from_right(mutation):
 
 def test_wrong_scales_are_told_from_right(seed):
     """Large invalid tokens that joined amax would show; a run without a valid token has scale 1."""
-    case = EXTRA_CASES["counts that empty a run"]
+    case = TEXT_CASES["counts that empty a run"]
     q, k, v = case.make_qkv(dtype=torch.float32, seed=seed, invalid=50.0)
     resolved = case.config().resolve(case.grid, case.heads, case.prefix_len, case.suffix_len)
     x = reference.quantize(q, k, v, resolved, case.layout, **case.counts())
@@ -348,7 +349,7 @@ def test_api_on_the_reference(case, seed):
 
 
 def test_quantised_once_brings_its_text_tokens():
-    case = EXTRA_CASES["counts of the prefix alone"]
+    case = TEXT_CASES["counts of the prefix alone"]
     quantised = fps.quantize_qkv(*case.make_qkv(), **case.call(), backend="reference")
     call = {"prefix_len": case.prefix_len, "suffix_len": case.suffix_len}
     assert torch.equal(fps.attention(quantised, **call), fps.attention(quantised))
@@ -439,32 +440,33 @@ def test_counts_out_of_range_are_clamped_where_they_cannot_be_checked():
     assert valid.int().tolist() == [[0, 0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1, 1]]
 
 
-@pytest.mark.parametrize("case", ["several runs", "counts", "smooth_k, counts, bricks"])
+@pytest.mark.parametrize("case", ["several text tiles", "counts", "smooth_k, counts, bricks"])
 def test_ops(case):
     """Their fakes: shapes with the runs' blocks; gradients of q, k, v and of nothing else."""
-    case = EXTRA_CASES[case]
+    case = TEXT_CASES[case]
     shape = (case.batch, case.tokens, case.heads, 64)
     if case.layout == "HND":
         shape = (case.batch, case.heads, case.tokens, 64)
     geometry = TileGeometry(case.grid, case.tile, case.prefix_len, case.suffix_len)
-    rows = geometry.n_tiles * geometry.slot
+    config = case.config()
+    lengths = case.prefix_len, case.suffix_len
+    call = ops.call_of(
+        config, case.grid, *lengths, case.batch, case.heads, 64, torch.bfloat16, 0.125, case.layout
+    )
+    assert call.sections.kv_blocks == case.batch * case.heads * geometry.n_rows // 64 * (64 * 64 + 128)
     with FakeTensorMode():
         q, k, v = (torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-        lists = case.config().as_lists()
         given = (case.prefix_valid, case.suffix_valid)
         valid = [None if x is None else torch.zeros(len(x), dtype=torch.int32) for x in given]
-        text = (case.prefix_len, case.suffix_len, *valid)
-        rest = (case.config().smooth_k, 0.125, case.layout, False)
-        out, lse, *images = torch.ops.fpsattention.attention(q, k, v, list(case.grid), *lists, *rest, *text)
+        rest = list(case.grid), *lengths, config.spec, 0.125, case.layout
+        out, lse, packed = ops.attention(q, k, v, *valid, *rest, False)
         assert out.shape == shape and lse.shape == (case.batch, case.heads, case.tokens)
-        assert images[0].shape[2] == rows // 64 and images[1].shape[2] == rows // 128
-        if case.smooth_k:
-            assert images[4].shape == lse.shape
+        assert packed.shape == (call.sections.end,)
         (out.float().sum() + lse.sum()).backward()
         assert all(x.grad.shape == x.shape for x in (q, k, v))
-        resolved = case.config().resolve(case.grid, case.heads, *text[:2])
-        images = ops.quantize(*(x.detach() for x in (q, k, v)), resolved, 0.125, case.layout, *valid)
-        again, _ = ops.attend(images, resolved, 0.125, case.layout, q.dtype, *valid)
+        packed = ops.quantize(*(x.detach() for x in (q, k, v)), *valid, *rest)
+        assert packed.shape == (call.sections.end,)
+        again, _ = ops.attend(packed, *valid, *rest, case.batch, case.heads, 64, q.dtype)
         assert again.shape == out.shape
 
 
@@ -480,9 +482,7 @@ def test_the_kernels_call_is_one_graph(monkeypatch):
         text = {"prefix_len": prefix_len, "suffix_len": suffix_len, "prefix_valid": valid}
         return fps.attention(q, q, q, grid=GRID, config=config, **text, return_lse=True)
 
-    with torch.library._scoped_library("fpsattention", "IMPL") as library:
-        library.impl("attention", ops._attention(ops._quantize_fake, ops._attend_fake), "CPU")
-        library.impl("attention_backward", ops._attention_backward_fake, "CPU")
+    with fake_kernels.on_cpu():
         for prefix_len in (5, 3, 2):
             q = torch.zeros(2, 29, 1, 64, dtype=torch.bfloat16, requires_grad=True)
             out, lse = call(q, counts(1, 2), prefix_len, 5 - prefix_len)

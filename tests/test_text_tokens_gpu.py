@@ -12,12 +12,12 @@ import fpsattention as fps
 from fpsattention import reference
 from inputs import poisoned, to_nhd
 from test_attention_gpu import BOTH_DTYPES, BOTH_HEAD_DIMS
-from text_cases import EXTRA_CASES, TextCase, check_attention, check_gradients
+from text_cases import TEXT_CASES, TextCase, check_attention, check_gradients
 
 pytestmark = pytest.mark.gpu
 
 # Of many tiles, with sections that end in the middle of a block, fill several runs, or are longer than the video.
-CASES = EXTRA_CASES | {
+CASES = TEXT_CASES | {
     "text last, windowed": TextCase((6, 18, 20), (3, 6, 5), (1, 3, 3), suffix_len=256, heads=3),
     "text first, slot of 384": TextCase((10, 16, 20), (6, 8, 8), (1, 1, 3), prefix_len=226, batch=2),
     "padded text": TextCase(

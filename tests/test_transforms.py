@@ -9,9 +9,10 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
+import fake_kernels
 import fpsattention as fps
 from fpsattention import parallel, reference
-from fpsattention.core import api, config, geometry, ops
+from fpsattention.core import api, config, geometry
 from fpsattention.core.geometry import tile_geometry
 
 GRID = (1, 6, 6)
@@ -173,7 +174,7 @@ def test_opcheck(kind, tensor_layout):
     if tensor_layout == "HND":
         inputs = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in inputs]
     dtype = torch.float32 if kind == "exact" else None
-    call = kind, list(GRID), *CONFIG.as_lists(), False, 0.125, tensor_layout, dtype, 0, 0, None, None
+    call = None, None, list(GRID), 0, 0, CONFIG.spec, 0.125, tensor_layout, kind, dtype
     utils = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(torch.ops.fpsattention.reference.default, (*inputs, *call), test_utils=utils)
 
@@ -192,9 +193,7 @@ def test_quantised_operands_under_compile(monkeypatch, fused):
             quantized = fps.quantize_qkv(q, k, v, grid=GRID, config=CONFIG)
         return fps.attention(quantized), fps.attention(quantized, config=replace(CONFIG, window=None))
 
-    with torch.library._scoped_library("fpsattention", "IMPL") as library:
-        for name in ("quantize", "norm_rope_quantize", "attend"):
-            library.impl(name, getattr(ops, f"_{name}_fake"), "CPU")
+    with fake_kernels.on_cpu():
         for out in torch.compile(call, fullgraph=True, backend="aot_eager")(*qkv(torch.bfloat16)):
             assert (out.shape, out.dtype) == ((1, 36, 2, 64), torch.bfloat16)
 

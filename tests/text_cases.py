@@ -124,11 +124,11 @@ class TextCase:
         return tuple(x if self.layout == "NHD" else x.transpose(1, 2).contiguous() for x in qkv)
 
 
-EXTRA_CASES = {
+TEXT_CASES = {
     "prefix": TextCase((2, 5, 6), (2, 3, 2), (1, 1, 3), prefix_len=7),
     "suffix": TextCase((2, 5, 6), (2, 3, 2), (1, 1, 1), suffix_len=9, layout="HND"),
     "both, dense": TextCase((3, 4, 5), (2, 2, 2), prefix_len=5, suffix_len=11),
-    "several runs": TextCase((2, 4, 6), (2, 2, 2), (1, 1, 1), prefix_len=130, suffix_len=129, heads=1),
+    "several text tiles": TextCase((2, 4, 6), (2, 2, 2), (1, 1, 1), prefix_len=130, suffix_len=129, heads=1),
     "slot of 256": TextCase((3, 9, 8), (3, 7, 7), (1, 1, 1), prefix_len=257, suffix_len=3, heads=1),
     "truncate": TextCase((3, 6, 8), (1, 2, 2), (1, 3, 3), "truncate", prefix_len=6, suffix_len=4),
     "windows per head": TextCase(

@@ -41,7 +41,9 @@ def plans_and_schedules(q: Tensor, path: Path) -> None:
     assert_type(table.densities(), list[list[float]])
 
 
-def the_ops(q: Tensor, k: Tensor, v: Tensor) -> None:
-    resolved = fps.AttentionConfig().resolve((21, 45, 80), heads=40)
-    images = ops.quantize(q, k, v, resolved, 0.125, "NHD")
-    assert_type(ops.attend(images, resolved, 0.125, "NHD", torch.bfloat16), tuple[Tensor, Tensor])
+def the_launches(q: Tensor, k: Tensor, v: Tensor) -> None:
+    sizes = 1, 40, 128, torch.bfloat16, 0.125, "NHD"
+    call = ops.call_of(fps.AttentionConfig(), (21, 45, 80), 0, 0, *sizes)
+    packed = ops.launch_quantize(call, q, k, v, None, None)
+    assert_type(packed, Tensor)
+    assert_type(ops.launch_attend(call, packed, None, None), tuple[Tensor, Tensor])
