@@ -234,7 +234,7 @@ def test_a_run_with_other_settings_does_not_go_on(folder, capsys):
     assert "other settings (candidates: other ones)" in fails(folder, capsys, "--candidate", 1, 1, 1)
     run(folder, capsys, "--budget", "0.3", "--restart")
     (folder.parent / "windows.state.json").write_text("{}")
-    assert "is no state of an earlier run" in fails(folder, capsys)
+    assert "is not the progress of an earlier run" in fails(folder, capsys)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_a_damaged_state_is_refused(folder, capsys, damage):
     state = json.loads(path.read_text())
     (state if damage.keys() <= state.keys() else state["files"][FIRST]).update(damage)
     path.write_text(json.dumps(state))
-    assert "windows.state.json: is no state of an earlier run" in fails(folder, capsys)
+    assert "windows.state.json: is not the progress of an earlier run" in fails(folder, capsys)
 
 
 def test_a_state_of_fewer_heads_is_searched_again(folder, capsys):
@@ -285,7 +285,7 @@ def test_an_output_that_is_a_folder_is_refused_before_the_search(folder, capsys)
 
 def test_folders_that_do_not_fit_are_refused(folder, capsys):
     assert "holds no file" in fails(folder, capsys)
-    assert "is no folder" in fails(folder / "nowhere", capsys)
+    assert "is not a folder" in fails(folder / "nowhere", capsys)
     capture(folder, 0, 1)
     assert "step 0 lacks layer 0" in fails(folder, capsys)
     capture(folder, 0, 0, tuple(REACHES)[:2])
@@ -301,10 +301,10 @@ def test_folders_that_do_not_fit_are_refused(folder, capsys):
 
 def test_files_that_do_not_fit_are_refused(folder, capsys):
     (folder / FIRST).mkdir()
-    assert f"{FIRST}: is no safetensors file" in fails(folder, capsys)
+    assert f"{FIRST}: is not a safetensors file" in fails(folder, capsys)
     (folder / FIRST).rmdir()
     (folder / FIRST).write_text("no tensors")
-    assert "is no safetensors file" in fails(folder, capsys)
+    assert "is not a safetensors file" in fails(folder, capsys)
     capture(folder, 0, 0, v=None)
     assert "must hold the tensors q, k and v and no others, holds ['k', 'q']" in fails(folder, capsys)
     capture(folder, 0, 0, mask=torch.zeros(1))

@@ -16,7 +16,7 @@ import fpsattention as fps
 import fpsattention_command
 import programs
 from fpsattention import AttentionConfig, WindowTable
-from fpsattention.cli import bench, doctor, estimate, show, timing, video
+from fpsattention.cli import bench, doctor, estimate, options, plan, profile, schedule, timing, video
 from fpsattention.cli import catalog as models
 from fpsattention.cli import main as cli
 
@@ -113,10 +113,10 @@ def test_a_default_output_is_checked_too(capsys, tmp_path, monkeypatch):
     assert "'comparison.png': is a folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("suffix", cli.PICTURES)
+@pytest.mark.parametrize("suffix", options.PICTURES)
 def test_matplotlib_draws_every_format_that_is_let_through(suffix, tmp_path):
     resolved = AttentionConfig(tile=(1, 1, 1)).resolve((1, 2, 2), 1)
-    show._draw(tmp_path / f"picture{suffix}", [("early", resolved)])
+    schedule._draw(tmp_path / f"picture{suffix}", [("early", resolved)])
 
 
 PLAN = ["plan", "--grid", "4", "6", "8"]
@@ -167,7 +167,7 @@ def test_a_stderr_that_cannot_be_written_leaves_stdout_and_the_status_alone():
 
 @pytest.mark.parametrize("ask", [lambda: torch.empty(2**61, dtype=torch.uint8), lambda: bytearray(2**62)])
 def test_out_of_cpu_memory_is_status_1(ask, capsys, monkeypatch):
-    monkeypatch.setattr(show, "plan", lambda **_: ask())
+    monkeypatch.setattr(plan, "run", lambda **_: ask())
     message = fails(capsys, "plan", "--grid", 1, 2, 3, status=1)
     assert "memory" in message and message.endswith("Try fewer --heads, or a smaller grid.\n")
 
@@ -177,11 +177,35 @@ def test_the_module_runs_as_a_program():
     assert done.returncode == 0 and json.loads(done.stdout)["tokens"] == 192
 
 
-def test_a_missing_package_is_named(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
-    monkeypatch.delitem(sys.modules, "fpsattention.cli.compare", raising=False)
-    message = fails(capsys, "compare", "a.pt", "b.pt")
-    assert "torchmetrics is not installed: pip install 'fpsattention[cli]'" in message
+@pytest.mark.parametrize(
+    ("package", "extra", "argv"),
+    [
+        ("rich", "cli", PLAN),
+        ("rich", "cli", ["bench", WAN]),
+        ("rich", "cli", ["profile", WAN]),
+        ("matplotlib", "cli", ["schedule", WAN, "--mid", 1, 3, 9, "--output", "picture.png"]),
+        ("safetensors", "cli", ["calibrate", ".", "--grid", 1, 2, 3, "--budget", 1, "--num-steps", 1]),
+        ("torchmetrics", "cli", ["compare", "a.pt", "b.pt"]),
+        ("rich", "demo", ["demo"]),
+    ],
+)
+def test_a_missing_package_is_named(package, extra, argv, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    message = fails(capsys, *argv)
+    assert f"{package} is not installed: pip install 'fpsattention[{extra}]'" in message
+
+
+def test_help_and_wrong_options_need_no_extra():
+    """In a process that has torch, and no package of an extra."""
+    code = f"import sys; sys.modules |= dict.fromkeys({doctor.EXTRAS + ('torchao', 'skvideo')})\n"
+    code += "from fpsattention.cli.main import COMMANDS, main\n"
+    code += "for argv in (['--help'], *([name, '--help'] for name in COMMANDS), ['demo', '--seed', 'x']):\n"
+    code += "    try: main(argv)\n"
+    code += "    except SystemExit as end: print('ended with', end.code)\n"
+    done = programs.run_python("-c", code)
+    ends = [line for line in done.stdout.splitlines() if line.startswith("ended with")]
+    assert ends == ["ended with 0"] * 9 + ["ended with 2"], done.stderr
+    assert "'x' must be a whole number" in done.stderr
 
 
 def test_a_broken_install_says_what_is_wrong(tmp_path):
@@ -343,7 +367,7 @@ def test_schedule_has_a_row_for_each_step(capsys, tmp_path):
     assert result["picture"] == str(picture) and f"Picture: {picture}\n" in text
     assert "####Q####" in text and "early, window 1 x 3 x 9" in text
     pixels = torch.from_numpy(imread(picture))[..., :3]
-    for colour in show.COLOURS:
+    for colour in schedule.COLOURS:
         rgb = torch.tensor([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
         assert (pixels - rgb).abs().amax(-1).lt(0.02).sum() > 50
 
@@ -363,12 +387,12 @@ def test_schedule_counts_text(capsys):
 def test_the_picture_is_the_rule():
     """The window of the middle tile of 3 x 4 x 5, clamped and cut, by hand."""
     for border in ("clamp", "truncate"):
-        seen = show._seen(
+        seen = schedule._seen(
             AttentionConfig(tile=(1, 1, 1), window=(1, 3, 9), border=border).resolve((3, 4, 5), 1)
         )
-        assert seen.shape == (3, 4, 5) and (seen[[0, 2]] == show.UNSEEN).all()
-        assert (seen[1, 0] == show.UNSEEN).all() and (seen[1, 1:] != show.UNSEEN).all()
-        assert (seen == show.QUERY).nonzero().tolist() == [[1, 2, 2]]
+        assert seen.shape == (3, 4, 5) and (seen[[0, 2]] == schedule.UNSEEN).all()
+        assert (seen[1, 0] == schedule.UNSEEN).all() and (seen[1, 1:] != schedule.UNSEEN).all()
+        assert (seen == schedule.QUERY).nonzero().tolist() == [[1, 2, 2]]
 
 
 def test_schedule_of_a_table(capsys, tmp_path):
@@ -502,17 +526,17 @@ def test_bench_reports_what_the_clock_says(capsys, monkeypatch, hopper):
 
 def test_the_contenders_of_the_bench_compute_attention(monkeypatch):
     """Their calls as they are, with the tensors on the CPU and the backend that runs there."""
-    shape, resolved = bench._resolve(None, (4, 4, 4), 2, 64, (2, 2, 2), (1, 1, 2), "clamp")
+    shape, resolved = bench.resolve(None, (4, 4, 4), 2, 64, (2, 2, 2), (1, 1, 2), "clamp")
     randn = torch.randn
     monkeypatch.setattr(bench.torch, "randn", lambda size, device, dtype: randn(size, dtype=torch.float32))
-    ours = bench._ours
+    random_call = bench.random_call
 
     def on_cpu(*args):
-        qkv, keywords = ours(*args)
+        qkv, keywords = random_call(*args)
         assert keywords["backend"] == "sm90"
         return qkv, keywords | {"backend": "reference"}
 
-    monkeypatch.setattr(bench, "_ours", on_cpu)
+    monkeypatch.setattr(bench, "random_call", on_cpu)
     calls = bench._contenders(shape, resolved)
     q, k, v = calls[bench.OURS].args
     assert q.shape == (1, 64, 2, 64)
@@ -546,11 +570,11 @@ def test_profile_runs_the_tool(capsys, hopper, monkeypatch, tmp_path):
         ran.append((command, stdout))
         return types.SimpleNamespace(returncode=len(ran) - 1)
 
-    monkeypatch.setattr(bench.subprocess, "run", tool)
-    monkeypatch.setattr(bench.shutil, "which", lambda name: None)
+    monkeypatch.setattr(profile.subprocess, "run", tool)
+    monkeypatch.setattr(profile.shutil, "which", lambda name: None)
     assert "nsys is not on PATH" in fails(capsys, "profile", WAN, "--tool", "nsys", status=1)
     assert not ran
-    monkeypatch.setattr(bench.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(profile.shutil, "which", lambda name: f"/usr/bin/{name}")
     result, _ = run(capsys, "profile", WAN)
     assert result["ran"] and ran == [(result["command"], sys.stderr)]
     assert "ncu ended with status 1" in fails(capsys, "profile", WAN, status=1)

@@ -1,4 +1,4 @@
-"""`python -m fpsattention.cli`: the command line, for where the console script is not on PATH."""
+"""`python -m fpsattention.cli`: the command line where the console script is not on PATH."""
 
 import sys
 

@@ -1,47 +1,54 @@
-"""`fpsattention bench` and `fpsattention profile`: a user's own shape on this machine's GPU."""
+"""`fpsattention bench`: FPSAttention and torch's attention on the user's shape, timed on this machine's GPU."""
 
 from __future__ import annotations
 
-import shlex
-import shutil
-import subprocess
-import sys
+import argparse
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from ..core.api import attention, quantize_qkv
 from ..core.config import AttentionConfig, ResolvedConfig
-from ..core.support import HEAD_DIMS, hopper_obstacle
-from . import catalog
+from ..core.support import HEAD_DIMS
+from . import catalog, options
 from .console import by, milliseconds, people, print_json, progress, table_of
-from .errors import MachineError, asked
+from .errors import MachineError, asked, require, require_hopper
 from .timing import CudaClock, DeviceLost, Timing, time_interleaved
 
-BURST_MS = 100  # of each contender in each round
-CALLS = 3  # under a profiler: two to load the kernel and warm the GPU, one to look at
+if TYPE_CHECKING:
+    from rich.console import Console
+
+BURST_MS = 100  # time of each contender in each round
 OURS, QUANTISATION = "FPSAttention", "of it quantisation"
 TORCH = {"CUDNN_ATTENTION": "torch SDPA, cuDNN", "FLASH_ATTENTION": "torch SDPA, FlashAttention"}
-NCU_SECTIONS = (
-    "SpeedOfLight",
-    "ComputeWorkloadAnalysis",
-    "WarpStateStats",
-    "SourceCounters",
-    "MemoryWorkloadAnalysis",
-    "SchedulerStats",
-)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Time FPSAttention, quantisation included, and torch's dense scaled_dot_product_attention on the same random "
+        "BF16 tensors, batch 1, in turns within one run. Needs a Hopper GPU."
+    )
+    options.add_shape(parser)
+    options.add_window(parser)
+    parser.add_argument(
+        "--rounds",
+        type=options.positive,
+        default=5,
+        metavar="N",
+        help="rounds of about 0.1 s for each contender (default: %(default)s)",
+    )
+    options.add_json(parser)
 
 
 def run(*, model, grid, heads, head_dim, tile, window, border, rounds, as_json) -> None:
     """The `bench` command. Raises UserError for a shape that is not legal, MachineError without a Hopper GPU."""
-    shape, resolved = _resolve(model, grid, heads, head_dim, tile, window, border)
-    if obstacle := _obstacle():
-        raise MachineError(f"{obstacle}; `fpsattention plan` estimates the time without one")
-    console = people(as_json)
+    require("rich")
+    shape, resolved = resolve(model, grid, heads, head_dim, tile, window, border)
+    require_hopper("; `fpsattention plan` estimates the time without one")
     with progress() as bar, torch.no_grad():
         bar.add_task("measuring", total=None)
         try:
@@ -53,6 +60,29 @@ def run(*, model, grid, heads, head_dim, tile, window, border, rounds, as_json) 
         raise MachineError(rows[0]["error"])
 
     gpu = torch.cuda.get_device_name()
+    _print(people(as_json), shape, resolved, rows, gpu)
+    if as_json:
+        print_json(
+            {
+                "gpu": gpu,
+                "torch": torch.__version__,
+                "model": shape.name or None,
+                "grid": resolved.grid,
+                "heads": shape.heads,
+                "head_dim": shape.head_dim,
+                "tile": resolved.tile,
+                "window": resolved.windows[0],
+                "border": border,
+                "density": resolved.density,
+                "rounds": rounds,
+                "rows": rows,
+            }
+        )
+
+
+def _print(
+    console: Console, shape: catalog.VideoModel, resolved: ResolvedConfig, rows: list[dict], gpu: str
+) -> None:
     console.print(
         f"{shape.name or 'grid'} {by(resolved.grid)}: {resolved.geometry.n_tokens:,} tokens, {shape.heads} heads of "
         f"{shape.head_dim}, tile {by(resolved.tile)}, window {by(resolved.windows[0])}, density "
@@ -80,26 +110,10 @@ def run(*, model, grid, heads, head_dim, tile, window, border, rounds, as_json) 
     )
     if shape.text_tokens:
         console.print(f"Video tokens only: the model's {shape.text_tokens} text tokens are left out.")
-    if as_json:
-        print_json(
-            {
-                "gpu": gpu,
-                "torch": torch.__version__,
-                "model": shape.name or None,
-                "grid": resolved.grid,
-                "heads": shape.heads,
-                "head_dim": shape.head_dim,
-                "tile": resolved.tile,
-                "window": resolved.windows[0],
-                "border": border,
-                "density": resolved.density,
-                "rounds": rounds,
-                "rows": rows,
-            }
-        )
 
 
-def _resolve(model, grid, heads, head_dim, tile, window, border) -> tuple[catalog.VideoModel, ResolvedConfig]:
+def resolve(model, grid, heads, head_dim, tile, window, border) -> tuple[catalog.VideoModel, ResolvedConfig]:
+    """The shape and config that the options ask for. Raises UserError for one that is not legal."""
     with asked():
         shape = catalog.choose(model, grid, heads, head_dim)
         if shape.head_dim not in HEAD_DIMS:
@@ -111,14 +125,8 @@ def _resolve(model, grid, heads, head_dim, tile, window, border) -> tuple[catalo
         )
 
 
-def _obstacle() -> str | None:
-    """Why the Hopper kernel cannot run on this machine; None when it can."""
-    obstacle = hopper_obstacle()
-    return None if obstacle is None else f"it {obstacle}"
-
-
-def _ours(shape: catalog.VideoModel, resolved: ResolvedConfig) -> tuple[tuple, dict]:
-    """Random Q, K, V on the GPU, and the keywords of a call of `attention` on them."""
+def random_call(shape: catalog.VideoModel, resolved: ResolvedConfig) -> tuple[tuple, dict]:
+    """Arguments of a call of `attention`: random Q, K and V on the GPU, and the keywords."""
     size = (1, resolved.geometry.n_tokens, shape.heads, shape.head_dim)
     qkv = tuple(torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     config = AttentionConfig(tile=resolved.tile, window=resolved.windows[0], border=resolved.border)
@@ -128,7 +136,7 @@ def _ours(shape: catalog.VideoModel, resolved: ResolvedConfig) -> tuple[tuple, d
 def _contenders(shape: catalog.VideoModel, resolved: ResolvedConfig) -> dict[str, Callable[[], object]]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    qkv, keywords = _ours(shape, resolved)
+    qkv, keywords = random_call(shape, resolved)
     heads_first = [x.transpose(1, 2) for x in qkv]
 
     def sdpa(backend: SDPBackend):
@@ -145,9 +153,10 @@ def _contenders(shape: catalog.VideoModel, resolved: ResolvedConfig) -> dict[str
 def _rows(
     results: dict[str, Timing | str], shape: catalog.VideoModel, resolved: ResolvedConfig
 ) -> list[dict]:
-    """A row for each contender: name and error, or name, ms, spread, and what can be said of them.
+    """A row for each contender: name and error, or name, ms, spread, tflops and speedup.
 
-    tflops is useful work, 4 * head_dim * attended pairs * heads, over the time; speedup is the row's time over ours.
+    tflops is useful work, 4 * head_dim * attended pairs * heads, over the time; speedup is the row's time over
+    FPSAttention's. Both are None where they mean nothing.
     """
     geometry = resolved.geometry
     ours = results[OURS]
@@ -169,70 +178,3 @@ def _rows(
             }
         )
     return rows
-
-
-def profile(*, model, grid, heads, head_dim, tile, window, border, tool, output: Path, as_json) -> None:
-    """The `profile` command. Raises UserError for a shape that is not legal, MachineError when nothing could run."""
-    shape, resolved = _resolve(model, grid, heads, head_dim, tile, window, border)
-    if tool == "none":
-        if obstacle := _obstacle():
-            raise MachineError(obstacle)
-        _calls(shape, resolved)
-        command = None
-    else:
-        command = _command(tool, shape, resolved, output)
-        people(as_json).print(shlex.join(command))
-        obstacle = _obstacle() or (
-            None if shutil.which(tool) else f"{tool} is not on PATH: it comes with CUDA"
-        )
-        if obstacle is None:
-            # What the profiler prints is for people: with --json, stdout is for the document alone.
-            status = subprocess.run(command, stdout=sys.stderr if as_json else None).returncode
-            obstacle = f"{tool} ended with status {status}" if status else None
-    if as_json:
-        print_json({"command": command, "report": str(output), "ran": obstacle is None, "obstacle": obstacle})
-    if obstacle:
-        raise MachineError(obstacle)
-
-
-def _calls(shape: catalog.VideoModel, resolved: ResolvedConfig) -> None:
-    """`CALLS` calls, each in an NVTX range of its own."""
-    qkv, keywords = _ours(shape, resolved)
-    with torch.no_grad():
-        for i in range(CALLS):
-            with torch.cuda.nvtx.range(f"fpsattention call {i}"):
-                attention(*qkv, **keywords)
-    torch.cuda.synchronize()
-
-
-def _command(tool: str, shape: catalog.VideoModel, resolved: ResolvedConfig, output: Path) -> list[str]:
-    """The profiler's command line, around this command with --tool none."""
-    options = {
-        "--grid": resolved.grid,
-        "--heads": [shape.heads],
-        "--head-dim": [shape.head_dim],
-        "--tile": resolved.tile,
-        "--window": resolved.windows[0],
-        "--border": [resolved.border],
-    }
-    calls = [sys.executable, "-m", "fpsattention.cli", "profile", "--tool", "none"]
-    for name, values in options.items():
-        calls += [name, *map(str, values)]
-    if tool == "nsys":
-        how = [
-            "nsys",
-            "profile",
-            "--trace",
-            "cuda,nvtx",
-            "--force-overwrite",
-            "true",
-            "--output",
-            str(output),
-        ]
-    else:
-        # The clock is left to the GPU, as in real use.
-        how = ["ncu", "--clock-control", "none", "--kernel-name", "regex:attn_fwd"]
-        how += ["--launch-skip", str(CALLS - 1), "--launch-count", "1"]
-        how += [x for section in NCU_SECTIONS for x in ("--section", section)]
-        how += ["--force-overwrite", "--export", str(output)]
-    return how + calls

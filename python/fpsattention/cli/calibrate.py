@@ -1,35 +1,92 @@
-"""`fpsattention calibrate`: for every step, layer and head the sparsest window that a user's own Q, K, V allow."""
+"""`fpsattention calibrate`: search the sparsest window for every step, layer and head on the user's own Q, K and V."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ..core.checks import Triple
 from ..core.config import AttentionConfig
 from ..core.support import backend_for
 from ..schedules.search import by_density, legal_windows, search
 from ..schedules.windows import WindowTable, write_json
+from . import options
 from .console import by, people, print_json, progress, table_of
-from .errors import UserError, asked, chosen_device
+from .errors import UserError, asked, chosen_device, require
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 STATE_FORMAT = "fpsattention-calibration-1"
 FILE = re.compile(r"step(\d+)_layer(\d+)\.safetensors", re.ASCII)
 
-# Elements of Q of the heads searched at a time: Wan at 720p has 9.7 million a head, so 13 heads. A search holds some
-# ten tensors of that size, four of them fp32: 4 GB.
+# Most elements of Q that are searched at a time: 13 heads of Wan at 720p, which has 9.7 million a head. A search holds
+# about ten tensors of that size, four of them fp32: 4 GB.
 ELEMENTS_AT_ONCE = 2**27
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "For each head, find the sparsest window whose output, FP8 rounding included, is within the budget of dense "
+        "exact attention. FOLDER holds one file step<N>_layer<M>.safetensors for each captured step and layer, with "
+        "tensors q, k and v; several prompts form the batch, and the worst of them counts. The result is a table for "
+        "fpsattention.WindowTable.load. Progress is saved beside it: after an interruption, the same command resumes."
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("--grid", required=True, help="tokens of the video", **options.GRID)
+    parser.add_argument(
+        "--budget",
+        type=options.between(0, 10),
+        required=True,
+        metavar="E",
+        help="largest relative RMS error of a head's output, for example 0.15; FP8 rounding alone costs about 0.05 on "
+        "Gaussian inputs",
+    )
+    parser.add_argument(
+        "--num-steps",
+        type=options.positive,
+        required=True,
+        metavar="N",
+        help="steps of the sampler; a step that was not captured takes the windows of the nearest captured one",
+    )
+    parser.add_argument(
+        "--layout",
+        choices=("NHD", "HND"),
+        default="NHD",
+        help="layout of the tensors: [B, L, H, D] or [B, H, L, D] (default: %(default)s)",
+    )
+    options.add_tile(parser)
+    options.add_border(parser)
+    parser.add_argument(
+        "--candidate",
+        help="a window to try, in tiles; may be repeated (default: all legal ones)",
+        action="append",
+        dest="candidates",
+        **options.TRIPLE,
+    )
+    options.add_device(parser)
+    parser.add_argument(
+        "--output",
+        type=options.new_file,
+        default="windows.json",
+        metavar="FILE",
+        help="the table (default: %(default)s)",
+    )
+    parser.add_argument("--restart", action="store_true", help="ignore the progress of an earlier run")
+    options.add_json(parser)
 
 
 @dataclass(frozen=True)
 class Capture:
-    """One file: Q, K and V of a step and a layer. `shape` is [B, H, L, D], whatever the file's layout."""
+    """One file: Q, K and V of a step and a layer. `shape` is [B, H, L, D] in either layout."""
 
     path: Path
     step: int
@@ -38,7 +95,7 @@ class Capture:
 
     @property
     def stamp(self) -> list[int]:
-        """What changes when the file does: bytes, time of the last change in ns."""
+        """Changes when the file does: its bytes, and the time of its last change in ns."""
         stat = self.path.stat()
         return [stat.st_size, stat.st_mtime_ns]
 
@@ -46,10 +103,11 @@ class Capture:
 def run(
     *, folder, grid, budget, num_steps, layout, tile, border, candidates, device, output, restart, as_json
 ) -> None:
-    """The `calibrate` command. Writes the table to `output` and, after every file, what is done beside it.
+    """The `calibrate` command. Writes the table to `output` and, after every file, its progress beside it.
 
-    Raises UserError for files, shapes and options that do not fit, MachineError when --device cuda has none.
+    Raises UserError for files, shapes and options that do not fit, MachineError when --device cuda finds no GPU.
     """
+    require("rich", "safetensors")
     with asked():
         captures = _captures(folder, grid, layout, num_steps)
         heads = captures[0].shape[1]
@@ -61,7 +119,7 @@ def run(
         else:
             fitted = [replace(config, window=w).resolve(grid, 1).windows[0] for w in candidates]
             candidates = by_density({*fitted, geometry.tiles}, geometry, border)
-    device = chosen_device(device)
+    job = Search(grid, config, layout, budget, candidates, chosen_device(device))
     settings = {
         "grid": list(resolved.grid),
         "tile": list(resolved.tile),
@@ -79,35 +137,13 @@ def run(
         f"{len(candidates)} windows to choose from"
     )
     results: dict[tuple[int, int], dict] = {}
-    backend = None
     with progress(remaining=True) as bar, torch.no_grad():
         task = bar.add_task("", total=len(captures) * heads)
         for capture in captures:
             entry = done.get(capture.path.name)
             if entry is None or entry["stamp"] != capture.stamp or len(entry["windows"]) != heads:
                 bar.update(task, description=f"step {capture.step}, layer {capture.layer}")
-                stamp = capture.stamp
-                windows, errors = [], []
-                try:
-                    for part in _parts(capture, layout):
-                        q, k, v = (x.to(device) for x in part)
-                        backend = backend or backend_for(q, config)
-                        more = search(
-                            q,
-                            k,
-                            v,
-                            grid=grid,
-                            config=config,
-                            candidates=candidates,
-                            budget=budget,
-                            tensor_layout=layout,
-                        )
-                        windows += more[0]
-                        errors += more[1]
-                        bar.advance(task, len(more[0]))
-                except (TypeError, ValueError, OSError, SafetensorError) as error:
-                    raise UserError(f"{capture.path}: {error}") from error
-                entry = {"stamp": stamp, "windows": windows, "errors": errors}
+                entry = job.of(capture, lambda heads: bar.advance(task, heads))
                 done[capture.path.name] = entry
                 with asked():
                     write_json(state_path, {"format": STATE_FORMAT, "settings": settings, "files": done})
@@ -119,16 +155,60 @@ def run(
     table = _table(results, resolved.grid, config, num_steps)
     with asked():
         table.save(output)
-    _report(console, table, results, budget, backend, output, state_path, as_json)
+    if job.backend is not None and job.backend[0] == "reference":
+        console.print(f"Ran on the reference backend: {job.backend[1]}.")
+    _report(console, table, results, budget, output, state_path, as_json)
+
+
+@dataclass
+class Search:
+    """The search of one run. `backend` is that of the first search, (name, reason); None before it."""
+
+    grid: Triple
+    config: AttentionConfig
+    layout: str
+    budget: float
+    candidates: list[Triple]
+    device: torch.device
+    backend: tuple[str, str] | None = None
+
+    def of(self, capture: Capture, advance: Callable[[int], None]) -> dict:
+        """Windows and errors of a file's heads. Calls `advance` with the number of heads just done.
+
+        Raises UserError for tensors that attention does not take.
+        """
+        from safetensors import SafetensorError
+
+        entry = {"stamp": capture.stamp, "windows": [], "errors": []}
+        try:
+            for part in _parts(capture, self.layout):
+                q, k, v = (x.to(self.device) for x in part)
+                self.backend = self.backend or backend_for(q, self.config)
+                windows, errors = search(
+                    q,
+                    k,
+                    v,
+                    grid=self.grid,
+                    config=self.config,
+                    candidates=self.candidates,
+                    budget=self.budget,
+                    tensor_layout=self.layout,
+                )
+                entry["windows"] += windows
+                entry["errors"] += errors
+                advance(len(windows))
+        except (TypeError, ValueError, OSError, SafetensorError) as error:
+            raise UserError(f"{capture.path}: {error}") from error
+        return entry
 
 
 def _captures(folder: Path, grid: Triple, layout: str, num_steps: int) -> list[Capture]:
-    """The files of a folder in order of step and layer, once their headers are known to fit together.
+    """The files of a folder in order of step and layer. Their headers fit together.
 
     Raises ValueError for a file of another name or form, a missing layer, a step beyond `num_steps`.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder}: is no folder")
+        raise ValueError(f"{folder}: is not a folder")
     found: dict[tuple[int, int], Capture] = {}
     for path in sorted(folder.glob("*.safetensors")):
         match = FILE.fullmatch(path.name)
@@ -161,12 +241,14 @@ def _captures(folder: Path, grid: Triple, layout: str, num_steps: int) -> list[C
 
 def _shape(path: Path, grid: Triple, layout: str) -> tuple[int, int, int, int]:
     """[B, H, L, D] of the tensors in a file, from its header."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="pt") as file:
             names = sorted(file.keys())
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-    except (SafetensorError, OSError) as error:  # OSError for a folder of that name
-        raise ValueError(f"{path}: is no safetensors file ({error})") from error
+    except (SafetensorError, OSError) as error:  # OSError: a folder has that name
+        raise ValueError(f"{path}: is not a safetensors file ({error})") from error
     if names != ["k", "q", "v"]:
         raise ValueError(f"{path}: must hold the tensors q, k and v and no others, holds {names}")
     shape = shapes["q"]
@@ -183,8 +265,10 @@ def _shape(path: Path, grid: Triple, layout: str) -> tuple[int, int, int, int]:
     return shape
 
 
-def _parts(capture: Capture, layout: str):
-    """(q, k, v) of as many heads at a time as `ELEMENTS_AT_ONCE` allows, in the file's layout, on the CPU."""
+def _parts(capture: Capture, layout: str) -> Iterator[tuple[torch.Tensor, ...]]:
+    """(q, k, v) on the CPU in the file's layout, as many heads at a time as `ELEMENTS_AT_ONCE` allows."""
+    from safetensors import safe_open
+
     batch, heads, tokens, head_dim = capture.shape
     at_once = max(1, ELEMENTS_AT_ONCE // (batch * tokens * head_dim))
     with safe_open(capture.path, framework="pt") as file:
@@ -195,7 +279,7 @@ def _parts(capture: Capture, layout: str):
 
 
 def _load_state(path: Path, settings: dict) -> dict:
-    """What an earlier run has done; empty without one. Raises UserError when it was asked something else."""
+    """The files that an earlier run has done; empty without one. Raises UserError when it had other settings."""
     if not path.exists():
         return {}
     try:
@@ -211,23 +295,23 @@ def _load_state(path: Path, settings: dict) -> dict:
                 and all(window in before["candidates"] for window in windows)
                 and all(0 <= error < math.inf for error in errors)
             ):
-                raise ValueError(f"its windows and errors of {name} are damaged")
+                raise ValueError(f"the windows and errors of {name} are damaged")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path}: is no state of an earlier run ({error}); remove it, or give --restart"
+            f"{path}: is not the progress of an earlier run ({error}); remove it, or give --restart"
         ) from error
     for name, value in settings.items():
         if before[name] != value:
             was = "other ones" if name == "candidates" else before[name]
             raise UserError(
-                f"{path}: an earlier run had other settings ({name}: {was}); go on with those, give another "
-                "--output, or --restart"
+                f"{path}: an earlier run had other settings ({name}: {was}); use those again, or give another "
+                "--output or --restart"
             )
     return files
 
 
 def _table(results: dict, grid: Triple, config: AttentionConfig, num_steps: int) -> WindowTable:
-    """The table of all steps: one that was not captured has the windows of the nearest that was, the earlier of two."""
+    """The table of all steps. A step between captured ones has the windows of the nearest, the earlier of two."""
     captured = sorted({step for step, _ in results})
     layers = range(len(results) // len(captured))
     nearest = [min(captured, key=lambda c: (abs(c - step), c)) for step in range(num_steps)]
@@ -235,7 +319,15 @@ def _table(results: dict, grid: Triple, config: AttentionConfig, num_steps: int)
     return WindowTable(grid, config, windows)
 
 
-def _report(console, table, results, budget, backend, output, state_path, as_json) -> None:
+def _report(
+    console: Console,
+    table: WindowTable,
+    results: dict[tuple[int, int], dict],
+    budget: float,
+    output: Path,
+    state_path: Path,
+    as_json: bool,
+) -> None:
     densities = table.densities()
     whole = table.config.resolve(table.grid, table.heads).geometry.tiles
     rows = []
@@ -258,13 +350,11 @@ def _report(console, table, results, budget, backend, output, state_path, as_jso
         numbers = (f"{row[name]:.4f}" for name in ("density", "mean_error", "worst_error"))
         shown.add_row(str(row["step"]), *numbers, str(row["dense_heads"]), str(row["over_budget"]))
     console.print(shown)
-    if backend and backend[0] == "reference":
-        console.print(f"Ran on the reference backend: {backend[1]}.")
     over = sum(row["over_budget"] for row in rows)
     if over:
         console.print(
-            f"{over} heads are over the budget of {budget:g} even with all of the grid: FP8 alone costs them more. "
-            "They are dense in the table."
+            f"{over} heads are over the budget of {budget:g} even when they attend the whole grid: FP8 alone costs "
+            "more. They are dense in the table."
         )
     mean = sum(map(sum, densities)) / (table.num_steps * table.num_layers)
     console.print(

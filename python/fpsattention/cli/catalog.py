@@ -1,4 +1,4 @@
-"""Published video models by name: the token grid and the heads that a self-attention call of each one sees."""
+"""Published video models by name: the token grid, heads and text tokens of one self-attention call of each."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..core.checks import Triple, as_grid
+from ..core.config import AttentionConfig, ResolvedConfig
 
 
 @dataclass(frozen=True)
@@ -15,13 +16,13 @@ class VideoModel:
     """One model at one size of video.
 
     Attributes:
-        name: as the command line takes it.
+        name: name on the command line.
         setting: frames and pixels of the video.
         grid: tokens (T, H, W) after VAE and patches.
         heads, head_dim, layers: of self-attention.
-        text_tokens: tokens that share the self-attention with the video, at most; 0 where text has a cross-attention.
-        text_place: "first" or "last" in the sequence; "" without such tokens.
-        source: where the numbers are from.
+        source: where the numbers come from.
+        text_tokens: most text tokens in the self-attention; 0 where text has a cross-attention of its own.
+        text_place: "first" or "last" in the sequence; "" without text tokens.
     """
 
     name: str
@@ -36,19 +37,27 @@ class VideoModel:
 
     @property
     def tokens(self) -> int:
-        """Video tokens, text not counted."""
+        """Video tokens, without text tokens."""
         return math.prod(self.grid)
 
     @property
     def text_lengths(self) -> tuple[int, int]:
-        """prefix_len and suffix_len of a call of `attention`, with as much text as there may be."""
+        """prefix_len and suffix_len of a call of `attention`, with the most text tokens."""
         return (self.text_tokens, 0) if self.text_place == "first" else (0, self.text_tokens)
 
+    @property
+    def text_sentence(self) -> str:
+        return f"up to {self.text_tokens} text tokens come {self.text_place} in the same sequence; all are counted"
 
-# Wan: VAE (4, 8, 8), patch (1, 2, 2); the 5B model's VAE is (4, 16, 16). (frames - 1) / 4 + 1 latent frames.
+    def resolve(self, config: AttentionConfig) -> ResolvedConfig:
+        """A config on the model's video and text tokens. Raises ValueError for one that does not fit."""
+        return config.resolve(self.grid, self.heads, *self.text_lengths)
+
+
+# Wan: VAE (4, 8, 8), in the 5B model (4, 16, 16); patch (1, 2, 2); (frames - 1) / 4 + 1 latent frames.
 _WAN21 = "github.com/Wan-Video/Wan2.1, wan/configs"
 _WAN22 = "github.com/Wan-Video/Wan2.2, wan/configs"
-# HunyuanVideo, CogVideoX, Mochi and LTX: the transformer's config of the checkpoint in diffusers' format.
+# HunyuanVideo, CogVideoX, Mochi and LTX: the transformer's config in the checkpoint for diffusers.
 _HUNYUAN = (
     "hf.co/hunyuanvideo-community/HunyuanVideo, transformer/config.json (20 double and 40 single blocks)"
 )
@@ -129,14 +138,14 @@ MODELS = {
 def choose(
     name: str | None, grid: Sequence[int] | None, heads: int | None = None, head_dim: int | None = None
 ) -> VideoModel:
-    """What a user asks about: a model by its name, or a bare token grid with 1 head of 128 channels.
+    """A model by its name, or a token grid with 1 head of 128 channels; `heads` and `head_dim` replace its own.
 
-    `heads` and `head_dim` replace those. Raises ValueError when neither or both of name and grid are given, for an
-    unknown name, with the nearest ones, and for an impossible grid.
+    Raises ValueError unless exactly one of name and grid is given, for an unknown name (with the nearest ones), and
+    for an illegal grid.
     """
     if (name is None) == (grid is None):
         what = "both are given" if name else f"neither is given. Models: {', '.join(MODELS)}"
-        raise ValueError(f"a model's name or a grid: {what}")
+        raise ValueError(f"MODEL, --grid: give one of them; {what}")
     found = VideoModel("", "", as_grid(grid), 1, 128, 1, "") if name is None else _named(name)
     return replace(found, heads=heads or found.heads, head_dim=head_dim or found.head_dim)
 

