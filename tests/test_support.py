@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fpsattention as fps
-from fpsattention.cli import bench
+from fpsattention.cli.errors import MachineError, require_hopper
 from fpsattention.core import support
 from fpsattention.core.explain import plan
 
@@ -59,7 +59,8 @@ def test_rocm_is_not_hopper(gpu):
     assert "the reference" in plan((4, 4, 8)).explain(CONFIG) and "ROCm 6.2" in plan((4, 4, 8)).explain(
         CONFIG
     )
-    assert "ROCm 6.2" in bench._obstacle()
+    with pytest.raises(MachineError, match="ROCm 6.2"):
+        require_hopper()
 
 
 def test_no_gpu(monkeypatch):
