@@ -71,7 +71,7 @@ plots: $(INSTALLED)
 	$(RUN) bench/plots.py
 
 # Those of `fpsattention profile`; asked for by the recipe alone.
-NCU_SECTIONS = $(shell $(RUN) -c 'from fpsattention.cli.bench import NCU_SECTIONS; print(*NCU_SECTIONS)')
+NCU_SECTIONS = $(shell $(RUN) -c 'from fpsattention.cli.profile import NCU_SECTIONS; print(*NCU_SECTIONS)')
 PROFILE := build/profile.ncu-rep
 
 # The third launch: the first two load the kernel and warm the GPU. The clock is left to the GPU, as in real use.
