@@ -35,12 +35,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fpsattention as fps
 from common import forward_seconds
+from fpsattention.cli.catalog import MODELS
+from fpsattention.core.support import hopper_obstacle
 from fpsattention.integrations.diffusers import enable, use_fp8_linears
 
+MODEL = MODELS["wan2.1-14b-720p"]
 # Config of Wan-AI/Wan2.1-T2V-14B-Diffusers, transformer/config.json.
 WAN_14B = {
-    "num_attention_heads": 40,
-    "attention_head_dim": 128,
+    "num_attention_heads": MODEL.heads,
+    "attention_head_dim": MODEL.head_dim,
     "ffn_dim": 13824,
     "in_channels": 16,
     "out_channels": 16,
@@ -50,11 +53,11 @@ WAN_14B = {
     "qk_norm": "rms_norm_across_heads",
     "rope_max_seq_len": 1024,
 }
-LATENT = (1, 16, 21, 90, 160)  # 81 frames of 720 x 1280; tokens 21 x 45 x 80
+LATENT = (1, 16, MODEL.grid[0], 2 * MODEL.grid[1], 2 * MODEL.grid[2])  # a token is 1 x 2 x 2 latent pixels
 TEXT = (1, 512, 4096)
-SHIFT, STEPS = 5.0, 50  # Wan's own at 720p
+SHIFT, STEPS = 5.0, 50  # Wan's at 720p
 
-# Mean density .141, below the 1/6 of the paper's headline.
+# Mean density 0.141; the paper's headline has 1/6.
 TILE = (7, 9, 2)
 SCHEDULE = fps.StepSchedule(
     early=fps.AttentionConfig(tile=TILE, window=(3, 3, 5)),
@@ -175,7 +178,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--layers", type=int, default=40, help="of the transformer (default: all 40)")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        default=MODEL.layers,
+        help="layers of the transformer (default: all, %(default)s)",
+    )
     parser.add_argument(
         "--repeats", type=int, default=2, help="timed forwards a stage (default: %(default)s)"
     )
@@ -183,8 +191,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.exit(1, "bench_wan.py: needs a Hopper GPU\n")
+    if obstacle := hopper_obstacle():
+        parser.exit(1, f"bench_wan.py: it {obstacle}\n")
     if "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)

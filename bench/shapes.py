@@ -1,8 +1,13 @@
-"""What is measured: the attention shapes of video models, the windows over them, and the numbers to reach."""
+"""What is measured: attention shapes, the windows over them, and the cases with a target.
+
+Shapes of published models come from `fpsattention.cli.catalog`; the others are the bench's own.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+
+from fpsattention.cli.catalog import MODELS
 
 Triple = tuple[int, int, int]
 Window = Triple | None  # tiles per axis; None: dense
@@ -10,20 +15,21 @@ Window = Triple | None  # tiles per axis; None: dense
 
 @dataclass(frozen=True)
 class Shape:
-    """One set of Q, K, V, shared by every contender, and the windows attended over it.
+    """One set of Q, K and V, shared by every contender, and the windows attended over it.
 
     Attributes:
+        name: first part of a case's name in the records.
         grid: tokens (T, H, W).
         tile: tokens (t, h, w) of a tile.
         windows: measured in every run that selects the shape.
-        sweep: more windows, for the picture of speed over density; left out of quick runs.
-        flex: windows also run through FlexAttention in BF16, seconds to compile; left out of quick runs.
-        emulated: windows whose output is also held against the emulated FP8 contract; left out of quick runs.
-        graph: windows whose call is also replayed as a CUDA graph, for the gaps between its kernels.
-        training: windows whose backward, and forward with backward, are also measured.
-        mlp: hidden channels of a transformer block's MLP, of which a training step is also measured; 0: it is not.
-        text: tokens before and after the video's, whose cost under the first window is also measured.
-        suite: "core" is in every run, the others in full runs; each can be asked for by its name.
+        sweep: more windows, for the picture of speed over density; not in quick runs.
+        flex: windows that FlexAttention computes as well, in BF16; not in quick runs, as it takes seconds to compile.
+        emulated: windows whose output is compared with the emulation of the FP8 contract; not in quick runs.
+        graph: windows whose call is replayed as a CUDA graph, to measure the gaps between its kernels.
+        training: windows whose backward, and forward with backward, are measured.
+        mlp: hidden channels of a transformer block's MLP, to measure a training step of the block; 0: no such step.
+        text: text tokens before and after the video; their cost under the first window is measured.
+        suite: "core" is in every run, the others are in full runs; --case takes its name.
     """
 
     name: str
@@ -49,12 +55,18 @@ class Shape:
         return t * h * w
 
     def case(self, window: Window) -> str:
-        """Name of this shape under a window, as it stands in the records."""
+        """The name of this shape under a window in the records."""
         return f"{self.name}/{'dense' if window is None else ','.join(map(str, window))}"
 
 
+def _model(name: str) -> dict:
+    """Grid, heads and head_dim of a model in the catalogue, as keywords of a `Shape`."""
+    model = MODELS[name]
+    return {"grid": model.grid, "heads": model.heads, "head_dim": model.head_dim}
+
+
 def _lengths() -> tuple[Shape, ...]:
-    # (thousands of tokens, grid, heads). The longest has half the heads: the slowest contender takes 0.2 s as it is.
+    # (thousands of tokens, grid, heads). The longest has half the heads: even so the slowest contender takes 0.2 s.
     lengths = (
         (4, (8, 16, 32), 16),
         (8, (8, 32, 32), 16),
@@ -72,17 +84,16 @@ def _lengths() -> tuple[Shape, ...]:
 
 _WAN_480P = Shape(
     "wan1.3b-480p",
-    (21, 30, 52),
-    12,
-    (21, 3, 6),
-    (None, (1, 5, 3)),
+    **_model("wan2.1-1.3b-480p"),
+    tile=(21, 3, 6),
+    windows=(None, (1, 5, 3)),
     flex=((1, 5, 3),),
     graph=((1, 5, 3),),
-    mlp=8960,
+    mlp=8960,  # ffn_dim of Wan2.1-1.3B, wan/configs
     suite="core",
 )
 
-# Shapes with a number to reach come first, so that a run cut short has them.
+# Shapes with a target come first: a run cut short has measured them.
 SHAPES = (
     Shape(
         "36x48x48",  # the paper's setting, arXiv 2506.04648
@@ -97,57 +108,55 @@ SHAPES = (
     ),
     Shape(
         "wan14b-720p",
-        (21, 45, 80),
-        40,
-        (7, 9, 2),
-        (None, (3, 3, 9)),
+        **_model("wan2.1-14b-720p"),
+        tile=(7, 9, 2),
+        windows=(None, (3, 3, 9)),
         flex=((3, 3, 9),),
         training=((3, 3, 9),),
-        mlp=13824,
+        mlp=13824,  # ffn_dim of Wan2.1-14B, wan/configs
         suite="core",
     ),
     Shape("train-16k", (16, 32, 32), 40, (2, 8, 8), (None,), training=(None,), suite="core"),
     Shape(
         "cogvideox-480p",
-        (13, 30, 45),
-        48,
-        (13, 3, 13),
-        (None,),
-        head_dim=64,
+        **_model("cogvideox-5b"),
+        tile=(13, 3, 13),
+        windows=(None,),
         emulated=(None,),
         suite="core",
     ),
-    # CogVideoX1.5 at 768 x 1360, 81 frames.
     Shape(
         "cogvideox1.5-768p",
-        (11, 48, 85),
-        48,
-        (11, 2, 17),
-        (None,),
-        head_dim=64,
-        text=(226, 0),
+        **_model("cogvideox1.5-5b"),
+        tile=(11, 2, 17),
+        windows=(None,),
+        text=MODELS["cogvideox1.5-5b"].text_lengths,
         suite="core",
     ),
     Shape(
         "hunyuan-720p",
-        (33, 45, 80),
-        24,
-        (3, 8, 16),
-        ((3, 3, 3),),
+        **_model("hunyuanvideo-720p"),
+        tile=(3, 8, 16),
+        windows=((3, 3, 3),),
         sweep=(None,),
         flex=((3, 3, 3),),
-        text=(0, 256),
+        text=MODELS["hunyuanvideo-720p"].text_lengths,
         suite="core",
     ),
-    # Of which a tenth of the pairs are attended.
-    Shape("hunyuan-720p-deep", (33, 45, 80), 24, (17, 3, 5), ((2, 5, 5),), suite="core"),
+    Shape(  # density a tenth
+        "hunyuan-720p-deep",
+        **_model("hunyuanvideo-720p"),
+        tile=(17, 3, 5),
+        windows=((2, 5, 5),),
+        suite="core",
+    ),
     _WAN_480P,
     replace(_WAN_480P, name="wan1.3b-480p-hnd", layout="HND", flex=(), graph=(), mlp=0, suite="more"),
     Shape("18x48x80", (18, 48, 80), 24, (6, 8, 8), ((3, 3, 3),), flex=((3, 3, 3),)),
     *_lengths(),
 )
 
-# Cases with a number to reach.
+# Cases with a target.
 PAPER, WAN_DENSE, WAN_WINDOW = "36x48x48/6,6,1", "wan14b-720p/dense", "wan14b-720p/3,3,9"
 COG_DENSE, HUNYUAN_WINDOW = "cogvideox1.5-768p/dense", "hunyuan-720p-deep/2,5,5"
 WAN_480P_WINDOW = "wan1.3b-480p/1,5,3"
@@ -159,11 +168,11 @@ def select(names: list[str], quick: bool = False, heads_scale: float = 1.0) -> l
     """The shapes to run, in order.
 
     Args:
-        names: shapes, cases ("shape/window") or suites; empty: all, or "core" only if `quick`.
-        quick: drop the sweeps, FlexAttention and the emulation.
-        heads_scale: factor on the number of heads, which is rounded to at least 1.
+        names: shapes, cases ("shape/window") or suites; empty: all, or with `quick` the suite "core".
+        quick: without sweeps, FlexAttention and emulation.
+        heads_scale: factor on the number of heads, which is at least 1.
 
-    Raises ValueError when a name is unknown.
+    Raises ValueError for an unknown name.
     """
     chosen = []
     found: set[str] = set()
