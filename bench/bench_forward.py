@@ -49,6 +49,7 @@ from contenders import Contender, as_hnd, config_of, contenders_of, installed_pe
 from fpsattention import _C
 from fpsattention.cli.timing import DeviceLost, Timing, first_line, time_interleaved
 from fpsattention.core.reference import emulated_attention
+from fpsattention.core.support import hopper_obstacle
 from shapes import (
     BACKWARD_DENSE,
     BACKWARD_WINDOW,
@@ -426,8 +427,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    if not torch.cuda.is_available():
-        print("no CUDA device: nothing to measure", file=sys.stderr)
+    if obstacle := hopper_obstacle():
+        print(f"bench_forward.py: it {obstacle}", file=sys.stderr)
         return 2
     os.environ["FPSATTENTION_STRICT"] = "1"  # a silent fall back to the reference would be timed for hours
     partial = options.quick or options.case or options.heads_scale != 1.0

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import fpsattention as fps
 from common import forward_seconds
 from fpsattention.cli.catalog import MODELS
+from fpsattention.core.support import hopper_obstacle
 from fpsattention.integrations.diffusers import enable
 
 
@@ -179,8 +180,8 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.models) - set(CASES):
         parser.error(f"{', '.join(sorted(unknown))}: must be of {', '.join(CASES)}")
-    if not torch.cuda.is_available():
-        parser.exit(1, "bench_models.py: needs a Hopper GPU\n")
+    if obstacle := hopper_obstacle():
+        parser.exit(1, f"bench_models.py: it {obstacle}\n")
     results = []
     for name in args.models or CASES:
         results += measure(name, CASES[name], args.repeats)

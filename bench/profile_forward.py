@@ -13,6 +13,7 @@ import torch
 
 from bench_forward import random_qkv
 from contenders import ours
+from fpsattention.core.support import hopper_obstacle
 from shapes import WAN_DENSE, Shape, Window, select
 
 
@@ -44,8 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    if not torch.cuda.is_available():
-        print("no CUDA device: nothing to profile", file=sys.stderr)
+    if obstacle := hopper_obstacle():
+        print(f"profile_forward.py: it {obstacle}", file=sys.stderr)
         return 2
     with torch.no_grad():
         run(options.case, ours(shape, window).prepare(*random_qkv(shape, "cuda")), options.calls)
