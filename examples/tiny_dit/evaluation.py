@@ -17,7 +17,9 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from fpsattention.cli.compare import psnr
+from fpsattention.cli.compare import similarity as frame_similarity
 
 from . import flow
 from .clips import Clips
@@ -145,12 +147,9 @@ def _measure(
 
 def similarity(videos: Tensor, targets: Tensor, name: str) -> dict[str, float]:
     """PSNR (dB) and SSIM of videos [B, frames, H, W, 3] from -1 to 1, means over the videos."""
-    psnr = peak_signal_noise_ratio(
-        videos, targets, data_range=2.0, dim=(1, 2, 3, 4), reduction="elementwise_mean"
-    )
-    frames, target_frames = (x.flatten(0, 1).permute(0, 3, 1, 2) for x in (videos, targets))
-    ssim = structural_similarity_index_measure(frames, target_frames, data_range=2.0)
-    return {f"PSNR {name}": psnr.item(), f"SSIM {name}": ssim.item()}
+    error, ssim = frame_similarity(videos.flatten(0, 1), targets.flatten(0, 1), data_range=2.0)
+    of_videos = psnr(error.unflatten(0, videos.shape[:2]).mean(1))
+    return {f"PSNR {name}": of_videos.mean().item(), f"SSIM {name}": ssim.mean().item()}
 
 
 def change(results: dict, arm: str, reference: str, metric: str = "loss") -> tuple[float, float]:
