@@ -38,8 +38,8 @@ from common import (
     Target,
     attention_flops,
     conditions,
-    device_query,
     gpu_slug,
+    gpu_uuid,
     graph_gap_us,
     quantize_bytes,
     table,
@@ -387,7 +387,7 @@ def run(shapes: list[Shape], options: argparse.Namespace, output: Path) -> Resul
         results.targets = [t.judge(results.records) for t in TARGETS]
         results.save(output)
 
-    with GpuMonitor(device_query()) as monitor:
+    with GpuMonitor(gpu_uuid()) as monitor:
         for shape in shapes:
             if shape.flex:
                 torch.compiler.reset()  # or the second shape is compiled for dynamic sizes, and runs slower
@@ -428,7 +428,7 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     if obstacle := hopper_obstacle():
-        print(f"bench_forward.py: it {obstacle}", file=sys.stderr)
+        print(f"bench_forward.py {obstacle}", file=sys.stderr)
         return 2
     os.environ["FPSATTENTION_STRICT"] = "1"  # a silent fall back to the reference would be timed for hours
     partial = options.quick or options.case or options.heads_scale != 1.0

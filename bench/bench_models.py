@@ -181,7 +181,7 @@ def main() -> None:
     if unknown := set(args.models) - set(CASES):
         parser.error(f"{', '.join(sorted(unknown))}: must be of {', '.join(CASES)}")
     if obstacle := hopper_obstacle():
-        parser.exit(1, f"bench_models.py: it {obstacle}\n")
+        parser.exit(1, f"bench_models.py {obstacle}\n")
     results = []
     for name in args.models or CASES:
         results += measure(name, CASES[name], args.repeats)

@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
     if obstacle := hopper_obstacle():
-        parser.exit(1, f"bench_wan.py: it {obstacle}\n")
+        parser.exit(1, f"bench_wan.py {obstacle}\n")
     if "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)

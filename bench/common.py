@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import os
 import platform
-import pty
 import re
 import statistics
-import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +18,11 @@ from pathlib import Path
 import torch
 
 from fpsattention.cli.timing import CudaClock, Timing, time_interleaved
+
+try:
+    import pynvml  # of the PyPI package nvidia-ml-py
+except ImportError:
+    pynvml = None
 
 OURS, CUDNN, FLASH, FLEX = "fpsattention", "sdpa-cudnn", "sdpa-flash", "flexattention"  # Record.op
 TORCH_DENSE = (CUDNN, FLASH)
@@ -105,42 +108,45 @@ def graph_gap_us(call: Callable[[], object]) -> float:
     return largest_gap([(r.start, r.end) for r in ranges], GRAPH_REPLAYS)
 
 
-class GpuMonitor:
-    """Samples SM clock and power through nvidia-smi while a bench runs; without nvidia-smi, nothing."""
+def nvml_device(uuid: str):
+    """NVML's handle of a GPU. None, with the reason on stderr, without nvidia-ml-py, NVIDIA's driver or the GPU."""
+    if pynvml is None:
+        print(
+            "no clocks and no power: nvidia-ml-py is not installed (pip install nvidia-ml-py)",
+            file=sys.stderr,
+        )
+        return None
+    try:
+        pynvml.nvmlInit()  # lasts as long as the process; a second call does nothing
+        return pynvml.nvmlDeviceGetHandleByUUID(uuid)
+    except pynvml.NVMLError as error:
+        print(f"no clocks and no power: {error}", file=sys.stderr)
+        return None
 
-    def __init__(self, device: str, interval_ms: int = 100):
-        self._command = [
-            *("nvidia-smi", "-i", device, "--query-gpu=clocks.sm,power.draw"),
-            *("--format=csv,noheader,nounits", "-lms", str(interval_ms)),
-        ]
-        self._samples: list[tuple[float, float, float]] = []
-        self._process = None
+
+class GpuMonitor:
+    """Samples SM clock and power of a GPU in a thread while a bench runs; no samples where NVML has none."""
+
+    def __init__(self, uuid: str, interval_s: float = 0.1):
+        self._uuid, self._interval_s = uuid, interval_s
+        self._samples: list[tuple[float, float, float]] = []  # time.monotonic(), MHz, W
+        self._stop = threading.Event()
+        self._thread = None
 
     def __enter__(self):
-        ours, theirs = pty.openpty()  # into a pipe, nvidia-smi would write blocks of many samples
-        try:
-            self._process = subprocess.Popen(self._command, stdout=theirs, stderr=subprocess.DEVNULL)
-        except OSError:
-            os.close(ours)
-            return self
-        finally:
-            os.close(theirs)
-        threading.Thread(target=self._read, args=(ours,), daemon=True).start()
+        device = nvml_device(self._uuid)
+        if device is not None:
+            self._thread = threading.Thread(target=self._sample, args=(device,), daemon=True)
+            self._thread.start()
         return self
 
-    def _read(self, terminal: int):
-        # Reading a terminal whose other end is closed raises.
-        with open(terminal, errors="replace") as lines, contextlib.suppress(OSError):
-            for line in lines:
-                self.add(line)
-
-    def add(self, line: str) -> None:
-        """Take one line "MHz, watts"; lines of another form (N/A, messages) are not samples."""
-        try:
-            clock, power = (float(x) for x in line.split(","))
-        except ValueError:
-            return
-        self._samples.append((time.monotonic(), clock, power))
+    def _sample(self, device) -> None:
+        while not self._stop.is_set():
+            with contextlib.suppress(pynvml.NVMLError):  # a reading that this GPU does not have
+                clock_mhz = pynvml.nvmlDeviceGetClockInfo(device, pynvml.NVML_CLOCK_SM)
+                power_w = pynvml.nvmlDeviceGetPowerUsage(device) / 1000
+                self._samples.append((time.monotonic(), clock_mhz, power_w))
+            self._stop.wait(self._interval_s)
 
     def between(self, start: float, end: float) -> tuple[float | None, float | None]:
         """Median (SM clock in MHz, power in W) sampled between two `time.monotonic()`, or (None, None)."""
@@ -150,9 +156,9 @@ class GpuMonitor:
         return statistics.median(s[1] for s in inside), statistics.median(s[2] for s in inside)
 
     def __exit__(self, *_):
-        if self._process is not None:
-            self._process.terminate()
-            self._process.wait()
+        if self._thread is not None:
+            self._stop.set()
+            self._thread.join()
 
 
 @dataclass
@@ -303,8 +309,8 @@ def quantize_bytes(tokens: int, heads: int, head_dim: int, batch: int, packed_by
     return 3 * 2 * tokens * heads * head_dim * batch + packed_bytes
 
 
-def device_query() -> str:
-    """The current CUDA device for nvidia-smi: its UUID, which CUDA_VISIBLE_DEVICES does not renumber."""
+def gpu_uuid() -> str:
+    """NVML's name for the current CUDA device; unlike an index, CUDA_VISIBLE_DEVICES does not change it."""
     uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
     return uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
 
@@ -318,20 +324,20 @@ def gpu_slug(name: str) -> str:
 def conditions() -> dict:
     """GPU, driver and versions, as far as they can be known."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    query = ["nvidia-smi", "-i", device_query(), "--query-gpu=driver_version,power.limit,clocks.max.sm"]
-    try:
-        smi = subprocess.run(
-            [*query, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=30, check=True
-        )
-        driver, power_limit, max_clock = (x.strip() for x in smi.stdout.strip().split(","))
-    except (OSError, subprocess.SubprocessError, ValueError):
-        driver = power_limit = max_clock = None
+    driver = limit_mw = max_clock_mhz = None
+    device = nvml_device(gpu_uuid())
+    if device is not None:
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        with contextlib.suppress(pynvml.NVMLError):  # a reading that this GPU does not have
+            limit_mw = pynvml.nvmlDeviceGetPowerManagementLimit(device)
+        with contextlib.suppress(pynvml.NVMLError):
+            max_clock_mhz = pynvml.nvmlDeviceGetMaxClockInfo(device, pynvml.NVML_CLOCK_SM)
     return {
         "gpu": properties.name,
         "sms": properties.multi_processor_count,
         "driver": driver,
-        "power_limit_w": power_limit,
-        "max_sm_clock_mhz": max_clock,
+        "power_limit_w": limit_mw and limit_mw / 1000,
+        "max_sm_clock_mhz": max_clock_mhz,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),

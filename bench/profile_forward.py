@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     if obstacle := hopper_obstacle():
-        print(f"profile_forward.py: it {obstacle}", file=sys.stderr)
+        print(f"profile_forward.py {obstacle}", file=sys.stderr)
         return 2
     with torch.no_grad():
         run(options.case, ours(shape, window).prepare(*random_qkv(shape, "cuda")), options.calls)

@@ -204,25 +204,113 @@ def test_a_lost_device_ends_the_timing():
         timing.time_interleaved({"broken": broken}, Lost(None), 2, 1.0)
 
 
-def test_monitor_takes_only_samples_and_only_of_the_interval():
-    monitor = common.GpuMonitor("GPU-none")
-    for line in ("1500, 600.5", "N/A, N/A", "No devices were found", "1700, 700.5", "1600, 650.5"):
-        monitor.add(line)
-    assert monitor.between(0, float("inf")) == (1600, 650.5)
-    assert monitor.between(-2, -1) == (None, None)
+class FakeNvml(types.ModuleType):
+    """A pynvml with one GPU, GPU-1; `lacks` names what it cannot read."""
 
+    NVML_CLOCK_SM = 1
 
-def test_monitor_reads_lines_as_they_come():
-    with common.GpuMonitor("GPU-none") as absent:
+    class NVMLError(Exception):
         pass
-    assert absent.between(0, float("inf")) == (None, None)  # no nvidia-smi, or no such GPU
-    monitor = common.GpuMonitor("GPU-none")
-    monitor._command = ["sh", "-c", "echo 1500, 600.5; sleep 60"]
-    with monitor:
-        deadline = time.monotonic() + 10
-        while monitor.between(0, float("inf"))[0] is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-    assert monitor.between(0, float("inf")) == (1500, 600.5)  # long before the process ends
+
+    def __init__(self, *lacks):
+        super().__init__("pynvml")
+        self.lacks, self.polls = lacks, 0
+
+    def _read(self, name, device, value):
+        assert device == "the handle"
+        if name in self.lacks:
+            raise self.NVMLError("Not Supported")
+        return value
+
+    def nvmlInit(self):
+        if "driver" in self.lacks:
+            raise self.NVMLError("NVML Shared Library Not Found")
+
+    def nvmlDeviceGetHandleByUUID(self, uuid):
+        if uuid != "GPU-1":
+            raise self.NVMLError("Not Found")
+        return "the handle"
+
+    def nvmlDeviceGetClockInfo(self, device, clock):
+        assert clock == self.NVML_CLOCK_SM
+        self.polls += 1
+        return self._read("clock", device, 1500 + 100 * min(self.polls, 3))
+
+    def nvmlDeviceGetPowerUsage(self, device):
+        return self._read("power", device, 600_500)
+
+    def nvmlSystemGetDriverVersion(self):
+        return "580.1"
+
+    def nvmlDeviceGetPowerManagementLimit(self, device):
+        return self._read("limit", device, 700_000)
+
+    def nvmlDeviceGetMaxClockInfo(self, device, clock):
+        assert clock == self.NVML_CLOCK_SM
+        return self._read("most", device, 1980)
+
+
+def watch(monkeypatch, nvml, uuid="GPU-1", polls=0):
+    """A monitor over `nvml`, entered and left, once it has read `polls` times."""
+    monkeypatch.setattr(common, "pynvml", nvml)
+    deadline = time.monotonic() + 10
+    with common.GpuMonitor(uuid, interval_s=0.001) as monitor:
+        while polls and nvml.polls < polls and time.monotonic() < deadline:
+            time.sleep(0.001)
+    return monitor
+
+
+def test_monitor_takes_medians_of_the_interval(monkeypatch):
+    nvml = FakeNvml()
+    start = time.monotonic()
+    monitor = watch(monkeypatch, nvml, polls=7)
+    end, polls = time.monotonic(), nvml.polls
+    assert polls >= 7 and monitor.between(start, end) == (
+        1800,
+        600.5,
+    )  # MHz, W; the first two clocks are lower
+    assert monitor.between(start - 2, start) == monitor.between(end, end + 2) == (None, None)
+    time.sleep(0.02)
+    assert nvml.polls == polls  # no longer watching
+
+
+@pytest.mark.parametrize(
+    ("nvml", "uuid", "said"),
+    [
+        (None, "GPU-1", "no clocks and no power: nvidia-ml-py is not installed (pip install nvidia-ml-py)"),
+        (FakeNvml("driver"), "GPU-1", "no clocks and no power: NVML Shared Library Not Found"),
+        (FakeNvml(), "GPU-2", "no clocks and no power: Not Found"),
+    ],
+)
+def test_monitor_says_why_it_has_no_readings(monkeypatch, capsys, nvml, uuid, said):
+    assert watch(monkeypatch, nvml, uuid).between(0, float("inf")) == (None, None)
+    assert capsys.readouterr().err == f"{said}\n"
+
+
+@pytest.mark.parametrize("lacks", ["clock", "power"])
+def test_monitor_goes_on_without_a_reading(monkeypatch, lacks):
+    nvml = FakeNvml(lacks)
+    assert watch(monkeypatch, nvml, polls=3).between(0, float("inf")) == (None, None)
+    assert nvml.polls >= 3
+
+
+@pytest.mark.parametrize(
+    ("nvml", "found"),
+    [
+        (FakeNvml(), ["580.1", 700.0, 1980]),
+        (FakeNvml("limit"), ["580.1", None, 1980]),
+        (FakeNvml("most"), ["580.1", 700.0, None]),
+        (None, [None] * 3),
+    ],
+)
+def test_conditions(monkeypatch, nvml, found):
+    properties = types.SimpleNamespace(name="NVIDIA H100", multi_processor_count=132, uuid="1")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(common, "pynvml", nvml)
+    meta = common.conditions()
+    assert [meta[name] for name in ("driver", "power_limit_w", "max_sm_clock_mhz")] == found
+    assert (meta["gpu"], meta["sms"]) == ("NVIDIA H100", 132)
 
 
 def test_largest_gap_is_taken_within_replays():
@@ -441,7 +529,7 @@ def test_a_peer_that_cannot_be_set_up_is_reported(monkeypatch):
 def run_all(monkeypatch, path, cast_of, clock):
     monkeypatch.setattr(bench, "BenchClock", lambda: clock)
     monkeypatch.setattr(bench, "GpuMonitor", lambda device: NoMonitor())
-    monkeypatch.setattr(bench, "device_query", lambda: "GPU-none")
+    monkeypatch.setattr(bench, "gpu_uuid", lambda: "GPU-none")
     monkeypatch.setattr(bench, "conditions", lambda: {"gpu": "made up"})
     monkeypatch.setattr(bench, "contenders_of", lambda shape: (cast_of(shape), ["peer: broken"]))
     options = argparse.Namespace(quick=True, heads_scale=1.0)
