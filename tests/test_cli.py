@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import types
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ import torch
 from matplotlib.image import imread
 
 import fpsattention as fps
-import fpsattention_command
 import programs
 from fpsattention import AttentionConfig, WindowTable
 from fpsattention.cli import bench, doctor, estimate, options, plan, profile, schedule, timing, video
@@ -208,29 +208,26 @@ def test_help_and_wrong_options_need_no_extra():
     assert "'x' must be a whole number" in done.stderr
 
 
-def test_a_broken_install_says_what_is_wrong(tmp_path):
-    """The console script, over a copy of the package with the compiled module of another Python."""
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        (None, "", "there is no such file"),
+        ("_C.cpython-27-x86_64-linux-gnu.so", "", "there is _C.cpython-27-x86_64-linux-gnu.so"),
+        (f"_C{EXTENSION_SUFFIXES[0]}", "no library", f"there is _C{EXTENSION_SUFFIXES[0]}"),
+    ],
+    ids=["none", "of another Python", "damaged"],
+)
+def test_a_broken_install_says_what_is_wrong(tmp_path, name, text, reason):
+    """A copy of the package without its compiled module, with that of another Python, with one that does not load."""
     source = Path(fps.__file__).parent
-    shutil.copytree(source, tmp_path / "fpsattention", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
-    shutil.copy(source.with_name("fpsattention_command.py"), tmp_path)
-    code = "import sys; sys.argv = ['fpsattention', 'doctor', '--json']\n"
-    code += "import fpsattention_command; sys.exit(fpsattention_command.main())"
-
-    (tmp_path / "fpsattention" / "_C.cpython-27-x86_64-linux-gnu.so").write_text("")
-    done = programs.run_python("-c", code, env={}, cwd=tmp_path)
-    result = json.loads(done.stdout)
-    assert done.returncode == 1 and result["ok"] is False and "Traceback" not in done.stderr
-    for text in (result["error"], done.stderr):
-        assert "cannot import name '_C'" in text and "there is _C.cpython-27-x86_64-linux-gnu.so" in text
-
-    with open("/dev/full", "w") as full:
-        again = programs.run_python("-c", code, env={}, cwd=tmp_path, stdout=full)
-    assert again.returncode == 1 and again.stderr == done.stderr
-
-
-def test_a_broken_install_names_the_missing_package():
-    error = ModuleNotFoundError("No module named 'torch'", name="torch")
-    assert fpsattention_command._advice(error).endswith("pip install torch")
+    shutil.copytree(source, tmp_path / "fpsattention", ignore=shutil.ignore_patterns("_C*.so", "__pycache__"))
+    if name:
+        (tmp_path / "fpsattention" / name).write_text(text)
+    done = programs.run_python("-m", "fpsattention.cli", "doctor", env={}, cwd=tmp_path)
+    assert done.returncode == 1
+    said = done.stderr.splitlines()[-1]
+    assert f"needs the compiled module _C{EXTENSION_SUFFIXES[0]} in {tmp_path / 'fpsattention'}; " in said
+    assert f"{reason}. A wheel is for one version of Python" in said
 
 
 # Models

@@ -29,7 +29,6 @@ OTHERS = {
     "python/fpsattention/cli/demo.py": "from .errors import UserError\n",
     "python/fpsattention/cli/errors.py": "class UserError(Exception): pass\n",
     "examples/tiny_dit/model.py": "LAYERS = 6\n",
-    "python/fpsattention_command.py": "def main(): pass\n",
     "python/fpsattention/_C.pyi": "BLOCK: int\n",
     "python/fpsattention/_C.so": "",
     "python/fpsattention/__pycache__/api.pyc": "",

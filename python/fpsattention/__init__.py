@@ -5,6 +5,22 @@ out = fpsattention.attention(q, k, v, grid=(21, 45, 80), config=AttentionConfig(
 
 from importlib import import_module
 
+try:
+    from . import _C  # noqa: F401 (before what needs it, to explain why it does not load)
+except ImportError as error:
+    import sys
+    from importlib.machinery import EXTENSION_SUFFIXES
+    from pathlib import Path
+
+    folder = Path(__file__).parent
+    found = ", ".join(path.name for path in folder.glob("_C.*so")) or "no such file"
+    raise ImportError(
+        f"{error}\nPython {sys.version.split()[0]} needs the compiled module _C{EXTENSION_SUFFIXES[0]} in {folder}; "
+        f"there is {found}. A wheel is for one version of Python on Linux x86-64: install the one for yours, or from "
+        "source.",
+        name=error.name,
+    ) from error
+
 from .core import reference
 from .core.api import QuantizedQKV, attention, quantize_qkv
 from .core.config import AttentionConfig
