@@ -1,6 +1,7 @@
-"""Backward, and forward with backward: FPSAttention, cuDNN, FlexAttention on the same tensors; for bench_forward.py.
+"""Part of bench_forward.py: backward, and forward with backward, of FPSAttention, cuDNN and FlexAttention.
 
-Each contender's gradients are held against those of a BF16 one that computes the same attention, where there is one.
+All run on the same tensors. A contender's gradients are compared with those of a BF16 contender that computes the same
+attention, where there is one.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ from contenders import TOLERANCE_8_BIT, Contender, as_hnd, cudnn, flex, ours
 from fpsattention.cli.timing import first_line
 from shapes import Shape
 
-# A graph is differentiated many times; the compiled backward of FlexAttention must keep what it saved.
+# A graph is differentiated many times: FlexAttention's compiled backward must keep the tensors that it saved.
 torch._functorch.config.donated_buffer = False
 
-# Operations of a pass in units of the forward's: five products instead of two.
+# Operations of a pass relative to the forward's: a forward is two products, a backward five.
 FORWARDS_WORTH = {BACKWARD: 2.5, TRAINING: 3.5}
 
 
 def contenders_of(shape: Shape) -> list[Contender]:
-    """Who is differentiated: FPSAttention under every window, dense cuDNN, FlexAttention under the windows."""
+    """Contenders of the backward: dense cuDNN, FlexAttention under the windows, FPSAttention under every window."""
     flexes = [flex(shape, window) for window in shape.training if window in shape.flex]
     return [cudnn(shape), *flexes, *(ours(shape, window) for window in shape.training)]
 
 
 def differentiate(call: Callable[[], torch.Tensor], contender: Contender, qkv, dout) -> tuple[dict, tuple]:
-    """The timed functions of one contender by pass, and its gradients as [B, H, L, D] on the CPU."""
+    """The functions to time of one contender, by pass, and its gradients of q, k and v in the shape's layout."""
 
     def training():
         return torch.autograd.grad(contender.finish(call()), qkv, dout)
@@ -61,7 +62,7 @@ def relative_rms(x: torch.Tensor, reference: torch.Tensor) -> float:
 def bench_training(
     shape: Shape, qkv, work_of, clock, monitor: GpuMonitor, rounds, burst_ms, seed
 ) -> list[Record]:
-    """Time the passes of every contender on one shape; `work_of` as in bench_forward. Raises DeviceLost."""
+    """Time both passes of every contender on one shape; `work_of` is bench_forward's. Raises DeviceLost."""
     qkv = tuple(x.detach().requires_grad_() for x in qkv)
     dout = as_hnd(torch.randn_like(qkv[0]), shape.layout)
     entries, measured, grads_of = {}, [], {}
@@ -88,7 +89,7 @@ def bench_training(
         try:
             passes, grads = differentiate(c.prepare(*qkv), c, qkv, dout)
             entries |= {f"{records[name].case} {c.name}": fn for name, fn in passes.items()}
-            same = grads_of.setdefault(c.window, grads)  # cuDNN's or FlexAttention's comes first
+            same = grads_of.setdefault(c.window, grads)  # the first is cuDNN's or FlexAttention's
             for record in records.values():
                 record.rel_rms = max(relative_rms(a, b) for a, b in zip(grads, same, strict=True))
                 if c.name == OURS and not record.rel_rms <= 1.5 * TOLERANCE_8_BIT:
@@ -106,5 +107,5 @@ def bench_training(
             record.tflops_total = flops / record.ms / 1e9
     for name in FORWARDS_WORTH:
         of_pass = [record for record, other, _ in measured if other == name]
-        compare_with(of_pass[0], of_pass)  # cuDNN's
+        compare_with(of_pass[0], of_pass)  # the first is cuDNN's
     return [record for record, _, _ in measured]

@@ -1,7 +1,7 @@
-"""A training step of one Wan2.1 transformer block, by what runs its self-attention; for bench_forward.py.
+"""Part of bench_forward.py: a training step of one Wan2.1 transformer block, with cuDNN's or our self-attention.
 
-The block is Wan's but for the cross-attention to the text: modulated norms, Q, K, V, RMS norms and rotation of Q and K,
-self-attention, output, MLP. A step is its forward and backward in BF16, gradients of input and weights.
+The block is Wan's without the cross-attention to text: modulated norms, Q, K, V, RMS norms and rotation of Q and K,
+self-attention, output, MLP. A step is forward and backward in BF16, with gradients of input and weights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shapes import Shape
 
 
 class Block(nn.Module):
-    """x [B, L, heads * head_dim] to the same; `attend` takes q, k, v [B, L, H, D] and returns the same shape."""
+    """Takes and returns x [B, L, heads * head_dim]; `attend` takes q, k, v [B, L, H, D] and returns that shape."""
 
     def __init__(self, shape: Shape):
         super().__init__()
@@ -41,7 +41,7 @@ class Block(nn.Module):
 
 @torch.enable_grad()
 def bench_block(shape: Shape, work_of, clock, monitor: GpuMonitor, rounds, burst_ms, seed) -> list[Record]:
-    """Time and peak memory of a step, dense with cuDNN and under the shape's windows with FPSAttention."""
+    """Time and peak memory of a step: dense with cuDNN, and under the shape's windows with FPSAttention."""
     generator = torch.Generator(clock.device).manual_seed(seed)
     options = {"device": clock.device, "dtype": torch.bfloat16}
     block = Block(shape).to(**options)
@@ -73,5 +73,5 @@ def bench_block(shape: Shape, work_of, clock, monitor: GpuMonitor, rounds, burst
             record.fail(first_line(error))
             clock.check(c.name)
     time_records(measured, entries, clock, monitor, rounds, burst_ms, seed)
-    compare_with(measured[0], measured)  # cuDNN's
+    compare_with(measured[0], measured)  # the first is cuDNN's
     return measured

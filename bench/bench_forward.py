@@ -1,4 +1,4 @@
-"""Attention on one GPU, forward and backward: FPSAttention, torch's backends and installed peers on the same tensors.
+"""Forward and backward on one GPU: FPSAttention, torch's backends and installed peers on the same tensors.
 
     python bench/bench_forward.py [--quick] [--case NAME ...] [--heads-scale X] [--output FILE]
 
@@ -48,6 +48,7 @@ from common import (
 from contenders import Contender, as_hnd, config_of, contenders_of, installed_peers, ours
 from fpsattention import _C
 from fpsattention.cli.timing import DeviceLost, Timing, first_line, time_interleaved
+from fpsattention.core.config import ResolvedConfig
 from fpsattention.core.reference import emulated_attention
 from fpsattention.core.support import hopper_obstacle
 from shapes import (
@@ -70,15 +71,15 @@ SAMPLED_ROWS = 256
 
 @dataclass(frozen=True)
 class Work:
-    """What a window asks of one head: density, attended and computed query-key pairs; who attends whom."""
+    """The work of one head under a window: density, attended and computed query-key pairs, and the resolved config."""
 
     density: float
     pairs: int
     computed_pairs: int
-    resolved: fps.config.ResolvedConfig
+    resolved: ResolvedConfig
 
     def allowed(self, rows: torch.Tensor) -> torch.Tensor:
-        """bool [rows, L]: which tokens each of these query tokens attends."""
+        """The tokens that each of these query tokens attends: bool [rows, L]."""
         geometry = self.resolved.geometry
         tile_of_token = geometry.tile_of_token
         tiles, index = tile_of_token[rows.cpu()].unique(return_inverse=True)
@@ -105,7 +106,7 @@ def seed_of(text: str) -> int:
 
 
 def random_input(shape: Shape, device: str, seed_text: str) -> torch.Tensor:
-    """Standard normal BF16 in the shape's layout, a function of `seed_text`."""
+    """A standard normal BF16 tensor in the shape's layout, determined by `seed_text`."""
     generator = torch.Generator(device).manual_seed(seed_of(seed_text))
     middle = (shape.tokens, shape.heads) if shape.layout == "NHD" else (shape.heads, shape.tokens)
     return torch.randn(
@@ -114,12 +115,12 @@ def random_input(shape: Shape, device: str, seed_text: str) -> torch.Tensor:
 
 
 def random_qkv(shape: Shape, device: str) -> tuple[torch.Tensor, ...]:
-    """The shape's Q, K and V: the same in every run."""
+    """The shape's Q, K and V, the same in every run."""
     return tuple(random_input(shape, device, f"{shape.name} {name}") for name in "qkv")
 
 
 def exact_rows(q, k, v, rows: torch.Tensor, allowed: torch.Tensor, scale: float) -> torch.Tensor:
-    """Exact attention in fp64 of some query rows of one head: q, k, v [L, D], allowed [rows, L]."""
+    """Exact attention of some query rows of one head, fp64 [rows, D]; q, k, v [L, D], allowed [rows, L]."""
     scores = (q[rows].double() @ k.double().T).mul_(scale).masked_fill_(~allowed, float("-inf"))
     return scores.softmax(-1) @ v.double()
 
@@ -129,9 +130,9 @@ def relative_rms(x: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def check_accuracy(shape: Shape, contender: Contender, work: Work, k, v, record: Record) -> None:
-    """Compare a contender with exact attention on sampled rows of some heads, and record what is found.
+    """Compare a contender with exact attention on sampled rows of some heads, and fill in its record.
 
-    Each contender gets queries of its own, so that memory left by another one cannot hold its answer.
+    Each contender gets queries of its own: memory that another one left behind cannot hold its answer.
     """
     device = k.device
     q = random_input(shape, device.type, f"{record.case} {record.op} q")
@@ -146,7 +147,7 @@ def check_accuracy(shape: Shape, contender: Contender, work: Work, k, v, record:
     heads = sorted({(0, 0), (0, shape.heads // 2), (shape.batch - 1, shape.heads - 1)})
     exact = torch.stack([exact_rows(q[at], k[at], v[at], rows, allowed, scale) for at in heads])
     record.rel_rms = relative_rms(torch.stack([out[at][rows] for at in heads]), exact)
-    if not record.rel_rms <= contender.tolerance:  # also when it is NaN
+    if not record.rel_rms <= contender.tolerance:  # true for NaN, too
         record.fail(f"relative RMS error {record.rel_rms:.3g} is above {contender.tolerance}")
     if contender.name == OURS and contender.window in shape.emulated:
         try:
@@ -157,14 +158,15 @@ def check_accuracy(shape: Shape, contender: Contender, work: Work, k, v, record:
             record.rms_to_emulation = relative_rms(out[0, 0], emulated[0, 0])
             same_rows = relative_rms(out[0, 0, rows], exact[0])
             record.error_over_emulation = same_rows / record.emulation_rel_rms
-        except Exception as error:  # the emulation's failure is no reason not to time the kernel
-            record.remark(f"not held against the emulation: {first_line(error)}")
+        except Exception as error:  # a failure of the emulation: the kernel is timed all the same
+            record.remark(f"not compared with the emulation: {first_line(error)}")
 
 
 def make_entries(shape: Shape, contenders: list[Contender], q, k, v, clock) -> tuple[dict, dict, list]:
-    """Check every contender and lay out what is to be timed.
+    """Check every contender and collect what is to be timed.
 
-    Returns functions to time by key, FP8 image bytes by key, and (record, contender, work) of each contender.
+    Returns the functions to time by key, the bytes of packed FP8 blocks by key, and (record, contender, work) of each
+    contender.
     """
     entries, packed_bytes, measured = {}, {}, []
     for c in contenders:
@@ -193,7 +195,7 @@ def make_entries(shape: Shape, contenders: list[Contender], q, k, v, clock) -> t
 
 
 def fill(record: Record, shape: Shape, work: Work, key: str, timings: dict, packed_bytes: int | None) -> None:
-    """Put a contender's times, and the rates that follow from them, in its record."""
+    """Fill in a record's times and the rates that follow from them."""
 
     def timing(name: str) -> Timing | None:
         result = timings.get(name)
@@ -219,17 +221,16 @@ def fill(record: Record, shape: Shape, work: Work, key: str, timings: dict, pack
         record.quant_bytes = quantize_bytes(shape.tokens, *sizes, packed_bytes)
         record.quant_gbps = record.quant_bytes / quantize.ms / 1e6
     rows = shape.tokens * shape.heads * shape.batch
-    record.attn_hbm_bytes = packed_bytes + rows * (
-        2 * shape.head_dim + 4
-    )  # the images in, output and LSE out
-    # A key block is read once for the query blocks of a work item (if the item is full).
+    # Packed blocks are read; output (16 bits) and LSE (fp32) are written.
+    record.attn_hbm_bytes = packed_bytes + rows * (2 * shape.head_dim + 4)
+    # All query blocks of a work item share one read of a key block. Items are taken as full.
     pairs_of_item = _C.BLOCKS_PER_ITEM * _C.QUERY_BLOCK * _C.BLOCK
     items = work.computed_pairs / pairs_of_item * shape.heads * shape.batch
     record.attn_l2_bytes = round(items * 2 * _C.BLOCK * shape.head_dim)
 
 
 def compare(records: list[Record]) -> None:
-    """Give all records of a shape their baselines: dense BF16 cuDNN, and torch's fastest dense backend."""
+    """Fill in the baselines of a shape's records: dense BF16 cuDNN, and torch's fastest dense backend."""
     dense = {r.op: r.ms for r in records if r.op in TORCH_DENSE and r.ms and not r.error}
     if not dense:
         return
@@ -245,7 +246,7 @@ def compare(records: list[Record]) -> None:
 def bench_shape(
     shape: Shape, contenders: list[Contender], clock, monitor: GpuMonitor, rounds: int, burst_ms: float
 ) -> list[Record]:
-    """Check and time everyone on one shape. Raises DeviceLost."""
+    """Check and time all contenders of one shape. Raises DeviceLost."""
     q, k, v = random_qkv(shape, clock.device)
     entries, packed_bytes, measured = make_entries(shape, contenders, q, k, v, clock)
     entries["copy"] = clock.copy
@@ -271,9 +272,9 @@ def bench_shape(
 
 
 def measure_graph_gaps(shapes: list[Shape], records: list[Record], device: str) -> None:
-    """Fill in the gaps between the kernels of the calls for which shapes ask.
+    """Fill in the gaps between kernels, for the windows in `Shape.graph`.
 
-    Comes after all timing: a profiler, once loaded, can slow down every later launch of the process.
+    To be called after all timing: a profiler, once loaded, can slow down every later launch of the process.
     """
     for shape in shapes:
         window_of = {shape.case(window): window for window in shape.graph}
@@ -283,12 +284,12 @@ def measure_graph_gaps(shapes: list[Shape], records: list[Record], device: str) 
             try:
                 call = ours(shape, window_of[record.case]).prepare(*random_qkv(shape, device))
                 record.graph_gap_us = graph_gap_us(call)
-            except Exception as error:  # the times are there all the same
+            except Exception as error:  # the times stay valid
                 record.remark(f"gaps not measured: {first_line(error)}")
 
 
 def _our(case: str, value):
-    """A target's value taken from FPSAttention's record of one case; None when it is missing or wrong."""
+    """A target's value: `value` of FPSAttention's record of one case, or None without a good record."""
 
     def of(records: list[Record]) -> float | None:
         for r in records:
@@ -322,7 +323,7 @@ def _backward_window_over_dense(records: list[Record]) -> float | None:
 
 
 def _worst(value):
-    """A target's value taken as the largest over all of FPSAttention's records that have it."""
+    """A target's value: the largest `value` of FPSAttention's records, or None when none has it."""
 
     def of(records: list[Record]) -> float | None:
         return max((x for r in records if r.op == OURS and (x := value(r)) is not None), default=None)
@@ -364,7 +365,7 @@ TARGETS = (
 
 
 def run(shapes: list[Shape], options: argparse.Namespace, output: Path) -> Results:
-    """Bench the shapes one after the other, saving after each, and judge the targets."""
+    """Measure the shapes one after the other, save after each, and judge the targets."""
     began = time.monotonic()
     rounds, burst_ms = (3, 60.0) if options.quick else (5, 100.0)
     meta = conditions() | {
@@ -390,7 +391,7 @@ def run(shapes: list[Shape], options: argparse.Namespace, output: Path) -> Resul
     with GpuMonitor(gpu_uuid()) as monitor:
         for shape in shapes:
             if shape.flex:
-                torch.compiler.reset()  # or the second shape is compiled for dynamic sizes, and runs slower
+                torch.compiler.reset()  # else the second shape is compiled for dynamic sizes, which are slower
             contenders, failures = contenders_of(shape)
             meta["peer_failures"] += failures
             try:
@@ -403,7 +404,7 @@ def run(shapes: list[Shape], options: argparse.Namespace, output: Path) -> Resul
             gc.collect()
             torch.cuda.empty_cache()
             print(f"{meta['seconds']:6.1f} s  {shape.name} done", file=sys.stderr, flush=True)
-        else:  # no device was lost
+        else:  # the device was not lost
             measure_graph_gaps(shapes, results.records, clock.device)
             save()
     return results
@@ -411,7 +412,7 @@ def run(shapes: list[Shape], options: argparse.Namespace, output: Path) -> Resul
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the shapes with a target only, fewer rounds")
+    parser.add_argument("--quick", action="store_true", help="only the shapes with a target, in fewer rounds")
     parser.add_argument(
         "--case", nargs="+", default=[], metavar="NAME", help="shapes, cases (shape/window) or 'length'"
     )
@@ -430,7 +431,7 @@ def main(argv: list[str] | None = None) -> int:
     if obstacle := hopper_obstacle():
         print(f"bench_forward.py {obstacle}", file=sys.stderr)
         return 2
-    os.environ["FPSATTENTION_STRICT"] = "1"  # a silent fall back to the reference would be timed for hours
+    os.environ["FPSATTENTION_STRICT"] = "1"  # else a fallback to the reference would be timed, for hours
     partial = options.quick or options.case or options.heads_scale != 1.0
     name = gpu_slug(torch.cuda.get_device_name()) + ("-partial" if partial else "")
     output = options.output or Path(__file__).parent / "results" / f"{name}.json"
@@ -448,7 +449,7 @@ def main(argv: list[str] | None = None) -> int:
     if "device_lost" in meta:
         print(f"the device was lost, the run is incomplete: {meta['device_lost']}")
     if options.heads_scale != 1.0:
-        print("with --heads-scale the targets' own shapes were not measured")
+        print("no targets: --heads-scale changes their shapes")
     else:
         print(target_lines(results.targets))
     print(f"wrote {output}")

@@ -1,7 +1,7 @@
-"""What switching attention over is worth in diffusers' other video models: real sizes, a few layers, random weights.
+"""The speed-up from FPSAttention in diffusers' other video models, at real sizes, with a few layers and random weights.
 
-Time grows with the layers, so the speed-up of a few is nearly that of all. Each pipeline runs a step with random text
-embeddings; its transformer's forward is then timed with the arguments that it got there. Contenders:
+Time is proportional to the layers, so the speed-up of a few is nearly that of all. Each pipeline makes a step with
+random text embeddings; then its transformer's forward is timed with the arguments of that step. Contenders:
 
     stock            BF16, dense, as diffusers runs it (torch chooses the kernel)
     fps              FPSAttention by `fpsattention.integrations.diffusers.enable`, in one stage
@@ -33,15 +33,15 @@ from fpsattention.integrations.diffusers import enable
 
 @dataclass(frozen=True)
 class Case:
-    """A model of `fpsattention.models`, with some of its layers.
+    """A model of the catalogue, with some of its layers.
 
     Attributes:
-        pipe: makes its pipeline of a transformer and a scheduler.
-        transformer: makes it, with a few layers.
-        scheduler: makes it.
-        call: arguments of the pipeline, but for the size of the video.
-        size: (height, width, frames) of `fpsattention.models`' setting.
-        tile, window: of 14 to 18 % of all pairs.
+        pipe: class of its pipeline.
+        transformer: makes the transformer, with a few layers.
+        scheduler: makes the scheduler.
+        call: arguments of the pipeline, except the size of the video.
+        size: (height, width, frames) of the catalogue's setting.
+        tile, window: density 0.14 to 0.18.
     """
 
     pipe: type
@@ -54,7 +54,7 @@ class Case:
 
 
 def text(tokens: int, name: str = "prompt", mask: str | None = None) -> dict[str, Tensor]:
-    """Embeddings of a prompt of real tokens only, and its mask where there is one."""
+    """Embeddings of a prompt without padding, and its mask where the pipeline takes one."""
     embeds = {f"{name}_embeds": torch.randn(1, tokens, 4096).bfloat16()}
     return embeds | ({f"{name}_{mask}": torch.ones(1, tokens, dtype=torch.bool)} if mask else {})
 
@@ -110,7 +110,7 @@ CASES = {
 
 @dataclass
 class Result:
-    """Seconds of a forward, median; speed-up over stock, eager."""
+    """Median seconds of a forward, and the speed-up over the eager stock model."""
 
     model: str
     name: str
@@ -121,7 +121,7 @@ class Result:
 
 
 def forward_of_a_step(case: Case) -> tuple[nn.Module, dict]:
-    """(transformer, arguments of its forward in the first step)"""
+    """The transformer, and the arguments of its forward in the first step."""
     torch.manual_seed(0)
     with torch.device("cuda"):
         transformer = case.transformer().to(torch.bfloat16).eval().requires_grad_(False)
@@ -157,7 +157,7 @@ def measure(name: str, case: Case, repeats: int) -> list[Result]:
         if ours:
             (row,) = handle.report(num_steps=1).rows
             if row.configs[0].grid != model.grid:
-                raise RuntimeError(f"{name}: ran the grid {row.configs[0].grid} instead of {model.grid}")
+                raise RuntimeError(f"{name}: ran on the grid {row.configs[0].grid}, must be {model.grid}")
             handle.remove()
         seconds = statistics.median(times)
         stock = results[0].seconds if results else seconds
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
     if unknown := set(args.models) - set(CASES):
-        parser.error(f"{', '.join(sorted(unknown))}: must be of {', '.join(CASES)}")
+        parser.error(f"{', '.join(sorted(unknown))}: must be one of {', '.join(CASES)}")
     if obstacle := hopper_obstacle():
         parser.exit(1, f"bench_models.py {obstacle}\n")
     results = []
@@ -187,7 +187,7 @@ def main() -> None:
         results += measure(name, CASES[name], args.repeats)
         gc.collect()  # modules and their hooks refer to each other
         torch.cuda.empty_cache()
-        if args.output:  # after each, so that a run cut short leaves what it has
+        if args.output:  # after each model: a run cut short keeps its results
             about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
             args.output.write_text(
                 json.dumps({**about, "results": [asdict(r) for r in results]}, indent=1) + "\n"

@@ -1,4 +1,4 @@
-"""What text tokens cost: FPSAttention with them and without, on the same video; for bench_forward.py."""
+"""Part of bench_forward.py: the cost of text tokens, from FPSAttention with and without them on the same video."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shapes import Shape
 def bench_text(
     shape: Shape, qkv, work_of, clock, monitor: GpuMonitor, rounds, burst_ms, seed
 ) -> list[Record]:
-    """Time the shape's first window with its text and without; `work_of` as in bench_forward. Raises DeviceLost."""
+    """Time the shape's first window with and without text; `work_of` is bench_forward's. Raises DeviceLost."""
     window, (prefix_len, suffix_len) = shape.windows[0], shape.text
     config, work = config_of(shape, window), work_of(shape, window)
     sections = {"prefix_len": prefix_len, "suffix_len": suffix_len}
@@ -35,7 +35,7 @@ def bench_text(
         try:
             own = [torch.cat([x, x.narrow(axis, 0, tokens - shape.tokens)], dim=axis) for x in qkv]
             entries[f"{record.case} {OURS}"] = partial(fps.attention, *own, **call, **text)
-        except Exception as error:  # a line in the results
+        except Exception as error:  # a contender that fails is a line in the results
             record.fail(first_line(error))
             clock.check(record.case)
     time_records(records, entries, clock, monitor, rounds, burst_ms, seed)

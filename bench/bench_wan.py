@@ -1,7 +1,7 @@
-"""A forward of Wan2.1-14B at 720p, 81 frames, weighted over a sampler of 50 steps: what FPSAttention is worth in all.
+"""A forward of Wan2.1-14B at 720p, 81 frames, as a mean over a sampler of 50 steps: the speed-up of the whole model.
 
-The transformer is diffusers' own, whole, with random weights: time does not depend on them. The stages of the schedule
-are timed one by one, in one process on one GPU, and weighted by their share of the steps. Contenders:
+The transformer is diffusers' own, whole, with random weights, on which time does not depend. Each stage of the schedule
+is timed, in one process on one GPU, and weighted by its share of the steps. Contenders:
 
     stock                  BF16, dense attention by cuDNN, eager
     stock, compiled        the same, each block under torch.compile
@@ -11,7 +11,7 @@ are timed one by one, in one process on one GPU, and weighted by their share of 
 
     python bench/bench_wan.py --output bench/results/h100_wan.json     # needs pip install 'fpsattention[bench]'
 
-Under torchrun, the tokens are shared out over several GPUs by diffusers' `enable_parallelism` (Ulysses):
+Under torchrun, diffusers' `enable_parallelism` (Ulysses) splits the tokens between several GPUs:
 
     torchrun --nproc-per-node 2 bench/bench_wan.py --quick
 """
@@ -68,15 +68,21 @@ SCHEDULE = fps.StepSchedule(
 
 
 CONTENDERS = ("stock", "fps", "stock, compiled", "fps, compiled", "fps, compiled, fp8")
-# Inductor may keep a whole row of 5,120 or 13,824 values in registers where it finds that faster (some 1 % in all).
-# torch 2.11 fails to load what that compiles to from its cache of graphs.
+# triton.multi_kernel lets Inductor keep a row of 5,120 or 13,824 values in registers where that is faster (about 1 % in
+# all). torch 2.11 cannot load such kernels from its cache of graphs.
 INDUCTOR = {"triton.multi_kernel": 1, "fx_graph_cache": False}
 
 
 @dataclass
 class Result:
-    """Of one contender: seconds of a forward, by stage and weighted by the steps; of the first of each stage together,
-    with compilation; peak memory of the card.
+    """One contender's times in seconds and its memory.
+
+    Attributes:
+        seconds: median of a forward, by stage.
+        weighted: mean of `seconds` over the steps.
+        warm_up: sum of the first forward of each stage, with compilation.
+        peak_gib: peak memory of the GPU.
+        speedup: over the first contender.
     """
 
     name: str
@@ -84,7 +90,7 @@ class Result:
     weighted: float
     warm_up: float
     peak_gib: float
-    speedup: float = float("nan")  # over the first contender
+    speedup: float = float("nan")
 
 
 def steps_of_stage() -> dict[str, int]:
@@ -103,15 +109,16 @@ def sigma_of_stage() -> dict[str, float]:
 
 
 def build(layers: int, seed: int) -> nn.Module:
-    """The transformer on the GPU, BF16 but for what diffusers keeps in FP32; norms at one, biases at zero, the rest
-    N(0, 0.02).
+    """The transformer on the GPU, in BF16 except where diffusers keeps FP32.
+
+    Weights of norms are 1, biases 0, all else N(0, 0.02).
     """
     with torch.device("meta"):
         model = WanTransformer3DModel(num_layers=layers, **WAN_14B)
     for name, x in model.named_parameters():
         if not set(name.split(".")) & set(model._keep_in_fp32_modules):
             x.data = x.data.to(torch.bfloat16)
-    # Its buffers are computed, not loaded.
+    # The meta device has not computed the buffers.
     rope = type(model.rope)(WAN_14B["attention_head_dim"], (1, 2, 2), WAN_14B["rope_max_seq_len"])
     model = model.to_empty(device="cuda")
     model.rope = rope.to("cuda")
@@ -133,7 +140,7 @@ def prepare(name: str, layers: int, seed: int, inputs: dict[str, Tensor]) -> nn.
         use_fp8_linears(model)
     if dist.is_initialized():
         model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=dist.get_world_size()))
-        with torch.no_grad():  # the host's hooks read signatures first, which breaks the graph
+        with torch.no_grad():  # reads signatures in diffusers' hooks, which would break the graph
             model(timestep=torch.tensor([500.0], device="cuda"), return_dict=False, **inputs)
     if "compiled" in name:
         model.compile_repeated_blocks(fullgraph=True, options=INDUCTOR)
@@ -143,7 +150,7 @@ def prepare(name: str, layers: int, seed: int, inputs: dict[str, Tensor]) -> nn.
 def measure(
     name: str, model: nn.Module, stages: dict[str, float], inputs: dict[str, Tensor], repeats: int
 ) -> Result:
-    """Median of `repeats` forwards of each stage, after one that is not timed and compiles what is to be compiled."""
+    """Median of `repeats` forwards of each stage, after a first one, which may compile."""
     dense = sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if name.startswith("stock") else nullcontext()
     seconds, warm_up = {}, 0.0
     with dense:
@@ -157,21 +164,18 @@ def measure(
     weighted = sum(seconds[stage] * n for stage, n in steps.items()) / STEPS
     peak = torch.cuda.max_memory_allocated() / 2**30
     stage_times = ", ".join(f"{stage} {s:.3f} s" for stage, s in seconds.items())
-    say(
-        f"{name:20s} {weighted:7.3f} s a step ({stage_times}), {peak:.1f} GiB, warm-up {warm_up:.0f} s",
-        flush=True,
-    )
+    say(f"{name:20s} {weighted:7.3f} s a step ({stage_times}), {peak:.1f} GiB, warm-up {warm_up:.0f} s")
     return Result(name, seconds, weighted, warm_up, peak)
 
 
 def is_first() -> bool:
-    """Whether this is the only process, or the first."""
+    """Whether this is the only process or the first one."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def say(*text, **kwargs) -> None:
+def say(text: str) -> None:
     if is_first():
-        print(*text, **kwargs)
+        print(text, flush=True)
 
 
 def main() -> None:
@@ -185,9 +189,9 @@ def main() -> None:
         help="layers of the transformer (default: all, %(default)s)",
     )
     parser.add_argument(
-        "--repeats", type=int, default=2, help="timed forwards a stage (default: %(default)s)"
+        "--repeats", type=int, default=2, help="timed forwards of each stage (default: %(default)s)"
     )
-    parser.add_argument("--quick", action="store_true", help="the first and the last contender only")
+    parser.add_argument("--quick", action="store_true", help="only the first and the last contender")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
@@ -203,7 +207,7 @@ def main() -> None:
         return torch.randn(size, device="cuda", dtype=torch.bfloat16, generator=generator)
 
     inputs = {"hidden_states": random(*LATENT), "encoder_hidden_states": random(*TEXT)}
-    any_stage = {"all": 0.5}  # dense attention is the same in all of them
+    any_stage = {"all": 0.5}  # dense attention takes the same time in all stages
     stages = sigma_of_stage()
     results = []
     about = {
@@ -225,7 +229,7 @@ def main() -> None:
         gc.collect()  # modules and their hooks refer to each other
         results[-1].speedup = results[0].weighted / results[-1].weighted
         if args.output and is_first():
-            rows = [asdict(r) for r in results]  # after each, so that a run cut short leaves what it has
+            rows = [asdict(r) for r in results]  # after each contender: a run cut short keeps its results
             args.output.write_text(json.dumps({**about, "results": rows}, indent=1) + "\n")
 
     say(f"\n{'':20s}  s a step  speed-up  peak GiB")

@@ -1,4 +1,4 @@
-"""What a bench watches on the GPU, the records that a bench writes, and the words they are printed with."""
+"""What the benchmarks share: readings of the GPU, the records they write, and how they print them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ except ImportError:
 
 OURS, CUDNN, FLASH, FLEX = "fpsattention", "sdpa-cudnn", "sdpa-flash", "flexattention"  # Record.op
 TORCH_DENSE = (CUDNN, FLASH)
-# The last words of Record.case, but for forwards.
+# Record.case ends in one of these, unless the record is of a forward.
 BACKWARD, TRAINING, STEP, ALONE, TEXT = "backward", "training", "block step", "alone", "with text"
 
 COPY_BYTES = 1 << 30
@@ -34,7 +34,7 @@ GRAPH_REPLAYS = 10
 
 
 class BenchClock(CudaClock):
-    """A `CudaClock` that also knows what the memory can do, and what a call takes of it."""
+    """A `CudaClock` that also measures memory: its bandwidth, and how much of it a call takes."""
 
     def __init__(self):
         super().__init__()
@@ -43,12 +43,12 @@ class BenchClock(CudaClock):
         )
 
     def copy(self) -> None:
-        """Read and write COPY_BYTES: what the memory can do."""
+        """Read and write COPY_BYTES, to measure the bandwidth."""
         self._target.copy_(self._source)
 
     def peak_gib(self, fn: Callable[[], object]) -> float:
-        """The most memory that torch's tensors take during one call, in GiB."""
-        fn()  # compiles; what is cached stays out
+        """Peak memory of torch's tensors during one call, in GiB."""
+        fn()  # compiles and fills caches first
         torch.cuda.reset_peak_memory_stats()
         fn()
         torch.cuda.synchronize()
@@ -56,7 +56,7 @@ class BenchClock(CudaClock):
 
 
 def forward_seconds(name: str, model: torch.nn.Module, inputs: dict, forwards: int) -> list[float]:
-    """Of each forward of a host's model. The first compiles what is to be compiled."""
+    """Seconds of each forward of a host's model; the first may compile. Raises RuntimeError for a non-finite output."""
     seconds = []
     with torch.no_grad():
         for _ in range(forwards):
@@ -71,16 +71,16 @@ def forward_seconds(name: str, model: torch.nn.Module, inputs: dict, forwards: i
 
 
 def largest_gap(events: list[tuple[float, float]], replays: int) -> float:
-    """The longest time for which the GPU idles within one of several equal replays.
+    """The longest time for which the GPU idles within one replay, over several replays of equal work.
 
     Args:
-        events: (start, end) of everything that ran on the GPU, in any order; events may overlap.
-        replays: how often the same work ran, one replay after the other.
+        events: (start, end) of all work on the GPU, in any order; events may overlap.
+        replays: number of replays, which ran one after the other.
 
-    Raises ValueError when the events are not the same number for each replay: then some were lost.
+    Raises ValueError when the events do not divide evenly into replays: some were lost.
     """
     if not events or len(events) % replays:
-        raise ValueError(f"{len(events)} device events of {replays} replays: not equally many of each")
+        raise ValueError(f"{len(events)} device events of {replays} replays: some were lost")
     events = sorted(events)
     size = len(events) // replays
     gap = 0.0
@@ -94,11 +94,11 @@ def largest_gap(events: list[tuple[float, float]], replays: int) -> float:
 
 def graph_gap_us(call: Callable[[], object]) -> float:
     """Microseconds of the largest gap between the kernels, memsets and copies of one call, as a CUDA graph."""
-    call()  # loads kernels, which a capture cannot
+    call()  # loads the kernels; a capture cannot
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    graph.replay()  # the first one uploads the graph
+    graph.replay()  # the first replay uploads the graph
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(GRAPH_REPLAYS):
@@ -163,16 +163,21 @@ class GpuMonitor:
 
 @dataclass
 class Record:
-    """One contender on one case. Times in ms, bandwidths in GB/s (1e9), errors are relative RMS.
+    """One contender on one case. Times are in ms, bandwidths in GB/s (1e9), errors are relative RMS.
 
-    A case that ends in "backward" is the backward alone, one in "training" forward and backward, one in "block step" a
-    training step of a transformer block, which alone has a `peak_gib`. One in "alone" or "with text" is a forward of
-    the pair that tells what text tokens cost: `text_cost` is by how much the time grows beyond the work, as a fraction
-    of the time without. The others are forwards. `tflops` is useful work, 4 * head_dim * attended pairs * heads *
-    batch, over `attn_ms`; `tflops_total` the same over `ms`, quantisation included (2.5 times that work in a backward,
-    3.5 times in training); `tflops_computed` is what the kernel computes, padding inside its blocks included, over
-    `attn_ms`. `speedup` is baseline_ms / ms. `graph_gap_us` is the largest gap between the kernels of one call under a
-    CUDA graph. A record with an `error` is used in no comparison.
+    The end of `case` says what was timed: "backward" the backward alone; "training" forward and backward; "block step"
+    a training step of a transformer block; "alone" and "with text" a forward without and with text tokens; anything
+    else a forward.
+
+    Attributes:
+        tflops: useful work, 4 * head_dim * attended pairs * heads * batch, over `attn_ms`.
+        tflops_total: the same work over `ms`, quantisation included; 2.5 times the work in a backward, 3.5 in training.
+        tflops_computed: work that the kernel computes, padding inside its blocks included, over `attn_ms`.
+        speedup: baseline_ms / ms.
+        graph_gap_us: largest gap between the kernels of one call in a CUDA graph.
+        peak_gib: peak memory of a block step.
+        text_cost: growth of the time beyond the growth of the work, as a fraction of the time without text.
+        error: why the record is in no comparison; empty for a good one.
     """
 
     case: str
@@ -229,7 +234,7 @@ class Record:
 def time_records(
     records: list[Record], entries: dict, clock, monitor: GpuMonitor, rounds: int, burst_ms: float, seed: int
 ) -> None:
-    """Time `entries`, by "case op" of the records, and fill in times, spread, clock and power.
+    """Time `entries`, whose keys are "case op" of the records, and fill in times, spread, clock and power.
 
     Raises DeviceLost.
     """
@@ -246,7 +251,7 @@ def time_records(
 
 
 def compare_with(baseline: Record, records: list[Record]) -> None:
-    """Give the records that have a time their speed-up over `baseline`, if that has one."""
+    """Fill in the speed-up over `baseline`, where both have a time."""
     for record in records:
         if record.ms and baseline.ms:
             record.baseline, record.baseline_ms = baseline.op, baseline.ms
@@ -255,7 +260,7 @@ def compare_with(baseline: Record, records: list[Record]) -> None:
 
 @dataclass(frozen=True)
 class Target:
-    """A number to reach: `value(records)` against `bound`, in the sense of `at_least` (else at most)."""
+    """A number to reach: `value(records)` must be at least `bound`, or at most with at_least=False."""
 
     text: str
     value: Callable[[list[Record]], float | None]
@@ -263,7 +268,7 @@ class Target:
     at_least: bool = True
 
     def judge(self, records: list[Record]) -> dict:
-        """{text, value, bound, at_least, met}; value and met are None when this run did not measure it."""
+        """{text, value, bound, at_least, met}; value and met are None for what was not measured."""
         value = self.value(records)
         met = None if value is None else (value >= self.bound if self.at_least else value <= self.bound)
         return {"text": self.text, "value": value, "bound": self.bound, "at_least": self.at_least, "met": met}
@@ -271,7 +276,7 @@ class Target:
 
 @dataclass
 class Results:
-    """What a run writes: the conditions, the records, the targets."""
+    """The contents of a results file: conditions, records, targets."""
 
     meta: dict
     records: list[Record] = field(default_factory=list)
@@ -297,14 +302,14 @@ def _rounded(x):
 
 
 def attention_flops(pairs: int, heads: int, head_dim: int, batch: int) -> int:
-    """Operations of a forward: two products of 2 * head_dim operations for each attended query-key pair."""
+    """Operations of a forward: two products, of 2 * head_dim operations each, per attended query-key pair."""
     return 4 * head_dim * pairs * heads * batch
 
 
 def quantize_bytes(tokens: int, heads: int, head_dim: int, batch: int, packed_bytes: int) -> int:
-    """Bytes the quantisation must move: Q, K, V read once in 16 bits, the FP8 image written once.
+    """Bytes that the quantisation must move: Q, K, V read once in 16 bits, the packed FP8 blocks written once.
 
-    A kernel that reads V twice, for its channel amax first, gets no credit for the second time.
+    The kernel reads V twice, first for the maxima of its channels; the second time does not count.
     """
     return 3 * 2 * tokens * heads * head_dim * batch + packed_bytes
 
@@ -316,13 +321,13 @@ def gpu_uuid() -> str:
 
 
 def gpu_slug(name: str) -> str:
-    """Short file name for a GPU: "NVIDIA H100 80GB HBM3" -> "h100"."""
+    """A short file name for a GPU: "NVIDIA H100 80GB HBM3" -> "h100"."""
     words = re.findall(r"[a-z0-9]+", name.lower())
     return next((w for w in words if re.fullmatch(r"[a-z]+\d+", w)), "-".join(words) or "gpu")
 
 
 def conditions() -> dict:
-    """GPU, driver and versions, as far as they can be known."""
+    """GPU, driver and versions; None for what NVML does not say."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     driver = limit_mw = max_clock_mhz = None
     device = nvml_device(gpu_uuid())
@@ -362,7 +367,7 @@ _COLUMNS = (
 
 
 def table(records: list[Record]) -> str:
-    """The records as plain text; errors and notes follow it."""
+    """The records as plain text, followed by errors and notes."""
     lines = ["".join(f"{t:<{w}}" if not f else f"{t:>{w}}" for t, w, f, _ in _COLUMNS)]
     for r in records:
         cells = []
@@ -377,7 +382,7 @@ def table(records: list[Record]) -> str:
 
 
 def target_lines(targets: list[dict]) -> str:
-    """One line per target: met or not, its text, value and bound."""
+    """A line for each target: met or not, text, value and bound."""
     words = {True: "met", False: "NOT MET", None: "not measured"}
     return "\n".join(
         f"{words[t['met']]:<13} {t['text']:<58} {'-' if t['value'] is None else format(t['value'], '.4g'):>8}"

@@ -1,4 +1,4 @@
-"""Who is measured: FPSAttention, torch's own attention, and the peers that happen to be installed."""
+"""What is compared: FPSAttention, torch's own attention, and the peers that are installed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from common import CUDNN, FLASH, FLEX, OURS
 from fpsattention.core import ops
 from shapes import Shape, Window
 
-# Relative RMS error against exact attention beyond which an answer counts as wrong, not as rounded.
+# Largest relative RMS error against exact attention that rounding explains.
 TOLERANCE_16_BIT, TOLERANCE_8_BIT = 0.01, 0.10
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The two halves of FPSAttention, each callable by itself, and the bytes of FP8 image between them."""
+    """The two halves of FPSAttention, each callable by itself, and the bytes of the packed FP8 blocks between them."""
 
     quantize: Callable[[], object]
     attend: Callable[[], object]
@@ -33,11 +33,11 @@ class Contender:
     """One way to compute the attention of a shape under a window.
 
     Attributes:
-        prepare: (q, k, v) in the shape's layout -> a function of nothing that is timed; preparing is not.
-        finish: what that function returned -> output [B, H, L, D] in raster order; not timed.
-        tolerance: the largest relative RMS error that is no mistake.
-        note: what a reader of the time must know.
-        parts: (q, k, v) -> Parts, for FPSAttention.
+        prepare: takes q, k, v in the shape's layout and returns the function that is timed; itself not timed.
+        finish: takes what that function returned and returns the output [B, H, L, D] in raster order; not timed.
+        tolerance: largest relative RMS error of a right answer.
+        note: what a reader must know about the time.
+        parts: takes q, k, v and returns Parts; FPSAttention has it alone.
     """
 
     name: str
@@ -113,12 +113,12 @@ def flex(shape: Shape, window: Window) -> Contender:
     def prepare(q, k, v):
         return lambda: fps.attention(q, k, v, grid=shape.grid, config=config, tensor_layout=shape.layout)
 
-    note = "BF16, through quant='none': into tile order and back included"
+    note = "BF16, through quant='none': permutation into tile order and back included"
     return Contender(FLEX, window, prepare, lambda out: as_hnd(out, shape.layout), TOLERANCE_16_BIT, note)
 
 
 def _first(out) -> torch.Tensor:
-    """The output of an op that returns (out, lse, ...) in some versions and out in others."""
+    """The output of an op that returns (out, lse, ...) in some versions and out alone in others."""
     return out[0] if isinstance(out, (tuple, list)) else out
 
 
@@ -186,13 +186,13 @@ def _flash_infer(shape: Shape) -> Contender:
 
 
 FASTVIDEO_TILE = (6, 8, 8)
-FASTVIDEO_GRIDS = ((30, 48, 80), (36, 48, 48), (18, 48, 80))  # compiled into its kernel
+FASTVIDEO_GRIDS = ((30, 48, 80), (36, 48, 48), (18, 48, 80))  # those compiled into its kernel
 
 
 def _fastvideo(module: str, shape: Shape, window: Window) -> Contender:
     sliding_tile_attention = importlib.import_module(module).sliding_tile_attention
     geometry = config_of(shape, window).resolve(shape.grid, shape.heads).geometry
-    token_of_row = geometry.slot_tokens.reshape(-1)  # these grids divide into these tiles: no padding
+    token_of_row = geometry.slot_tokens.reshape(-1)  # no padding: the tile divides these grids
 
     def prepare(q, k, v):
         index = token_of_row.to(q.device)
@@ -206,11 +206,16 @@ def _fastvideo(module: str, shape: Shape, window: Window) -> Contender:
         return raster
 
     return Contender(
-        "fastvideo-sta", window, prepare, finish, TOLERANCE_16_BIT, "into tile order and back not timed"
+        "fastvideo-sta",
+        window,
+        prepare,
+        finish,
+        TOLERANCE_16_BIT,
+        "permutation into tile order and back not timed",
     )
 
 
-# Name of the module that must be importable -> contenders it brings for all windows of a shape.
+# Dense contenders of each peer, by the module that they import.
 _DENSE_PEERS = {
     "flash_attn_interface": (_flash_attention_3, _flash_attention_3_fp8),
     "sageattention": (_sage_attention,),
@@ -220,18 +225,18 @@ _WINDOWED_PEERS = ("fastvideo_kernel", "st_attn")
 
 
 def installed_peers() -> list[str]:
-    """The peers' modules that this Python can find."""
+    """The peers' modules that are installed."""
     return [m for m in (*_DENSE_PEERS, *_WINDOWED_PEERS) if importlib.util.find_spec(m) is not None]
 
 
 def peers(shape: Shape) -> tuple[list[Contender], list[str]]:
-    """The contenders of installed peers that take this shape, and why any could not be set up."""
+    """The installed peers' contenders for this shape, and why any could not be set up."""
     contenders, failures = [], []
 
     def add(module: str, make: Callable[[], Contender]) -> None:
         try:
             contenders.append(make())
-        except Exception as error:  # whatever a peer raises is its result, not the end of the run
+        except Exception as error:  # a peer that fails is a line in the results
             failures.append(f"{module}: {type(error).__name__}: {error}")
 
     for module in installed_peers():
@@ -245,7 +250,7 @@ def peers(shape: Shape) -> tuple[list[Contender], list[str]]:
 
 
 def contenders_of(shape: Shape) -> tuple[list[Contender], list[str]]:
-    """Everyone who runs a shape, and the peers that could not be set up."""
+    """All contenders of a shape, and why any peer could not be set up."""
     own = [ours(shape, window) for window in dict.fromkeys(shape.windows + shape.sweep)]
     others, failures = peers(shape)
     flexes = [flex(shape, window) for window in shape.flex if window in shape.windows]

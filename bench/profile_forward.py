@@ -1,4 +1,4 @@
-"""Calls FPSAttention a few times on one case, for a profiler to watch: `make profile`, docs/profiling.md.
+"""Calls FPSAttention a few times on one case, under a profiler: `make profile`, docs/profiling.md.
 
 python bench/profile_forward.py [--case SHAPE/WINDOW] [--calls N]
 """
@@ -18,17 +18,17 @@ from shapes import WAN_DENSE, Shape, Window, select
 
 
 def one_case(name: str) -> tuple[Shape, Window]:
-    """The shape and the window that a case's name stands for. Raises ValueError when it is no single case."""
+    """The shape and window of a case's name. Raises ValueError for a name that is not of exactly one case."""
     shape, *others = select([name])
     if others or name != shape.case(shape.windows[0]):
         raise ValueError(
-            f"--case: {name!r} is more than one case; write SHAPE/WINDOW, for example {WAN_DENSE}"
+            f"--case {name!r}: is more than one case; write SHAPE/WINDOW, for example {WAN_DENSE}"
         )
     return shape, shape.windows[0]
 
 
 def run(case: str, call: Callable[[], object], calls: int) -> None:
-    """Call `calls` times, each in an NVTX range of its own."""
+    """Make the call `calls` times, each in an NVTX range of its own."""
     for i in range(calls):
         with torch.cuda.nvtx.range(f"{case}, call {i}"):
             call()
@@ -37,8 +37,10 @@ def run(case: str, call: Callable[[], object], calls: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", default=WAN_DENSE, metavar="SHAPE/WINDOW", help="a case of shapes.py")
-    parser.add_argument("--calls", type=int, default=3)
+    parser.add_argument(
+        "--case", default=WAN_DENSE, metavar="SHAPE/WINDOW", help="a case of shapes.py (default: %(default)s)"
+    )
+    parser.add_argument("--calls", type=int, default=3, help="number of calls (default: %(default)s)")
     options = parser.parse_args(argv)
     try:
         shape, window = one_case(options.case)
