@@ -1,4 +1,4 @@
-"""Windowed FP8 attention over a grid of video tokens: Wan2.1's at 720p on a Hopper GPU, a tiny one elsewhere."""
+"""Windowed FP8 attention over a grid of video tokens: Wan2.1 at 720p on a Hopper GPU, a tiny grid elsewhere."""
 
 import torch
 
@@ -9,7 +9,7 @@ probe = torch.empty(1, 1, 1, 128, device=device, dtype=torch.bfloat16)
 backend, _ = fps.backend_for(probe, fps.AttentionConfig())
 if backend == "sm90":
     heads, grid = 40, (21, 45, 80)
-    config = fps.AttentionConfig(tile=(7, 9, 2), window=(3, 3, 9))  # tokens, tiles
+    config = fps.AttentionConfig(tile=(7, 9, 2), window=(3, 3, 9))  # tile in tokens, window in tiles
 else:
     heads, grid = 2, (6, 24, 24)
     config = fps.AttentionConfig(tile=(2, 8, 8), window=(3, 3, 1))
@@ -22,7 +22,7 @@ q, k, v = (torch.randn(1, tokens, heads, 128, device=device, dtype=torch.bfloat1
 
 out, lse = fps.attention(q, k, v, grid=grid, config=config, return_lse=True, backend=backend)
 
-# How far from attention without rounding, under the same window? One head says enough.
+# The error of FP8: compare one head with attention without rounding, under the same window.
 one_head = [x[:, :, :1] for x in (q, k, v)]
 exact, _ = fps.reference.exact_attention(*one_head, grid=grid, config=config, dtype=torch.float32)
 error = (out[:, :, :1].float() - exact).norm() / exact.norm()

@@ -1,4 +1,4 @@
-"""FPSAttention in a video transformer of your own: the self-attention layer takes a grid and a config, no more."""
+"""FPSAttention in your own video transformer: its self-attention needs a grid and a config beside Q, K and V."""
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ schedule = fps.StepSchedule(early=sparse, mid=dense, late=sparse, alpha=(0.4, 0.
 model = Block(dim=128, heads=2)
 clean = torch.randn(1, 4 * 8 * 8, 128)
 
-# Training: the noise level is random, and says the config.
+# Training: the random noise level selects the config.
 sigma = torch.rand(1).item()
 noise = torch.randn_like(clean)
 noisy = (1 - sigma) * clean + sigma * noise
@@ -37,7 +37,7 @@ print(
     f"training at sigma {sigma:.2f}: {schedule.stage_for_sigma(sigma, shift=shift)}, loss {loss.item():.3f}"
 )
 
-# Sampling: the step says it. Training was told the sampler's shift, so the same noise meets the same config.
+# Sampling: the step selects the config. Training used the sampler's shift, so equal noise has equal configs.
 with torch.no_grad():
     u = torch.linspace(1, 0, steps + 1)
     sigmas = (shift * u / (1 + (shift - 1) * u)).tolist()

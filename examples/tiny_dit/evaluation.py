@@ -1,7 +1,7 @@
-"""The comparison of arXiv 2506.04648, Table 5: attention changed without training, and with it.
+"""The comparison of arXiv 2506.04648, Table 5: attention changed without training, and with training.
 
-Everything is measured on crops of the held-out frames, with seeds that training cannot draw (`SEEDS_BEGIN`). For a seed
-all arms see the same crops, noise levels and noise, so that ratios between arms are taken seed by seed.
+Crops of held-out frames are measured, with seeds that training cannot draw (`SEEDS_BEGIN`). For one seed all arms see
+the same crops, noise levels and noise, so that arms are compared seed by seed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from . import flow
 from .clips import Clips
 from .training import Weights
 
-SEEDS_BEGIN = 1 << 31  # beyond every seed of training; of 32 bits, as there
-STAGE_POINT = {"early": 0.9, "mid": 0.5, "late": 0.1}  # u of the one-step reconstructions
+SEEDS_BEGIN = 1 << 31  # beyond every seed of training, and within 32 bits as those are
+STAGE_POINT = {"early": 0.9, "mid": 0.5, "late": 0.1}  # u (see flow.py) of the one-step reconstructions
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def trained(mode: str) -> str:
 
 
 def arms_of(base: Weights, tuned: Weights, dense_tuned: Weights) -> list[Arm]:
-    """The base as it is and, untrained, under the attention of `tuned` (and the parts of it); the two fine-tunings."""
+    """The base, the base under the attention of `tuned` and the parts of that attention, and both fine-tunings."""
     mode = tuned.settings.mode
     parts = ("fp8", "window", "fps") if mode == "fps" else (mode,)
     return [
@@ -63,13 +63,15 @@ class Effort:
     """How much to measure.
 
     Attributes:
+        seeds: at least 2, for the deviation.
         crops: held-out crops of each seed.
         points: noise levels of the loss, evenly spread over the steps of a sampler.
-        steps, start: of the sampler, and the step at which it enters, with the crop under that much noise.
+        steps: steps of the sampler.
+        start: the step at which the sampler starts, from the crop with that step's noise.
         batch: crops at a time.
     """
 
-    seeds: int  # at least 2, for the spread
+    seeds: int
     crops: int
     points: int
     steps: int
@@ -96,7 +98,9 @@ def evaluate(
         pixels = clips.draw("val", effort.crops, generator)
         codec = arms[0].weights.codec  # the same in all arms
         clean = codec.encode(pixels)
-        noise = torch.randn(clean.shape, generator=generator).to(device)  # every device sees the same
+        noise = torch.randn(clean.shape, generator=generator).to(
+            device
+        )  # drawn on the CPU: equal on every device
         for arm in arms:
             attention = flow.Attention(plan, arm.mode, backend)
             measured, video = _measure(arm, clean, noise, attention, effort)
@@ -146,7 +150,7 @@ def _measure(
 
 
 def similarity(videos: Tensor, targets: Tensor, name: str) -> dict[str, float]:
-    """PSNR (dB) and SSIM of videos [B, frames, H, W, 3] from -1 to 1, means over the videos."""
+    """PSNR (dB) and SSIM of videos [B, frames, H, W, 3] from -1 to 1: means over the videos, by metric's name."""
     error, ssim = frame_similarity(videos.flatten(0, 1), targets.flatten(0, 1), data_range=2.0)
     of_videos = psnr(error.unflatten(0, videos.shape[:2]).mean(1))
     return {f"PSNR {name}": of_videos.mean().item(), f"SSIM {name}": ssim.mean().item()}
@@ -160,7 +164,7 @@ def change(results: dict, arm: str, reference: str, metric: str = "loss") -> tup
 
 
 def verdict(results: dict, mode: str, steps: int) -> str:
-    """The paper's claim in the numbers of the arms of `arms_of`, whichever way they fall."""
+    """What the numbers of the arms of `arms_of` say about the paper's claim, for or against."""
     lost, lost_spread = change(results, untrained(mode), "dense")
     left, left_spread = change(results, trained(mode), trained("dense"))
     text = (
@@ -183,7 +187,7 @@ def _beside(percent: float, spread: float) -> str:
 
 
 def tables(results: dict, arms: list[Arm], start: str) -> list[Table]:
-    """Loss, its change and picture quality: mean and, over the seeds, deviation. `start`: where the sampler began."""
+    """Loss, its change, PSNR and SSIM: mean and deviation over the seeds. `start` says where the sampler started."""
     metrics = list(results[arms[0].name])
     losses = ["loss", *(f"loss {stage}" for stage in flow.STAGES)]
 
@@ -212,7 +216,7 @@ def tables(results: dict, arms: list[Arm], start: str) -> list[Table]:
     where = f"one step in each stage, and the sampler {start}"
     return [
         table("validation loss", losses, level(3), arms),
-        # Seeds differ far more than arms do: what counts is the change seed by seed.
+        # Seeds differ far more than arms: only the change seed by seed tells arms apart.
         table("validation loss beside that of dense, %", losses, moved, arms[1:]),
         table(f"PSNR in dB: {where}", psnr, level(2), arms),
         table(f"SSIM: {where}", ssim, level(3), arms),

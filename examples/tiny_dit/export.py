@@ -21,7 +21,7 @@ FORMAT = "fpsattention tiny_dit 1"
 
 
 def save(weights: Weights, path: Path, limit_mb: float) -> int:
-    """Write the weights in BF16 with the codec (fp32) and, as metadata, how they were made. Returns bytes written."""
+    """Write the weights in BF16, the codec in fp32 and, as metadata, how they were made. Returns the file's bytes."""
     tensors = {f"model.{name}": x.bfloat16().contiguous() for name, x in weights.model.state_dict().items()}
     tensors |= {f"codec.{name}": x.contiguous() for name, x in vars(weights.codec).items()}
     size = sum(x.numel() * x.element_size() for x in tensors.values())
@@ -43,11 +43,11 @@ def save(weights: Weights, path: Path, limit_mb: float) -> int:
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> Weights:
-    """What `save` wrote, as an fp32 model."""
+    """The fp32 model of a file from `save`. Raises UserError for another file."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: cannot be read as safetensors ({error})") from error
     if metadata.get("format") != FORMAT:

@@ -1,4 +1,4 @@
-"""Rectified flow, and which attention runs at which noise level: the only file that knows `fpsattention`'s calls.
+"""Rectified flow, and the attention of each noise level: only this file calls `fpsattention`'s attention.
 
 x = (1 - sigma) * clean + sigma * noise; the model predicts noise - clean. u is sigma before the timestep shift; a
 sampler of n steps starts step i at u = 1 - i / n.
@@ -29,14 +29,14 @@ Triple = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Plan:
-    """The schedule over denoising steps (arXiv 2506.04648, section 3.3) in numbers; `schedule` makes it one.
+    """The numbers of a schedule over denoising steps (arXiv 2506.04648, section 3.3).
 
     Attributes:
         grid: tokens (T, H, W).
-        tile: tokens of a tile, of every stage. Early steps share one FP8 scale among 2 x 2 neighbouring tiles.
+        tile: tokens of a tile, in every stage. In early steps a brick of 2 x 2 tiles shares one FP8 scale.
         early, mid, late: windows in tiles.
         alpha: progress at which mid and late begin.
-        shift: of the timesteps, in training and sampling.
+        shift: timestep shift, in training and sampling.
     """
 
     grid: Triple
@@ -48,7 +48,7 @@ class Plan:
     shift: float
 
     def schedule(self, mode: str) -> fps.StepSchedule:
-        """What `mode` (of `MODES`) attends in each stage."""
+        """The attention of each stage in a mode of `MODES`."""
         t, h, w = self.tile
         configs = {
             stage: fps.AttentionConfig(
@@ -67,10 +67,10 @@ class Plan:
 
 
 class Attention:
-    """Self-attention of a run: `attend` makes the function that the model calls.
+    """The self-attention of a run; `of_config`, `of_batch` and `of_step` make the function that the model calls.
 
     Attributes:
-        backend: of `fpsattention.attention`.
+        backend: backend of `fpsattention.attention`.
     """
 
     def __init__(self, plan: Plan, mode: str, backend: str = "auto"):
@@ -85,8 +85,8 @@ class Attention:
         def attend(q, k, v):
             backend = self.backend
             if backend == "auto" and not q.is_cuda:
-                # Without a GPU plain torch is all there is: no notice about it in every run. Where it has the same in
-                # fp32, that is many times as fast as the reference.
+                # Without a GPU only plain torch can run, so name it, to avoid the warning. For dense fp32 attention
+                # SDPA is many times as fast as the reference.
                 if config.quant == "none" and config.window is None:
                     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(
                         1, 2
@@ -97,11 +97,10 @@ class Attention:
         return attend
 
     def of_batch(self, sigma: Tensor) -> Attend:
-        """For noise levels [B] (on the CPU), each sample under the config of its own stage.
+        """For noise levels [B] (on the CPU): each sample attends under the config of its own stage.
 
-        The batch is split by stage in the attention only, at most three calls a layer; all else runs on all of it.
-        One stage for a whole batch would need one call only, but then the samples of a step are not independent: its
-        gradient is that of one stage, and differs more from step to step.
+        Only the attention splits the batch by stage, into at most three calls a layer. One stage for a whole batch
+        would need one call, but the gradient of a step would be of one stage, and differ more from step to step.
         """
         if len(set(self._configs)) == 1:
             return self.of_config(self._configs[0])
@@ -122,7 +121,7 @@ def shifted(u: Tensor, shift: float) -> Tensor:
 
 
 def draw_sigma(count: int, std: float, shift: float, generator: torch.Generator) -> Tensor:
-    """Logit-normal u of mean 0 (in the logit), shifted: fp32 [count] on the CPU."""
+    """Noise levels: logit-normal u, with mean 0 of the logit, shifted; fp32 [count] on the CPU."""
     return shifted(torch.sigmoid(std * torch.randn(count, generator=generator)), shift)
 
 
@@ -132,7 +131,7 @@ def mix(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def velocity(model: VideoDiT, x: Tensor, sigma: Tensor, attend: Attend) -> Tensor:
-    """The model in mixed precision on a GPU, fp32 elsewhere."""
+    """The model's velocity, in mixed precision on a GPU and in fp32 elsewhere."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
         return model(x, sigma.to(x.device), attend)
 
@@ -144,7 +143,7 @@ def losses(model: VideoDiT, clean: Tensor, noise: Tensor, sigma: Tensor, attenti
 
 
 def one_step(model: VideoDiT, x: Tensor, sigma: Tensor, attention: Attention) -> Tensor:
-    """The clean latent that the model sees in a noisy one."""
+    """The clean latent that the model predicts from a noisy one in one step."""
     return x - sigma.to(x.device)[:, None, None, None, None] * velocity(
         model, x, sigma, attention.of_batch(sigma)
     )
@@ -153,7 +152,7 @@ def one_step(model: VideoDiT, x: Tensor, sigma: Tensor, attention: Attention) ->
 def sample(
     model: VideoDiT, x: Tensor, start: int, steps: int, attention: Attention, tick: Callable = lambda: None
 ) -> Tensor:
-    """Euler's method from step `start` of `steps`, where x is, down to sigma 0. Calls `tick` after every step."""
+    """Euler's method from x, with the noise of step `start` of `steps`, to sigma 0. Calls `tick` after each step."""
     sigmas = shifted(1 - torch.arange(steps + 1, dtype=torch.float64) / steps, attention.plan.shift).float()
     for step in range(start, steps):
         here, there = sigmas[step], sigmas[step + 1]
@@ -173,6 +172,6 @@ def resample(
     attention: Attention,
     tick: Callable = lambda: None,
 ) -> Tensor:
-    """`sample` from a clean latent under as much noise as step `start` has."""
+    """`sample` from a clean latent with the noise of step `start`."""
     sigma = shifted(torch.tensor(1 - start / steps, dtype=torch.float64), attention.plan.shift).float()
     return sample(model, mix(clean, noise, sigma.expand(len(clean))), start, steps, attention, tick)

@@ -19,13 +19,14 @@ SIZES = {  # parameters: 0.6, 5.3 and 22 million
     "base": {"dim": 384, "depth": 12, "heads": 3},
 }
 
-# What the model calls for self-attention: q, k, v [B, L, heads, head_dim], tokens in raster order, to the same shape.
+# The self-attention that the model calls. It takes q, k, v [B, L, heads, head_dim], tokens in raster order, and returns
+# that shape.
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a model and its input: one of `SIZES`, a grid of tokens (T, H, W), channels of a latent pixel."""
+    """The shape of a model and its input: a size of `SIZES`, a grid of tokens (T, H, W), channels of a latent pixel."""
 
     size: str
     grid: tuple[int, int, int]
@@ -33,7 +34,7 @@ class Shape:
 
 
 def patchify(x: Tensor) -> Tensor:
-    """[B, T, 2H, 2W, C] to tokens [B, T * H * W, 4C] in raster order, w fastest."""
+    """Latent [B, T, 2H, 2W, C] to tokens [B, T * H * W, 4C] in raster order, w fastest."""
     return x.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH)).transpose(3, 4).flatten(4).flatten(1, 3)
 
 
@@ -81,7 +82,7 @@ class VideoDiT(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(2, dim))
         self.head = nn.Linear(dim, PATCH**2 * shape.channels)
         self.register_buffer("angles", video.rope_angles(shape.grid, dim // heads), persistent=False)
-        # Every block begins as the identity, and the first prediction is zero.
+        # At first every block is the identity, and the prediction is zero.
         for layer in (self.time_projection[1], self.head):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)

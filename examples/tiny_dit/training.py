@@ -1,4 +1,4 @@
-"""One training run in a folder: `checkpoint.pt`, `log.csv`, `loss.png`. The same call goes on with it."""
+"""One training run in a folder: `checkpoint.pt`, `log.csv`, `loss.png`. The same call resumes it."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ LAST_LR = 0.1  # the cosine ends at this share of the peak
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All that decides the outcome of a run, and all that a resumed run must share with the one it continues.
+    """All that determines the result of a run. A resumed run must have equal settings.
 
     Attributes:
+        size: of `model.SIZES`.
         mode: attention, of `flow.MODES`.
-        start: what the weights begin from; None: random ones, from the seed.
-        batch, steps, lr, warmup: lr rises over `warmup` steps and falls on a cosine to a tenth at the last.
-        ema: decay of the averaged weights; the first steps average over fewer.
-        t_std: deviation of the logit-normal u. 1.4 is nearly uniform, so that early and late steps get their share too.
+        start: where the initial weights come from; None: random weights from the seed.
+        lr: peak learning rate. It rises over `warmup` steps, then falls on a cosine to a tenth at the last step.
+        ema: decay of the averaged weights; lower in the first steps.
+        t_std: standard deviation of the logit-normal u. 1.4 is nearly uniform: early and late steps get their share.
     """
 
     size: str
@@ -56,7 +57,7 @@ class Settings:
 
 @dataclasses.dataclass
 class Weights:
-    """A model ready for use and how it came to be: what `finetune` starts from and `evaluate` compares."""
+    """A trained model and how it was made: `finetune` starts from one, and `evaluate` compares them."""
 
     model: VideoDiT
     codec: Codec
@@ -65,12 +66,12 @@ class Weights:
 
 
 class Run:
-    """Model, averaged weights and optimizer of a run, at `step` steps done.
+    """Model, averaged weights and optimizer of a run after `step` steps.
 
-    Step n draws everything (crops, noise levels, noise) from generators seeded with (seed, n). So there is no state of
-    random numbers to save, and runs that share the seed see the same draws, whatever attention they use.
-    A resumed run is bit for bit an uninterrupted one, as far as the device's kernels are deterministic: a GPU's
-    backward of attention is not by default (`torch.use_deterministic_algorithms`).
+    Step n draws crops, noise levels and noise from generators seeded with (seed, n). So no generator's state needs to
+    be saved, and runs of one seed see the same draws under any attention. A resumed run equals an uninterrupted one bit
+    for bit where the device's kernels are deterministic; by default a GPU's backward of attention is not
+    (`torch.use_deterministic_algorithms`).
     """
 
     def __init__(
@@ -96,9 +97,9 @@ class Run:
             (folder / LOG).unlink(missing_ok=True)  # of a run that ended before its first checkpoint
 
     def train(self, attention: flow.Attention, minutes: float, save_every: int, console: Console) -> bool:
-        """Go on to the last step, or until `minutes` have passed. Returns whether the last step is done.
+        """Train to the last step, or until `minutes` have passed. Returns whether the last step is done.
 
-        Raises UserError when the loss is no longer finite; the last checkpoint stays.
+        Raises UserError when the loss is not finite; the last checkpoint stays.
         """
         settings, deadline = self.settings, time.monotonic() + 60 * minutes
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -143,7 +144,7 @@ class Run:
         self._pending.append((self.step, loss.detach(), stages, norm.detach(), lr))
 
     def save(self) -> float:
-        """Write log and checkpoint, the latter all or nothing. Returns the mean loss since the last call."""
+        """Write the log, and atomically the checkpoint. Returns the mean loss since the last call."""
         rows = []
         for step, loss, stages, norm, lr in self._pending:
             loss = loss.tolist()
@@ -185,7 +186,7 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema, self.codec = state["ema"], Codec(*state["codec"])
-        # Rows of steps that were logged but not in the checkpoint will come again.
+        # Drop the rows of steps after the checkpoint: those steps will run again.
         rows = read_log(self.folder)
         with open(self.folder / LOG, "w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *(row for row in rows if int(row[0]) <= self.step)])
@@ -218,7 +219,7 @@ def read_log(folder: Path) -> list[list[str]]:
 
 
 def plot(folder: Path) -> None:
-    """Draw the loss of each stage, smoothed, to `loss.png`."""
+    """Draw the smoothed loss of each stage to `loss.png`."""
     rows = [[float(x or "nan") for x in row] for row in read_log(folder)]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -261,10 +262,10 @@ def _read_checkpoint(folder: Path, device: torch.device) -> dict:
 
 
 def _seed(seed: int, step: int, stream: int) -> int:
-    """Of a generator, another one for all arguments: torch's CPU generator looks at the lower 32 bits only."""
+    """A generator's seed, different for all arguments and within 32 bits: torch's CPU generator uses no more."""
     return seed << 25 | stream << 24 | step
 
 
 def _mean(values: list[float]) -> float | str:
-    """Empty for no values: an empty cell of the log."""
+    """The mean; for no values "", an empty cell of the log."""
     return sum(values) / len(values) if values else ""
