@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -143,7 +144,7 @@ def run(
             entry = done.get(capture.path.name)
             if entry is None or entry["stamp"] != capture.stamp or len(entry["windows"]) != heads:
                 bar.update(task, description=f"step {capture.step}, layer {capture.layer}")
-                entry = job.of(capture, lambda heads: bar.advance(task, heads))
+                entry = job.entry_of(capture, partial(bar.advance, task))
                 done[capture.path.name] = entry
                 with asked():
                     write_json(state_path, {"format": STATE_FORMAT, "settings": settings, "files": done})
@@ -172,8 +173,8 @@ class Search:
     device: torch.device
     backend: tuple[str, str] | None = None
 
-    def of(self, capture: Capture, advance: Callable[[int], None]) -> dict:
-        """Windows and errors of a file's heads. Calls `advance` with the number of heads just done.
+    def entry_of(self, capture: Capture, advance: Callable[[int], None]) -> dict:
+        """A file's stamp, and windows and errors of its heads. Calls `advance` with the number of heads just done.
 
         Raises UserError for tensors that attention does not take.
         """
