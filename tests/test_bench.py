@@ -1,4 +1,4 @@
-"""The bench without a GPU: cases, timing order, counts, records, targets; made-up contenders."""
+"""The bench without a GPU, on made-up contenders: cases, order of timing, counts, records, targets."""
 
 import argparse
 import contextlib
@@ -25,7 +25,7 @@ WINDOW = TINY.windows[1]
 
 
 class FakeClock:
-    """Runs what it is given on the CPU and answers with `ms_of(what it returned, bursts so far)`."""
+    """Runs each function on the CPU; a call takes `ms_of(its result, number of bursts)` milliseconds."""
 
     device = "cpu"
 
@@ -72,7 +72,7 @@ def contender(name, fn, window=None, tolerance=contenders.TOLERANCE_16_BIT, part
 
 
 def full_mask(shape, window):
-    """bool [L, L] from tile coordinates alone: |key - centre| <= w // 2, the centre moved inside the grid."""
+    """bool [L, L] from tile coordinates alone: |key - centre| <= w // 2, with the centre clamped into the grid."""
     t, h, w = torch.meshgrid(*(torch.arange(n) for n in shape.grid), indexing="ij")
     mask = torch.ones(shape.tokens, shape.tokens, dtype=torch.bool)
     for x, tokens, n_tokens, wide in zip((t, h, w), shape.tile, shape.grid, window, strict=True):
@@ -84,7 +84,7 @@ def full_mask(shape, window):
 
 
 def run_tiny(monkeypatch, cast, ms=None, shape=TINY):
-    """bench_shape on CPU, where every call really runs and the clock says `ms[key]` for the timed key."""
+    """bench_shape on the CPU: every call runs, and the clock says `ms[key]` (default 1) for a timed key."""
     ms = ms or {}
 
     def fake_time(entries, clock, rounds, burst_ms, seed):
@@ -102,7 +102,7 @@ def run_tiny(monkeypatch, cast, ms=None, shape=TINY):
 # --- cases
 
 
-def test_every_shape_resolves_and_the_issue_cases_are_there():
+def test_every_shape_resolves_and_the_cases_with_a_target_are_there():
     names = [shape.name for shape in shapes.SHAPES]
     assert len(set(names)) == len(names)
     cases = {}
@@ -324,7 +324,7 @@ def test_largest_gap_is_taken_within_replays():
 def test_largest_gap_of_overlapping_events_is_when_nothing_runs():
     assert common.largest_gap([(0.0, 30.0), (1.0, 5.0), (20.0, 25.0), (33.0, 34.0)], 1) == 3
     assert common.largest_gap([(0.0, 10.0), (9.0, 12.0)], 1) == 0
-    assert common.largest_gap([(0.0, 10.0), (50.0, 60.0)], 2) == 0  # one event a replay
+    assert common.largest_gap([(0.0, 10.0), (50.0, 60.0)], 2) == 0  # one event in each replay
 
 
 @pytest.mark.parametrize("events", [[], [(0.0, 1.0)] * 3])
@@ -370,12 +370,12 @@ def test_graph_gap_counts_device_events_of_the_replays_only(monkeypatch):
 
 
 def test_bench_shape_fills_records(monkeypatch):
-    mask, image = full_mask(TINY, WINDOW), 1000
+    mask, packed_bytes = full_mask(TINY, WINDOW), 1000
 
     def windowed(q, k, v):
         return sdpa(q, k, v, mask)
 
-    parts = contenders.Parts(lambda: None, lambda: None, image)
+    parts = contenders.Parts(lambda: None, lambda: None, packed_bytes)
     cast = [
         *(contender(name, sdpa) for name in common.TORCH_DENSE),
         contender(common.OURS, windowed, WINDOW, parts=lambda q, k, v: parts),
@@ -400,11 +400,11 @@ def test_bench_shape_fills_records(monkeypatch):
     assert (ours.fastest_torch, ours.speedup_fastest_torch) == (common.FLASH, 3.0)
     assert cudnn.speedup == 1.0 and cudnn.tflops is None
     elements = TINY.tokens * TINY.heads * TINY.head_dim * TINY.batch
-    assert ours.quant_bytes == 3 * 2 * elements + image
+    assert ours.quant_bytes == 3 * 2 * elements + packed_bytes
     assert ours.quant_gbps == pytest.approx(ours.quant_bytes / 0.5e-3 / 1e9)
     assert ours.copy_gbps == pytest.approx(2 * common.COPY_BYTES / 2e-3 / 1e9)
     assert ours.sm_clock_mhz == 1500.0
-    assert ours.attn_hbm_bytes == image + 2 * elements + 4 * elements // TINY.head_dim
+    assert ours.attn_hbm_bytes == packed_bytes + 2 * elements + 4 * elements // TINY.head_dim
 
 
 def crash(q, k, v):
@@ -516,7 +516,7 @@ def test_peers_are_found_and_their_adapters_fit(monkeypatch, layout):
     ops = ["fa3-bf16", "fa3-fp8", "sageattention", "flashinfer-bf16", "fastvideo-sta"]
     assert [r.op for r in records] == ops
     assert all(not r.error for r in records)
-    assert 0.01 < records[1].rel_rms < 0.1  # it did round
+    assert 0.01 < records[1].rel_rms < 0.1  # it rounds to FP8
 
 
 def test_a_peer_that_cannot_be_set_up_is_reported(monkeypatch):
@@ -665,6 +665,3 @@ def test_main_without_gpu_measures_nothing(monkeypatch, tmp_path, capsys):
     assert bench.main(["--case", "nothing"]) == 2
     said = capsys.readouterr().err
     assert "torch finds no GPU" in said and "nothing" in said and not output.exists()
-
-
-# --- the profiler's script

@@ -22,7 +22,7 @@ SHAPE = Shape("t", (4, 6, 8), 2, (2, 3, 4), (None,), head_dim=64, training=(None
 
 
 class Clock:
-    """Every call runs; the n-th burst took n ms a call."""
+    """Runs every call; a call of the n-th burst takes n ms."""
 
     device = "cpu"
 
@@ -44,7 +44,7 @@ class Clock:
 
 @pytest.fixture
 def stand_ins(monkeypatch):
-    """The reference in the kernel's place, and torch's own SDPA on the CPU; `spoil` is applied to our output."""
+    """Replaces the kernel by the reference and cuDNN by SDPA on the CPU; `spoil` changes our output."""
 
     def put(spoil=lambda out: out):
         def ours(shape, window):
@@ -133,7 +133,7 @@ def test_a_block_is_timed_with_every_attention(stand_ins):
 
 
 def test_the_block_attends_in_its_own_layout():
-    """With attention that returns V the block is a function of each token alone."""
+    """With attention that returns V, the block treats each token alone."""
     block = bench_block.Block(replace(SHAPE, mlp=96))
     torch.nn.init.normal_(block.modulation)
     angles = video.rope_angles(SHAPE.grid, 64)

@@ -1,4 +1,4 @@
-"""The `fpsattention calibrate` command: real files, a search that can be checked by hand, an interrupted run."""
+"""The `fpsattention calibrate` command: real files, a search checked by hand, an interrupted run."""
 
 import json
 
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def local_head(seed: int, reach: tuple[int, int, int]):
-    """q, k, v [1, L, 1, D] of a head that attends, in each axis of `reach` that is 0, its own tile only.
+    """q, k, v [1, L, 1, D] of a head that, on each axis with reach 0, attends within its own tile.
 
-    Q and K carry the tile's coordinates, one-hot and large, on the axes that shall not be crossed.
+    On those axes Q and K hold the tile's coordinate, one-hot and large.
     """
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(TOKENS, HEAD_DIM, generator=generator) for _ in range(3))
@@ -38,7 +38,7 @@ def local_head(seed: int, reach: tuple[int, int, int]):
     return tuple(x.view(1, TOKENS, 1, HEAD_DIM).bfloat16() for x in (q, k, v))
 
 
-# What each head crosses, and so the sparsest window that has all it attends.
+# The axes on which a head leaves its tile, and the sparsest window that holds all it attends.
 REACHES = {(0, 0, 0): (1, 1, 1), (1, 0, 0): (2, 1, 1), (0, 0, 1): (1, 1, 3), (1, 1, 1): WHOLE}
 
 
@@ -94,7 +94,7 @@ def test_each_head_gets_the_sparsest_window_that_holds_what_it_attends():
     assert windows == list(REACHES.values())
     assert max(errors) <= BUDGET
 
-    # By hand: the error that is reported, and that no sparser window is within the budget.
+    # By hand: the reported error, and that no sparser window is within the budget.
     exact, _ = fps.reference.exact_attention(q, k, v, grid=GRID, config=AttentionConfig(tile=TILE))
     for head, (window, error) in enumerate(zip(windows, errors, strict=True)):
         for candidate in candidates[: candidates.index(window) + 1]:

@@ -31,7 +31,7 @@ def tensor_file(clip, tmp_path):
 
 
 def fails(capsys, *argv):
-    """The message of `fpsattention demo ARGV` with status 2, which must be one that people can read."""
+    """The message of `fpsattention demo ARGV`, which must end with status 2 and without a traceback."""
     assert cli.main(["demo", "--device", "cpu", *map(str, argv)]) == 2
     printed = capsys.readouterr()
     assert (
@@ -52,13 +52,9 @@ def test_the_default_clip_is_decoded_and_scaled(clip):
     with av.open(str(video.default_clip())) as container:
         full = torch.from_numpy(next(container.decode(video=0)).to_ndarray(format="rgb24")).float()
     assert full.shape == (720, 1280, 3) and full.std() > 20
-    for part in (
-        slice(None),
-        slice(0, 1),
-    ):  # the mean of each channel survives scaling, also of the upper half
-        rows, full_rows = (
-            (clip[0].float(), full) if part.start is None else (clip[0, :32].float(), full[:360])
-        )
+    # Scaling keeps the mean of each channel, of the whole frame and of its upper half.
+    for rows, full_rows in ((clip[0], full), (clip[0, :32], full[:360])):
+        rows = rows.float()
         torch.testing.assert_close(rows.mean((0, 1)), full_rows.mean((0, 1)), atol=1.0, rtol=0)
     sky = clip[0, 8:24, 96:].float().mean((0, 1))
     assert sky[2] > sky[0]  # RGB, not BGR
@@ -94,7 +90,7 @@ def test_a_pixel_block_reaches_its_latent_and_no_other(frame, latent_frame):
 
 
 def test_rope_is_that_of_wan():
-    """Once more, in the form of Wan2.1's model.py: tables of unit complex numbers, one per axis."""
+    """Computed again as in Wan2.1's model.py: tables of unit complex numbers, one for each axis."""
     d, grid = 128, (3, 4, 5)
 
     def table(positions, dim):
@@ -114,22 +110,6 @@ def test_rope_is_that_of_wan():
             1
         )
         torch.testing.assert_close(got[token].double(), want, atol=1e-5, rtol=0)
-
-
-def test_rope_keeps_norms_and_depends_on_the_offset_only():
-    grid = (4, 5, 6)
-    generator = torch.Generator().manual_seed(1)
-    q, k = (torch.randn(128, generator=generator) for _ in range(2))
-    turned_q, turned_k = (
-        video.apply_rope(x.expand(120, 1, 128), video.rope_angles(grid, 128)).view(*grid, 128) for x in (q, k)
-    )
-    torch.testing.assert_close(turned_q.norm(dim=-1), q.norm().expand(grid), atol=1e-4, rtol=0)
-    for dt, dh, dw in ((1, 0, 0), (0, 2, 0), (0, 0, 3), (2, 1, 4)):
-        here = turned_q[: 4 - dt, : 5 - dh, : 6 - dw]
-        there = turned_k[dt:, dh:, dw:]
-        dots = (here * there).sum(-1)
-        torch.testing.assert_close(dots, dots[0, 0, 0].expand_as(dots), atol=2e-4, rtol=0)
-        assert (dots[0, 0, 0] - q @ k).abs() > 1e-2  # and it does depend on the offset
 
 
 # Q, K, V
@@ -195,7 +175,7 @@ def test_the_demo_end_to_end(tmp_path, capsys, clip):
     assert all(row["backend"] == "reference" and row["reason"] and row["ms"] > 0 for row in result["rows"])
     assert both["speedup"] == pytest.approx(exact["ms"] / both["ms"])
 
-    # The numbers of the sparse row once more, from Q, K, V and one mask.
+    # The numbers of the sparse row again, from Q, K, V and a mask.
     q, k, v = (x[0].double() for x in video.self_attention_inputs(video.encode(clip)[0], 2, 0.1, 3))
     geometry = AttentionConfig(tile=(1, 2, 3)).resolve((3, 4, 7), 2).geometry
     seen = torch.zeros(geometry.n_tiles, geometry.n_tiles, dtype=torch.bool)
@@ -252,9 +232,8 @@ def test_the_table_fits_80_columns(tmp_path, capsys, tensor_file, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     for mode in MODES:
         (row,) = [line for line in lines if line.strip().startswith(f"{mode}  ")]
-        assert (
-            len(row.split("reference")[1].split()) == 6
-        )  # error, cosine, density, time and its unit, speed-up
+        # error, cosine, density, time and its unit, speed-up
+        assert len(row.split("reference")[1].split()) == 6
     assert "relative to dense exact" in "\n".join(lines) and (tmp_path / "demo.png").is_file()
 
 
@@ -327,10 +306,3 @@ def test_out_of_memory_is_status_1_and_other_failures_are_not_hidden(capsys, mon
     monkeypatch.setattr(demo, "run", broken)
     with pytest.raises(RuntimeError, match="a defect"):
         cli.main(["demo"])
-
-
-@pytest.mark.parametrize("argv", [[], ["demo", "--heads", "0"], ["demo", "--noise", "2"], ["nothing"]])
-def test_wrong_options_exit_with_2(argv, capsys):
-    with pytest.raises(SystemExit) as error:
-        cli.main(argv)
-    assert error.value.code == 2 and "error:" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What a profiler watches, without a profiler and without a GPU."""
+"""The program that a profiler watches, without a profiler and without a GPU."""
 
 import contextlib
 
