@@ -59,21 +59,24 @@ def text(tokens: int, name: str = "prompt", mask: str | None = None) -> dict[str
     return embeds | ({f"{name}_{mask}": torch.ones(1, tokens, dtype=torch.bool)} if mask else {})
 
 
+HUNYUAN, COGVIDEOX, MOCHI = (MODELS[name] for name in ("hunyuanvideo-720p", "cogvideox1.5-5b", "mochi"))
+
 CASES = {
-    "hunyuanvideo-720p": Case(
+    HUNYUAN.name: Case(
         diffusers.HunyuanVideoPipeline,
         lambda: diffusers.HunyuanVideoTransformer3DModel(num_layers=2, num_single_layers=4),
         lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
-        text(256, mask="attention_mask") | {"pooled_prompt_embeds": torch.randn(1, 768).bfloat16()},
+        text(HUNYUAN.text_tokens, mask="attention_mask")
+        | {"pooled_prompt_embeds": torch.randn(1, 768).bfloat16()},
         (720, 1280, 129),
         tile=(17, 3, 5),
         window=(2, 5, 7),
     ),
-    "cogvideox1.5-5b": Case(
+    COGVIDEOX.name: Case(
         diffusers.CogVideoXPipeline,
         lambda: diffusers.CogVideoXTransformer3DModel(
             num_layers=6,
-            num_attention_heads=48,
+            num_attention_heads=COGVIDEOX.heads,
             sample_width=170,
             sample_height=96,
             sample_frames=81,
@@ -82,16 +85,17 @@ CASES = {
             use_rotary_positional_embeddings=True,
         ),
         diffusers.CogVideoXDDIMScheduler,
-        text(226) | text(226, "negative_prompt"),
+        text(COGVIDEOX.text_tokens) | text(COGVIDEOX.text_tokens, "negative_prompt"),
         (768, 1360, 81),
         tile=(11, 2, 17),
         window=(1, 7, 3),
     ),
-    "mochi": Case(
+    MOCHI.name: Case(
         diffusers.MochiPipeline,
         lambda: diffusers.MochiTransformer3DModel(num_layers=6),
         lambda: diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
-        text(256, mask="attention_mask") | text(256, "negative_prompt", mask="attention_mask"),
+        text(MOCHI.text_tokens, mask="attention_mask")
+        | text(MOCHI.text_tokens, "negative_prompt", mask="attention_mask"),
         (480, 848, 163),
         tile=(14, 9, 3),
         window=(2, 4, 3),
