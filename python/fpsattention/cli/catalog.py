@@ -61,7 +61,9 @@ _WAN22 = "github.com/Wan-Video/Wan2.2, wan/configs"
 _HUNYUAN = (
     "hf.co/hunyuanvideo-community/HunyuanVideo, transformer/config.json (20 double and 40 single blocks)"
 )
-_COG = "hf.co/THUDM/CogVideoX{}, transformer/config.json"
+_COG = "hf.co/THUDM/CogVideoX{}, transformer/config.json".format
+_LTX = "hf.co/Lightricks/LTX-Video, transformer/config.json"
+_MOCHI = "hf.co/genmo/mochi-1-preview, transformer/config.json"
 
 MODELS = {
     model.name: model
@@ -79,26 +81,10 @@ MODELS = {
             "hunyuanvideo-720p", "129 frames of 1280 x 720", (33, 45, 80), 24, 128, 60, _HUNYUAN, 256, "last"
         ),
         VideoModel(
-            "cogvideox-2b",
-            "49 frames of 720 x 480",
-            (13, 30, 45),
-            30,
-            64,
-            30,
-            _COG.format("-2b"),
-            226,
-            "first",
+            "cogvideox-2b", "49 frames of 720 x 480", (13, 30, 45), 30, 64, 30, _COG("-2b"), 226, "first"
         ),
         VideoModel(
-            "cogvideox-5b",
-            "49 frames of 720 x 480",
-            (13, 30, 45),
-            48,
-            64,
-            42,
-            _COG.format("-5b"),
-            226,
-            "first",
+            "cogvideox-5b", "49 frames of 720 x 480", (13, 30, 45), 48, 64, 42, _COG("-5b"), 226, "first"
         ),
         VideoModel(
             "cogvideox1.5-5b",
@@ -107,30 +93,12 @@ MODELS = {
             48,
             64,
             42,
-            _COG.format("1.5-5B"),
+            _COG("1.5-5B"),
             226,
             "first",
         ),
-        VideoModel(
-            "ltx-video",
-            "161 frames of 704 x 512",
-            (21, 16, 22),
-            32,
-            64,
-            28,
-            "hf.co/Lightricks/LTX-Video, transformer/config.json",
-        ),
-        VideoModel(
-            "mochi",
-            "163 frames of 848 x 480",
-            (28, 30, 53),
-            24,
-            128,
-            48,
-            "hf.co/genmo/mochi-1-preview, transformer/config.json",
-            256,
-            "last",
-        ),
+        VideoModel("ltx-video", "161 frames of 704 x 512", (21, 16, 22), 32, 64, 28, _LTX),
+        VideoModel("mochi", "163 frames of 848 x 480", (28, 30, 53), 24, 128, 48, _MOCHI, 256, "last"),
     )
 }
 

@@ -116,7 +116,9 @@ def add_shape(parser: argparse.ArgumentParser) -> None:
         help="name of a model, for example wan2.1-14b-720p; without MODEL and --grid the command lists the names",
     )
     parser.add_argument("--grid", help="tokens after patches, in place of MODEL", **GRID)
-    parser.add_argument("--heads", type=positive, metavar="N", help="default: the model's; 1 with --grid")
+    parser.add_argument(
+        "--heads", type=positive, metavar="N", help="heads (default: the model's; 1 with --grid)"
+    )
     parser.add_argument(
         "--head-dim",
         type=positive,

@@ -102,16 +102,8 @@ def _command(tool: str, shape: catalog.VideoModel, resolved: ResolvedConfig, out
     for name, values in options.items():
         calls += [name, *map(str, values)]
     if tool == "nsys":
-        how = [
-            "nsys",
-            "profile",
-            "--trace",
-            "cuda,nvtx",
-            "--force-overwrite",
-            "true",
-            "--output",
-            str(output),
-        ]
+        how = ["nsys", "profile", "--trace", "cuda,nvtx", "--force-overwrite", "true"]
+        how += ["--output", str(output)]
     else:
         # No clock control: the GPU sets its clock, as in real use.
         how = ["ncu", "--clock-control", "none", "--kernel-name", "regex:attn_fwd"]
