@@ -160,7 +160,9 @@ def merge_states(
         raise ValueError(
             f"lses: {len(lses)} for {len(outs)} outs; there must be one for each, and at least one"
         )
-    heads_first = [check_tensor(f"outs[{i}]", out, tensor_layout) for i, out in enumerate(outs)]
+    for i, out in enumerate(outs):
+        check_tensor(f"outs[{i}]", out, tensor_layout)
+    heads_first = [to_heads_first(out, tensor_layout) for out in outs]
     first = heads_first[0]
     for i, (out, lse) in enumerate(zip(heads_first, lses, strict=True)):
         if not isinstance(lse, Tensor) or not lse.is_floating_point():

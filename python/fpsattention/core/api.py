@@ -232,8 +232,8 @@ def _refuse(name: str) -> None:
 
 def set_up(q, k, v, grid, config, scale, tensor_layout, backend, *text) -> tuple[str, float]:
     """(what runs, scale) of a call whose arguments have been checked, with a notice where that is the slow path."""
-    head_dim = checks.check_inputs(q, k, v, grid, tensor_layout, *text)[0].shape[3]
-    scale = checks.as_scale(scale, head_dim)
+    checks.check_inputs(q, k, v, grid, tensor_layout, *text)
+    scale = checks.as_scale(scale, q.shape[3])
     name, reason = backend_for(q, config, backend)
     if name == "reference" and backend == "auto":
         _notice(reason)

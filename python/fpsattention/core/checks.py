@@ -59,6 +59,11 @@ def as_triple(name: str, value: Sequence[int], least: int) -> Triple:
     both name the argument.
     """
 
+    if type(value) is tuple and len(value) == 3:  # the usual case, in little time: every call comes here
+        t, h, w = value
+        if type(t) is type(h) is type(w) is int and t >= least and h >= least and w >= least:
+            return t, h, w
+
     def form() -> str:
         return f"{name}: {shown(value)} must be three integers (t, h, w), each at least {least}"
 
@@ -139,12 +144,19 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MAX_SCALE = 2.0**126  # in the log2 domain still a number of fp32
 
 
-def to_heads_first(x: torch.Tensor, tensor_layout: str) -> torch.Tensor:
-    """A view of `x` as [B, H, L, D], from "NHD" [B, L, H, D] or "HND" [B, H, L, D]. Its own inverse."""
+def check_layout(tensor_layout: str) -> None:
+    """Raises ValueError for an unknown layout."""
     if not isinstance(tensor_layout, str) or tensor_layout not in ("NHD", "HND"):
         raise ValueError(
             f'tensor_layout: {shown(tensor_layout)} must be "NHD" ([B, L, H, D]) or "HND" ([B, H, L, D])'
         )
+
+
+def to_heads_first(x: torch.Tensor, tensor_layout: str) -> torch.Tensor:
+    """A view of `x` as [B, H, L, D], from "NHD" [B, L, H, D] or "HND" [B, H, L, D]. Its own inverse. Raises ValueError
+    for an unknown layout.
+    """
+    check_layout(tensor_layout)
     return x.transpose(1, 2) if tensor_layout == "NHD" else x
 
 
@@ -153,9 +165,9 @@ def kind_of(x) -> str:
     return str(x.dtype) if isinstance(x, torch.Tensor) else type(x).__name__
 
 
-def check_tensor(name: str, x: torch.Tensor, tensor_layout: str) -> torch.Tensor:
-    """A view of x as [B, H, L, D]. Raises TypeError for what is no dense tensor of one of `DTYPES`, ValueError for a
-    rank, or no heads or channels.
+def check_tensor(name: str, x: torch.Tensor, tensor_layout: str) -> None:
+    """Raises TypeError unless x is a dense tensor of one of `DTYPES`, ValueError unless it has the four dimensions of
+    the layout, at least one head and one channel.
     """
     if not isinstance(x, torch.Tensor) or x.dtype not in DTYPES:
         raise TypeError(f"{name}: must be a tensor of {', '.join(map(str, DTYPES))}, got {kind_of(x)}")
@@ -165,10 +177,10 @@ def check_tensor(name: str, x: torch.Tensor, tensor_layout: str) -> torch.Tensor
     if x.dim() != 4:
         shape = "[B, L, H, D]" if tensor_layout == "NHD" else "[B, H, L, D]"
         raise ValueError(f"{name}: must have 4 dimensions {shape}, got shape {shown(list(x.shape))}")
-    heads_first = to_heads_first(x, tensor_layout)
-    if not heads_first.shape[1] or not heads_first.shape[3]:
+    check_layout(tensor_layout)
+    _, second, third, channels = x.shape
+    if not (third if tensor_layout == "NHD" else second) or not channels:
         raise ValueError(f"{name}: shape {list(x.shape)} has no heads or no channels; at least 1 of each")
-    return heads_first
 
 
 def dispatches(x: torch.Tensor) -> bool:
@@ -229,41 +241,45 @@ def grouped(name: str, x: torch.Tensor, q: torch.Tensor, tensor_layout: str) -> 
 
 
 def check_inputs(
-    q, k, v, grid, tensor_layout, prefix_len=0, suffix_len=0, prefix_valid=None, suffix_valid=None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Views of q, k, v as [B, H, L, D], once they are known to be alike, to fill the grid and the text tokens'
-    sections, and to have valid counts that fit.
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: Sequence[int], tensor_layout: str,
+    prefix_len: int = 0, suffix_len: int = 0,
+    prefix_valid: torch.Tensor | None = None, suffix_valid: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    """Check that q, k, v are alike, fill the grid and the sections of text tokens, and have counts that fit.
 
     Raises TypeError for what is no tensor of `DTYPES`, no integer length or no int32 tensor of counts, ValueError for a
     rank, shape, dtype, device or token count that does not fit, and on the CPU for a count out of range.
     """
-    heads_first = []
     for name, x in (("q", q), ("k", k), ("v", v)):
         refuse_transforms(name, x)
-        heads_first.append(check_tensor(name, x, tensor_layout))
-        for what in ("shape", "dtype", "device"):
-            mine, first = getattr(x, what), getattr(q, what)
-            if mine != first:
-                advice = grouped(name, x, q, tensor_layout) if what == "shape" else ""
-                raise ValueError(f"{name}: {what} {mine} must be that of q, {first}{advice}")
+        check_tensor(name, x, tensor_layout)
+        if x is not q:
+            _check_alike(name, x, q, tensor_layout)
     if q.device.type == "meta":
         raise ValueError("q: has no values, its device is meta; move it to a CUDA device or the CPU")
-    sections = {
-        "prefix": (as_int("prefix_len", prefix_len, 0), prefix_valid),
-        "suffix": (as_int("suffix_len", suffix_len, 0), suffix_valid),
-    }
-    tokens, video = heads_first[0].shape[2], math.prod(as_grid(grid))
+    prefix_len, suffix_len = as_int("prefix_len", prefix_len, 0), as_int("suffix_len", suffix_len, 0)
+    tokens, video = q.shape[1 if tensor_layout == "NHD" else 2], math.prod(as_grid(grid))
     if tokens != video + prefix_len + suffix_len:
-        with_text = "".join(
-            f", {name}_len is {shown(length)}" for name, (length, _) in sections.items() if length
-        )
+        lengths = {"prefix": prefix_len, "suffix": suffix_len}
+        with_text = "".join(f", {name}_len is {shown(n)}" for name, n in lengths.items() if n)
         raise ValueError(
             f"q: has {tokens} tokens in layout {tensor_layout}, but grid {tuple(grid)} has {video}{with_text}"
         )
-    for name, (length, valid) in sections.items():
-        if valid is not None:
-            _check_valid(f"{name}_valid", valid, f"{name}_len", length, heads_first[0])
-    return tuple(heads_first)
+    if prefix_valid is not None:
+        _check_valid("prefix_valid", prefix_valid, "prefix_len", prefix_len, q)
+    if suffix_valid is not None:
+        _check_valid("suffix_valid", suffix_valid, "suffix_len", suffix_len, q)
+
+
+def _check_alike(name: str, x: torch.Tensor, q: torch.Tensor, tensor_layout: str) -> None:
+    """Raises ValueError unless x has q's shape, dtype and device."""
+    if x.shape == q.shape and x.dtype == q.dtype and x.device == q.device:
+        return
+    for what in ("shape", "dtype", "device"):
+        mine, first = getattr(x, what), getattr(q, what)
+        if mine != first:
+            advice = grouped(name, x, q, tensor_layout) if what == "shape" else ""
+            raise ValueError(f"{name}: {what} {mine} must be that of q, {first}{advice}")
 
 
 def as_scale(scale: float | None, head_dim: int) -> float:

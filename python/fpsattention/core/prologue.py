@@ -107,7 +107,8 @@ def norm_rope(
     Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value.
     """
     rope = _as_tables(rope)
-    tokens = checks.check_tensor("x", x, tensor_layout).shape[2]
+    checks.check_tensor("x", x, tensor_layout)
+    tokens = x.shape[1 if tensor_layout == "NHD" else 2]
     if tokens != math.prod(as_grid(grid)):
         raise ValueError(
             f"x: has {tokens} tokens in layout {tensor_layout}, but grid {tuple(grid)} has {math.prod(grid)}"

@@ -145,7 +145,8 @@ def quantize(
     """
     lengths, counts = (resolved.prefix_len, resolved.suffix_len), (prefix_valid, suffix_valid)
     check_values("q", q)
-    q, k, v = check_inputs(q, k, v, resolved.grid, tensor_layout, *lengths, *counts)
+    check_inputs(q, k, v, resolved.grid, tensor_layout, *lengths, *counts)
+    q, k, v = (to_heads_first(x, tensor_layout) for x in (q, k, v))
     return _quantize(q, k, v, resolved, valid_tokens(resolved.geometry, *counts))
 
 
@@ -324,7 +325,8 @@ class _StraightThrough(torch.autograd.Function):
 
 def _set_up(q, k, v, grid, config, scale, tensor_layout, prefix_len, suffix_len, *counts):
     """(q, k, v heads first with zeros for invalid tokens, valid [B, L] or None, resolved, scale), checked."""
-    q, k, v = check_inputs(q, k, v, grid, tensor_layout, prefix_len, suffix_len, *counts)
+    check_inputs(q, k, v, grid, tensor_layout, prefix_len, suffix_len, *counts)
+    q, k, v = (to_heads_first(x, tensor_layout) for x in (q, k, v))
     resolved = as_config(config).resolve(grid, q.shape[1], prefix_len, suffix_len)
     valid = valid_tokens(resolved.geometry, *counts)
     q, k, v = (zero_invalid(x, valid) for x in (q, k, v))
@@ -348,7 +350,8 @@ def _call_op(
 ):  # fmt: skip
     """`exact_attention` or `emulated_attention` by the op of reference_op.py."""
     lengths, counts = (prefix_len, suffix_len), (prefix_valid, suffix_valid)
-    _, heads, _, head_dim = check_inputs(q, k, v, grid, tensor_layout, *lengths, *counts)[0].shape
+    check_inputs(q, k, v, grid, tensor_layout, *lengths, *counts)
+    _, heads, _, head_dim = to_heads_first(q, tensor_layout).shape
     config = as_config(config)
     if not torch.compiler.is_compiling():  # a graph has the check inside of the op
         config.resolve(grid, heads, *lengths)
@@ -578,7 +581,9 @@ def emulated_backward(
     check_values("q", q)
     call = grid, config, scale, tensor_layout, prefix_len, suffix_len, prefix_valid, suffix_valid
     q, k, v, valid, resolved, scale = _set_up(q, k, v, *call)
-    out, dout = (check_tensor(name, x, tensor_layout) for name, x in (("out", out), ("dout", dout)))
+    for name, x in (("out", out), ("dout", dout)):
+        check_tensor(name, x, tensor_layout)
+    out, dout = (to_heads_first(x, tensor_layout) for x in (out, dout))
     dlse = torch.zeros(q.shape[:3], device=q.device) if dlse is None else dlse
     for name, x, shape in (
         ("out", out, q.shape),

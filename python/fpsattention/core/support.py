@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,11 @@ CAPABILITY = (9, 0)
 _NEED = "needs a Hopper GPU (compute capability 9.0)"
 
 
+@cache
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 @torch.compiler.assume_constant_result
 def hopper_obstacle(device: int | None = None) -> str | None:
     """Why the Hopper kernels cannot run on a CUDA device, None when they can.
@@ -31,7 +38,7 @@ def hopper_obstacle(device: int | None = None) -> str | None:
         return f"{_NEED}, this torch is built for AMD GPUs (ROCm {torch.version.hip})"
     if not torch.cuda.is_initialized() and not torch.cuda.is_available():  # the former is asked in no time
         return f"{_NEED}, torch finds no GPU"
-    capability = torch.cuda.get_device_capability(device)
+    capability = _capability(torch.cuda.current_device() if device is None else device)
     if capability == CAPABILITY:
         return None
     return f"{_NEED}, {torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
