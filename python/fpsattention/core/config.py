@@ -71,8 +71,8 @@ class AttentionConfig:
 
     @property
     def spec(self) -> str:
-        """This config as ops take it, for example "7x9x2||3x3x9|clamp|fp8|": tile, quant_tile, windows, border, quant,
-        smooth_k; what is None is empty.
+        """This config as ops take it, for example "7.9.2||3.3.9|clamp|fp8|": tile, quant_tile, windows, border, quant,
+        smooth_k. Numbers are hexadecimal; what is None is empty.
         """
         return self._spec  # type: ignore[attr-defined]  # of __post_init__; a field would show in fields()
 
@@ -98,8 +98,9 @@ class AttentionConfig:
 
 
 def _spec_of(config: AttentionConfig) -> str:
-    def by(triple: Triple | None) -> str:  # torch.compile makes a constant of an index
-        return "x".join([str(operator.index(n)) for n in triple or ()])
+    # Hexadecimal, which has no limit of digits. torch.compile makes a constant of an index.
+    def by(triple: Triple | None) -> str:
+        return ".".join([hex(operator.index(n))[2:] for n in triple or ()])
 
     windows = config.window or ()
     windows = (windows,) if windows and isinstance(windows[0], int) else windows
@@ -203,7 +204,7 @@ def _check_quant_tile(quant_tile: Triple, tile: Triple) -> None:
 @lru_cache(maxsize=1024)
 def _from_spec(spec: str) -> AttentionConfig:
     def triples(text: str) -> tuple[Triple, ...]:
-        return tuple(tuple(map(int, part.split("x"))) for part in text.split(",") if part)
+        return tuple(tuple(int(n, 16) for n in part.split(".")) for part in text.split(",") if part)
 
     tile, quant_tile, windows, border, quant, smooth_k = spec.split("|")
     per_head = triples(windows)
