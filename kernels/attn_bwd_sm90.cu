@@ -30,6 +30,8 @@
 #include "fpsattention/hopper.cuh"
 #include "fpsattention/launch.h"
 #include "fpsattention/params.h"
+#include "fpsattention/wgmma.cuh"
+#include "fpsattention/work_items.cuh"
 
 namespace fps {
 namespace {
@@ -77,7 +79,7 @@ struct BwdConfig {
     using MmaDQ = decltype(make_tiled_mma(AtomDQ{}));
 };
 
-// What bulk copies bring is parts of the images of params.h.
+// Bulk copies load parts of the packed blocks and of the 16-bit operands (params.h).
 template <class Cfg>
 struct BwdSmem {
     struct alignas(1024) Stage {
@@ -97,415 +99,362 @@ struct BwdSmem {
     Barrier ds_full, dq_full[Cfg::kWarpgroups], dq_empty[Cfg::kWarpgroups];
 };
 
-// The key block of a CTA. Blocks of one head run together, in the order of p.key_axis, so that they share its queries
-// in L2; with a window per head, heads with large windows come first. TextTokens keys, which all queries attend, come
-// before all others, so that the last key blocks to run are short ones; but after them where turns are taken: a CTA
-// must then wait only for CTAs with a smaller blockIdx.x. It assumes that these have started, which CUDA does not
-// promise.
-struct KeyBlock {
-    int batch, head, first_row;
-    int number;  // of the text key block among those of its head that hold a token; -1: a block of the grid's
-    int64_t bh, image;
-    Int3 tile;
-    TileRows rows;
-    TileBox queries;
-    TextTokens text;  // valid tokens
-
-    __device__ explicit KeyBlock(const BackwardParams &p) {
-        const TileGrid &g = p.geometry;
-        const int per_tile = g.blocks_per_tile(), text_blocks = g.text.blocks(kBlock);
-        const int in_grid = g.tiles.volume() * per_tile;
-        int index = blockIdx.x + (p.turns == nullptr ? 0 : p.batch * p.heads * text_blocks);
-        index -= index < int(gridDim.x) ? 0 : int(gridDim.x);
-        const bool is_text = index < p.batch * p.heads * text_blocks;
-        index -= is_text ? 0 : p.batch * p.heads * text_blocks;
-        const int per_head = is_text ? text_blocks : in_grid, in_head = index % per_head;
-        index /= per_head;
-        batch = index % p.batch;
-        head = p.head_at(index / p.batch);
-        bh = int64_t(batch) * p.heads + head;
-        text = p.valid_text(batch);
-        if (is_text) {
-            number = in_head;
-            const int block = g.text_block(number, text, kBlock);
-            image = bh * g.blocks() + block;
-            first_row = block % per_tile * kBlock;
-            rows = number < text.blocks(kBlock) ? g.rows(block / per_tile, text) : TileRows{};
-            queries = g.everything();
-            return;
-        }
-        number = -1;
-        const int place = in_head / per_tile, block = in_head % per_tile;
-        const Int3 size{p.key_size[2], p.key_size[1], p.key_size[0]}, at = coordinates(place, size);
-        const auto along = [&](int axis) { return axis == p.key_axis[0] ? at.w : axis == p.key_axis[1] ? at.h : at.t; };
-        tile = {along(0), along(1), along(2)};
-        image = bh * g.blocks() + g.tile_index(tile) * per_tile + block;
-        first_row = block * kBlock;
-        rows = g.rows(tile);
-        queries = g.queries_of(tile, p.window(head), p.border);
-    }
-    __device__ bool exists() const { return first_row < rows.valid(); }
-};
-
-// A query block, its number among all of B, H; of text queries, or of this tile.
-struct QueryBlock {
-    int64_t image;
-    bool is_text;
-    Int3 tile;
-};
-
-// Key blocks of a query block are numbered along its box of keys in raster order, `blocks_per_tile` to a tile, from 1;
-// then come the text ones. The number of this key block is its `last`; its `turn` is the number of the one before it
-// that holds a token.
-__device__ inline int2 turn_of(const BackwardParams &p, const KeyBlock &key, const QueryBlock &query) {
-    const TileGrid &g = p.geometry;
-    const TileBox box = query.is_text ? g.everything() : g.keys_of(query.tile, p.window(key.head), p.border);
-    const Int3 size{box.t.size(), box.h.size(), box.w.size()};
-    const bool is_text = key.number >= 0;
-    const int tile = is_text
-                         ? size.volume()
-                         : ((key.tile.t - box.t.lo) * size.h + key.tile.h - box.h.lo) * size.w + key.tile.w - box.w.lo;
-    const int block = is_text ? key.number : key.first_row / kBlock, last = tile * g.blocks_per_tile() + block + 1;
-    if (block > 0 || tile == 0) {
-        return {last - 1, last};
-    }
-    const Int3 before = coordinates(tile - 1, size);
-    const Int3 extent = g.extent({box.t.lo + before.t, box.h.lo + before.h, box.w.lo + before.w});
-    return {(tile - 1) * g.blocks_per_tile() + ceil_div(extent.volume(), kBlock), last};
-}
-
-// The query blocks that attend a key block, in the order in which the CTA takes them.
-template <class F>
-__device__ __forceinline__ void for_each_query_block(const BackwardParams &p, const KeyBlock &key, F &&f) {
-    const TileGrid &g = p.geometry;
-    const int per_tile = g.slot / kQueryBlock;
-    const int64_t images = key.bh * (g.all_tiles() * per_tile);
-    const TileBox &box = key.queries;
-    const Int3 size{box.t.size(), box.h.size(), box.w.size()};
-    const int tiles = box.tiles();
-    // Key blocks that run at the same time start at different query tiles, or they would all add to the same rows of
-    // dQ. With turns they start where the turns do.
-    const int start = p.turns == nullptr && tiles > 0 ? int(key.image % tiles) : 0;
-    for (int i = 0; i < tiles; ++i) {
-        const Int3 at = coordinates((start + i) % tiles, size);
-        const Int3 tile{box.t.lo + at.t, box.h.lo + at.h, box.w.lo + at.w};
-        const int blocks = ceil_div(g.extent(tile).volume(), kQueryBlock);
-        const int64_t first = images + g.tile_index(tile) * per_tile;
-        for (int b = 0; b < blocks; ++b) {
-            f(QueryBlock{first + b, false, tile});
-        }
-    }
-    for (int i = 0; i < key.text.blocks(kQueryBlock); ++i) {
-        f(QueryBlock{images + g.text_block(i, key.text, kQueryBlock), true, {}});
-    }
-}
-
-// One thread brings the keys, then keeps the rings of query blocks full.
+// Load thread: brings the keys, then keeps the rings of query blocks full.
 template <class Cfg>
 __device__ void load(const BackwardParams &p, BwdSmem<Cfg> &smem) {
     constexpr int kK8Bytes = sizeof(smem.k8), kKeyBytes = sizeof(smem.k);
     constexpr int kQBytes = sizeof(smem.q[0]), kQ8Bytes = sizeof(smem.stages[0].q8), kRowsBytes = sizeof(QueryRows);
-    const KeyBlock key(p);
-    const uint8_t *kv = p.kv_blocks + key.image * kv_block_bytes(Cfg::kHeadDim);
+    // Load the keys: k8 and its meta, k, v.
+    const KeyItem key(p);
+    const uint8_t *k8 = p.kv_blocks + key.index * kv_block_bytes(Cfg::kHeadDim);
+    const uint8_t *k = p.key_operands + key.index * bwd_key_bytes(Cfg::kHeadDim);
     smem.keys_full.expect(kK8Bytes + int(sizeof(BlockMeta)) + 2 * kKeyBytes);
     smem.keys_full.arrive();
-    bulk_load(smem.k8, kv, kK8Bytes, smem.keys_full);
-    bulk_load(&smem.k_meta, kv + 2 * kK8Bytes, sizeof(BlockMeta), smem.keys_full);
-    const uint8_t *images = p.key_operands + key.image * bwd_key_bytes(Cfg::kHeadDim);
-    bulk_load(smem.k, images, kKeyBytes, smem.keys_full);
-    bulk_load(smem.v, images + kKeyBytes, kKeyBytes, smem.keys_full);
+    bulk_load(smem.k8, k8, kK8Bytes, smem.keys_full);
+    bulk_load(&smem.k_meta, k8 + 2 * kK8Bytes, sizeof(BlockMeta), smem.keys_full);
+    bulk_load(smem.k, k, kKeyBytes, smem.keys_full);
+    bulk_load(smem.v, k + kKeyBytes, kKeyBytes, smem.keys_full);
 
     RingState<Cfg::kStages> ring;
-    for_each_query_block(p, key, [&](const QueryBlock &query) {
+    for_each_query_block(p, key, [&](const QueryStep &query) {
         const int s = ring.stage();
-        const uint8_t *q8 = p.q_blocks + query.image * q_block_bytes(Cfg::kHeadDim);
-        const uint8_t *image = p.query_operands + query.image * bwd_query_bytes(Cfg::kHeadDim);
+        const uint8_t *q8 = p.q_blocks + query.index * q_block_bytes(Cfg::kHeadDim);
+        const uint8_t *q = p.query_operands + query.index * bwd_query_bytes(Cfg::kHeadDim);
+
+        // Wait for an empty stage. Load q8, dO and the row constants.
         smem.empty[s].wait(ring.empty_parity());
-        fence_proxy_async();  // the math warps read the row constants of this stage
+        fence_proxy_async();  // the math warps have read the row constants of this stage
         smem.full[s].expect(kQ8Bytes + kQBytes + kRowsBytes);
         smem.full[s].arrive();
         bulk_load(smem.stages[s].q8, q8, kQ8Bytes, smem.full[s]);
-        bulk_load(smem.stages[s].dout, image + kQBytes, kQBytes, smem.full[s]);
-        bulk_load(&smem.rows[s], image + 2 * kQBytes, kRowsBytes, smem.full[s]);
+        bulk_load(smem.stages[s].dout, q + kQBytes, kQBytes, smem.full[s]);
+        bulk_load(&smem.rows[s], q + 2 * kQBytes, kRowsBytes, smem.full[s]);
+
+        // Wait until the stage's q is released, which is half a step later. Load q.
         smem.q_empty[s].wait(ring.empty_parity());
         smem.q_full[s].expect(kQBytes);
         smem.q_full[s].arrive();
-        bulk_load(smem.q[s], image, kQBytes, smem.q_full[s]);
+        bulk_load(smem.q[s], q, kQBytes, smem.q_full[s]);
         ring.next();
     });
 }
 
-// A warp has half of the channels of every query block's dQ added to global memory. One lane does it; that the warp
-// comes along keeps positions uniform, in registers that are no thread's.
+// Add warp `half`: has the copy engine add half of the channels of every step's dQ to global memory. One lane does the
+// work; the others follow it so that positions stay in uniform registers.
 template <class Cfg>
 __device__ void add(const BackwardParams &p, BwdSmem<Cfg> &smem, int half) {
     constexpr int kFloats = kQueryBlock * Cfg::kHalf;
-    const KeyBlock key(p);
+    const KeyItem key(p);
     RingState<1> ring;
-    for_each_query_block(p, key, [&](const QueryBlock &query) {
+    for_each_query_block(p, key, [&](const QueryStep &query) {
+        // Wait for dQ.
         smem.dq_full[half].wait(ring.full_parity());
         ring.next();
-        const int64_t i = 2 * query.image + half;
-        int2 turn{};
+
+        // Wait for the turn.
+        const int64_t i = 2 * query.index + half;
+        Turn turn{};
         if (p.turns != nullptr) {
             turn = turn_of(p, key, query);
-            wait_for(p.turns + i, turn.x);
+            wait_for(p.turns + i, turn.from);
             fence_proxy_async_global();
         }
         if (threadIdx.x % 32 == 0) {
+            // Add dQ.
             fence_proxy_async();
             bulk_reduce_add(p.dq_sum + i * kFloats, smem.dq[half], kFloats * int(sizeof(float)));
+
+            // Release the buffer once the copy engine has read it.
             bulk_wait_read();
             smem.dq_empty[half].arrive();
+
+            // Pass the turn on once all is added.
             if (p.turns != nullptr) {
                 bulk_wait();
                 fence_proxy_async_global();
-                store_release(p.turns + i, turn.y);
+                store_release(p.turns + i, turn.to);
             }
         }
         __syncwarp();  // a lane left behind could miss a phase of dq_full
     });
 }
 
-// x in E4M3's four significant bits, to nearest, ties to even; where E4M3 has subnormals or nothing, four bits still.
+// x in E4M3's four significant bits, to nearest, ties to even; also where E4M3 has subnormals or underflows.
 // The last bit of 2^20 x + x is worth an eighth of x's leading one, and 2^20 x itself has no smaller bits.
 __device__ __forceinline__ float four_bits(float x) {
     return __fmaf_rn(x, -0x1p20f, __fmaf_rn(x, 0x1p20f, x));
 }
 
-// 16-bit pairs of an accumulator, in the order of an A operand.
-template <class TensorX, class TensorA, class F>
-__device__ __forceinline__ void pack(const TensorX &x, TensorA &a, F &&f) {
+// Scores of this thread, S^T of keys by queries: elements 4 g .. 4 g + 3 are those of query group g, 8 queries.
+constexpr int kGroups = kQueryBlock / 8, kHalfGroups = kGroups / 2;
+
+// This thread's two queries of a group: their values.
+__device__ __forceinline__ float2 of_queries(const float *values, int group) {
+    return *reinterpret_cast<const float2 *>(values + 8 * group + 2 * (threadIdx.x % 4));
+}
+
+// Padding keys score -inf. `row` is this thread's first key of the block; the other is row + 8.
+template <class TensorS>
+__device__ __forceinline__ void mask(TensorS &s, int row, int valid) {
+    if (valid < kBlock) {
+#pragma unroll
+        for (int i = 0; i < size(s); ++i) {
+            s(i) = row + 8 * (i / 2 % 2) < valid ? s(i) : -INFINITY;
+        }
+    }
+}
+
+// X = 2^(S scale_log2 + offset), in place, for half of the query groups.
+template <int kFirstGroup>
+__device__ __forceinline__ void load_offsets(const QueryRows &rows, float2 (&offset)[kHalfGroups]) {
+#pragma unroll
+    for (int g = 0; g < kHalfGroups; ++g) {
+        offset[g] = of_queries(rows.offset, kFirstGroup + g);
+    }
+}
+template <int kFirstGroup, class TensorS>
+__device__ __forceinline__ void exponentiate(TensorS &s, float scale_log2, const float2 (&offset)[kHalfGroups]) {
+#pragma unroll
+    for (int g = 0; g < kHalfGroups; ++g) {
+#pragma unroll
+        for (int i = 4 * (kFirstGroup + g); i < 4 * (kFirstGroup + g) + 4; ++i) {
+            s(i) = exp2_approx(fmaf(s(i), scale_log2, i % 2 ? offset[g].y : offset[g].x));
+        }
+    }
+}
+
+// dS = X (dP - delta), in place of dP.
+template <class TensorP, class TensorX>
+__device__ __forceinline__ void differentiate(TensorP &dp, const TensorX &x, const QueryRows &rows) {
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+        const float2 minus_delta = of_queries(rows.minus_delta, g);
+#pragma unroll
+        for (int i = 4 * g; i < 4 * g + 4; ++i) {
+            dp(i) = x(i) * (dp(i) + (i % 2 ? minus_delta.y : minus_delta.x));
+        }
+    }
+}
+
+// An accumulator as bf16 A operand. Two elements that are neighbours in it share a word.
+template <class TensorX, class TensorA>
+__device__ __forceinline__ void pack(const TensorX &x, TensorA &a) {
     Tensor words = recast<uint32_t>(a);
 #pragma unroll
     for (int i = 0; i < size(words); ++i) {
-        words(i) = downcast<__nv_bfloat16>(f(x(2 * i)), f(x(2 * i + 1)));
+        words(i) = downcast<__nv_bfloat16>(x(2 * i), x(2 * i + 1));
+    }
+}
+template <class TensorX, class TensorA>
+__device__ __forceinline__ void round_and_pack(const TensorX &x, TensorA &a) {
+    Tensor words = recast<uint32_t>(a);
+#pragma unroll
+    for (int i = 0; i < size(words); ++i) {
+        words(i) = downcast<__nv_bfloat16>(four_bits(x(2 * i)), four_bits(x(2 * i + 1)));
     }
 }
 
-// dS^T of this warpgroup's keys in shared memory, [keys][64 queries], swizzled: f(address of this lane's row, words)
-// for every four matrices. In the order of the words, these are two groups of 8 keys, then the next 8 queries.
-template <class TensorA, class F>
-__device__ __forceinline__ void for_each_four_matrices(BF16 *ds, TensorA &a, int first_key, int thread, F &&f) {
-    Tensor words = recast<uint32_t>(a);
-    const int lane = thread % 32, key = first_key + thread / 32 * 16 + lane / 8 % 2 * 8 + lane % 8;
+// dS^T lies in shared memory as [keys][64 queries], swizzled. Four matrices of 8 x 8 are moved at a time, which are
+// words i .. i + 3 of the operand: two groups of 8 keys, then the same keys and the next 8 queries. Returns the address
+// of this lane's row of them.
+__device__ __forceinline__ char *ds_row(BF16 *ds, int first_key, int i) {
+    const int thread = threadIdx.x % 128, lane = thread % 32;
+    const int key = first_key + thread / 32 * 16 + lane / 8 % 2 * 8 + lane % 8, query = 4 * i + lane / 16 * 8;
+    return reinterpret_cast<char *>(ds) + swizzled<128>(key, 2 * query);
+}
+template <class TensorA>
+__device__ __forceinline__ void store_ds(BF16 *ds, int first_key, const TensorA &a) {
+    Tensor words = recast<const uint32_t>(a);
 #pragma unroll
     for (int i = 0; i < size(words); i += 4) {
-        const int query = 4 * i + lane / 16 * 8;
-        f(reinterpret_cast<char *>(ds) + swizzled<128>(key, 2 * query), words(i), words(i + 1), words(i + 2),
-          words(i + 3));
+        store_matrices(ds_row(ds, first_key, i), words(i), words(i + 1), words(i + 2), words(i + 3));
+    }
+}
+template <class TensorA>
+__device__ __forceinline__ void load_ds(BF16 *ds, int first_key, TensorA &a) {
+    Tensor words = recast<uint32_t>(a);
+#pragma unroll
+    for (int i = 0; i < size(words); i += 4) {
+        load_matrices(ds_row(ds, first_key, i), words(i), words(i + 1), words(i + 2), words(i + 3));
     }
 }
 
-// Warpgroup `warpgroup` owns keys 64 * warpgroup and on of the block.
+// Hands this warpgroup's half of a step's dQ to its add warp, in the order of the fragment.
+template <class Cfg, class TensorQ>
+__device__ __forceinline__ void hand_over_dq(BwdSmem<Cfg> &smem, int warpgroup, const TensorQ &dq, RingState<1> step) {
+    smem.dq_empty[warpgroup].wait(step.empty_parity());
+    float *to = smem.dq[warpgroup] + 4 * (threadIdx.x % 128);
+#pragma unroll
+    for (int i = 0; i < size(dq); i += 4) {
+        *reinterpret_cast<float4 *>(to + i * 128) = {dq(i), dq(i + 1), dq(i + 2), dq(i + 3)};
+    }
+    smem.dq_full[warpgroup].arrive_as_warp();
+}
+
+// dK and dV in raster order. `row` is this thread's first key of the block; the other is row + 8.
+template <class Cfg, class T, class TensorC>
+__device__ void store(const BackwardParams &p, int row, const TensorC &dk, const TensorC &dv) {
+    const KeyItem key(p);
+    const int lane = threadIdx.x % 4;
+    const auto row_of = [&](void *base, const Strides &to, int64_t token) {
+        return static_cast<T *>(base) + key.batch * to.batch + key.head * to.head + token * to.token;
+    };
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int in_tile = key.first_row + row + 8 * r;
+        const bool valid = in_tile < key.rows.valid();
+        const int64_t token = valid ? p.geometry.token(key.rows, in_tile) : 0;
+        store_row<T, Cfg::kHeadDim>(row_of(p.dk, p.dk_strides, token), valid, r, lane,
+                                    [&](int i) { return dk(i) * p.scale; });
+        store_row<T, Cfg::kHeadDim>(row_of(p.dv, p.dv_strides, token), valid, r, lane, [&](int i) { return dv(i); });
+    }
+}
+
+// Operands in shared memory: k8, q8, v, dO, dO^T, q^T, dS, k^T. Where there is a ring, the last mode is the stage.
+template <class Cfg>
+__device__ auto operands(BwdSmem<Cfg> &smem, int warpgroup) {
+    constexpr int kStages = Cfg::kStages, kQStride = kQueryBlock * Cfg::kHeadDim;
+    constexpr int kQ8Stride = sizeof(smem.stages[0]), kDOutStride = kQ8Stride / sizeof(BF16);
+    auto &first = smem.stages[0];
+    Tensor sK8 = smem_tensor(smem.k8 + warpgroup * Cfg::kKeys * Cfg::kHeadDim, typename Cfg::LayoutK8{});
+    Tensor sQ8 = smem_tensor(first.q8, ring_of<kStages, kQ8Stride>(typename Cfg::LayoutQ8{}));
+    Tensor sV = local_tile(smem_tensor(smem.v, typename Cfg::LayoutV{}), Shape<Int<Cfg::kKeys>, Int<Cfg::kHeadDim>>{},
+                           make_coord(warpgroup, 0));
+    Tensor sdO = smem_tensor(first.dout, ring_of<kStages, kDOutStride>(typename Cfg::LayoutQuery{}));
+    Tensor sdOT = smem_tensor(first.dout, ring_of<kStages, kDOutStride>(typename Cfg::LayoutQueryT{}));
+    Tensor sQT = smem_tensor(smem.q[0], ring_of<kStages, kQStride>(typename Cfg::LayoutQueryT{}));
+    Tensor sdS = smem_tensor(smem.ds[0], ring_of<2, kBlock * kQueryBlock>(typename Cfg::LayoutDS{}));
+    Tensor sKT = smem_tensor(smem.k + warpgroup * kBlock * Cfg::kHalf, typename Cfg::LayoutKT{});
+    using MmaS = typename Cfg::MmaS;
+    using MmaDP = typename Cfg::MmaDP;
+    using MmaGrad = typename Cfg::MmaGrad;
+    using MmaDQ = typename Cfg::MmaDQ;
+    return cute::make_tuple(operand_a<MmaS>(sK8), operand_b<MmaS>(sQ8), operand_a<MmaDP>(sV), operand_b<MmaDP>(sdO),
+                            operand_b<MmaGrad>(sdOT), operand_b<MmaGrad>(sQT), operand_a<MmaDQ>(sdS),
+                            operand_b<MmaDQ>(sKT));
+}
+
+// Math warpgroup `warpgroup` owns the 64 keys of the block from 64 * warpgroup on. A prime marks what belongs to the
+// step before.
 template <class Cfg, class T>
 __device__ void math(const BackwardParams &p, BwdSmem<Cfg> &smem, int warpgroup) {
-    const int thread = threadIdx.x % 128, lane = thread % 4;
-    constexpr auto kWithStages = [](auto layout, auto stages, auto stride) {
-        return make_composed_layout(layout.layout_a(), layout.offset(),
-                                    append(layout.layout_b(), make_layout(stages, stride)));
-    };
-    constexpr auto kStages = Int<Cfg::kStages>{};
-    constexpr auto kStageBytes = Int<sizeof(smem.stages[0])>{};
-    constexpr auto kStageStride = Int<sizeof(smem.stages[0]) / sizeof(BF16)>{};
-    constexpr auto kQStride = Int<kQueryBlock * Cfg::kHeadDim>{};
-    auto &first = smem.stages[0];
-    Tensor sK8 = make_tensor(make_smem_ptr(smem.k8 + warpgroup * Cfg::kKeys * Cfg::kHeadDim), typename Cfg::LayoutK8{});
-    Tensor sQ8 = make_tensor(make_smem_ptr(first.q8), kWithStages(typename Cfg::LayoutQ8{}, kStages, kStageBytes));
-    Tensor sV = local_tile(make_tensor(make_smem_ptr(smem.v), typename Cfg::LayoutV{}),
-                           Shape<Int<Cfg::kKeys>, Int<Cfg::kHeadDim>>{}, make_coord(warpgroup, 0));
-    Tensor sdO =
-        make_tensor(make_smem_ptr(first.dout), kWithStages(typename Cfg::LayoutQuery{}, kStages, kStageStride));
-    Tensor sdOT =
-        make_tensor(make_smem_ptr(first.dout), kWithStages(typename Cfg::LayoutQueryT{}, kStages, kStageStride));
-    Tensor sQT = make_tensor(make_smem_ptr(smem.q[0]), kWithStages(typename Cfg::LayoutQueryT{}, kStages, kQStride));
-    Tensor sKT = make_tensor(make_smem_ptr(smem.k + warpgroup * kBlock * Cfg::kHalf), typename Cfg::LayoutKT{});
-    Tensor sdS = make_tensor(make_smem_ptr(smem.ds[0]),
-                             kWithStages(typename Cfg::LayoutDS{}, Int<2>{}, Int<kBlock * kQueryBlock>{}));
+    const auto [rK8, rQ8, rV, rdO, rdOT, rQT, rdS, rKT] = operands(smem, warpgroup);
 
+    // Fragments in registers.
     typename Cfg::MmaS mma_s;
     typename Cfg::MmaDP mma_dp;
     typename Cfg::MmaGrad mma_grad;
     typename Cfg::MmaDQ mma_dq;
-    // Shared-memory descriptors.
-    Tensor rK8 = mma_s.get_slice(thread).partition_fragment_A(sK8);
-    Tensor rQ8 = mma_s.get_slice(thread).partition_fragment_B(sQ8);
-    Tensor rV = mma_dp.get_slice(thread).partition_fragment_A(sV);
-    Tensor rdO = mma_dp.get_slice(thread).partition_fragment_B(sdO);
-    Tensor rdOT = mma_grad.get_slice(thread).partition_fragment_B(sdOT);
-    Tensor rQT = mma_grad.get_slice(thread).partition_fragment_B(sQT);
-    Tensor rdS = mma_dq.get_slice(thread).partition_fragment_A(sdS);
-    Tensor rKT = mma_dq.get_slice(thread).partition_fragment_B(sKT);
     using Scores = Shape<Int<Cfg::kKeys>, Int<kQueryBlock>>;
+    using KeyGrad = Shape<Int<Cfg::kKeys>, Int<Cfg::kHeadDim>>;
     Tensor rS = partition_fragment_C(mma_s, Scores{});
     Tensor rdP = partition_fragment_C(mma_dp, Scores{});
-    Tensor rA = make_tensor<BF16>(partition_shape_A(mma_grad, Scores{}));  // dS^T or P^T
+    Tensor rA = make_tensor<BF16>(partition_shape_A(mma_grad, Scores{}));  // dS^T' or P^T
     Tensor rdQ = partition_fragment_C(mma_dq, Shape<Int<kQueryBlock>, Int<Cfg::kHalf>>{});
-    Tensor rdV = partition_fragment_C(mma_grad, Shape<Int<Cfg::kKeys>, Int<Cfg::kHeadDim>>{});
-    Tensor rdK = partition_fragment_C(mma_grad, Shape<Int<Cfg::kKeys>, Int<Cfg::kHeadDim>>{});
+    Tensor rdV = partition_fragment_C(mma_grad, KeyGrad{});
+    Tensor rdK = partition_fragment_C(mma_grad, KeyGrad{});
     clear(rdV);
     clear(rdK);
 
-    // A product over all of its k steps, from zero or added to what is there, as a group of its own.
-    const auto issue = [](auto &mma, bool from_zero, const auto &a, const auto &b, auto &c) {
-        warpgroup_fence_operand(c);
-        warpgroup_arrive();
-        mma.accumulate_ = from_zero ? GMMA::ScaleOut::Zero : GMMA::ScaleOut::One;
-#pragma unroll
-        for (int k = 0; k < size<2>(a); ++k) {
-            gemm(mma, a(_, _, k), b(_, _, k), c);
-            mma.accumulate_ = GMMA::ScaleOut::One;
-        }
-        warpgroup_commit_batch();
-    };
-
-    const TileGrid &g = p.geometry;
+    // Wait for the keys.
     smem.keys_full.wait(0);
     const float k_scale_log2 = smem.k_meta.scale * p.scale * kLog2E;
-    // Rows below `valid` of the block hold a key. This thread has rows `row` and `row` + 8.
-    const int valid = smem.k_meta.valid;
-    const int row = warpgroup * Cfg::kKeys + fragment_row(thread);
-    // dS^T of this warpgroup's keys: buffer 0 is of even steps, 1 of odd ones.
-    constexpr auto kStore = [](auto *row, auto... words) { store_matrices(row, words...); };
-    constexpr auto kLoad = [](const auto *row, auto &...words) { load_matrices(row, words...); };
-    const auto access_ds = [&](int ds, auto &a, auto access) {
-        for_each_four_matrices(smem.ds[ds], a, warpgroup * Cfg::kKeys, thread, access);
-    };
-    // dK and dQ of step `before`, its dS in buffer `ds`; and where dQ goes.
-    const auto issue_dk = [&](RingState<Cfg::kStages> before) {
+    const int valid = smem.k_meta.valid;  // keys of the block
+    const int first_key = warpgroup * Cfg::kKeys, row = first_key + fragment_row(threadIdx.x % 128);
+
+    // Before the first step there is no dS'. Zeros take its place.
+    clear(rA);
+    store_ds(smem.ds[1], first_key, rA);
+    smem.ds_full.arrive_as_warp();
+
+    RingState<Cfg::kStages> ring, before;
+    for (int left = KeyItem(p).n_query_blocks(p.geometry); left > 0; --left) {
+        // Step n uses buffer n % 2 of dS, and phase n of ds_full says that dS' of both warpgroups is there.
+        const int s = ring.stage(), ds = ring.count % 2;
+        const QueryRows &rows = smem.rows[s];
+        float2 offset[kHalfGroups];
+
+        // Load dS^T' of the own keys.
+        load_ds(smem.ds[ds ^ 1], first_key, rA);
+
+        // Wait for the queries. Issue S^T = k8 q8^T.
+        smem.full[s].wait(ring.full_parity());
+        issue(mma_s, rK8, rQ8(_, _, _, s), rS, Sum::kFromZero);
+
+        // Wait for q'. Issue dK += dS^T' q'.
         smem.q_full[before.stage()].wait(before.full_parity());
         warpgroup_fence_operand(rA);
-        issue(mma_grad, false, rA, rQT(_, _, _, before.stage()), rdK);
-    };
-    const auto issue_dq = [&](int ds) {
-        smem.ds_full.wait(ds ^ 1);  // steps have the phases in turn, and so do the buffers
-        fence_proxy_async();
-        issue(mma_dq, true, rdS(_, _, _, ds), rKT, rdQ);
-    };
-    const auto hand_over_dq = [&](RingState<1> before) {
-        smem.dq_empty[warpgroup].wait(before.empty_parity());
-        float *to = smem.dq[warpgroup] + 4 * thread;  // in the order of the fragment
-#pragma unroll
-        for (int i = 0; i < size(rdQ); i += 4) {
-            *reinterpret_cast<float4 *>(to + i * 128) = {rdQ(i), rdQ(i + 1), rdQ(i + 2), rdQ(i + 3)};
-        }
-        smem.dq_full[warpgroup].arrive_as_warp();
-    };
-    // Before the first step there is no dS; zeros, times the first q, do for it.
-    clear(rA);
-    access_ds(1, rA, kStore);
-    smem.ds_full.arrive_as_warp();
-    RingState<Cfg::kStages> ring, before;
-    int left;
-    {
-        const KeyBlock key(p);
-        left = g.valid_blocks(key.queries, kQueryBlock) + key.text.blocks(kQueryBlock);
-    }
-    for (; left > 0; --left) {
-        const int s = ring.stage(), ds = ring.count % 2;
-        access_ds(ds ^ 1, rA, kLoad);
-        smem.full[s].wait(ring.full_parity());
-        issue(mma_s, true, rK8, rQ8(_, _, _, s), rS);
-        issue_dk(before);
+        issue(mma_grad, rA, rQT(_, _, _, before.stage()), rdK, Sum::kAddTo);
 
-        const QueryRows &rows = smem.rows[s];
-        const auto of_queries = [&](const float *values, int group) {  // two neighbouring ones
-            return *reinterpret_cast<const float2 *>(values + 8 * group + 2 * lane);
-        };
-        // Above zero, so that padding's -inf stays that.
+        // Wait for S^T. X = 2^(S^T scale + offset) of the first half of the queries.
+        // The scale is above zero, because padding's score is -inf, and 0 times that would be NaN.
         const float scale_log2 = fmaxf(rows.scale * k_scale_log2, FLT_MIN);
-        const auto exponentiate = [&](int group, float2 offset) {
-#pragma unroll
-            for (int i = 4 * group; i < 4 * group + 4; ++i) {
-                rS(i) = exp2_approx(fmaf(rS(i), scale_log2, i % 2 ? offset.y : offset.x));
-            }
-        };
-        constexpr int kGroups = kQueryBlock / 8, kHalf = kGroups / 2;
-        float2 offset[kHalf];
-#pragma unroll
-        for (int i = 0; i < kHalf; ++i) {
-            offset[i] = of_queries(rows.offset, i);
-        }
-        warpgroup_wait<1>();
-        warpgroup_fence_operand(rS);
-        if (valid < kBlock) {
-#pragma unroll
-            for (int i = 0; i < size(rS); ++i) {
-                rS(i) = row + 8 * (i / 2 % 2) < valid ? rS(i) : -INFINITY;
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < kHalf; ++i) {
-            exponentiate(i, offset[i]);
-        }
-        issue_dq(ds ^ 1);
-#pragma unroll
-        for (int i = 0; i < kHalf; ++i) {
-            offset[i] = of_queries(rows.offset, kHalf + i);
-        }
-        warpgroup_wait<0>();
-        warpgroup_fence_operand(rdK);
-        warpgroup_fence_operand(rdQ);
+        load_offsets<0>(rows, offset);
+        wait_for_products<1>(rS);
+        mask(rS, row, valid);
+        exponentiate<0>(rS, scale_log2, offset);
+
+        // Wait for dS' of both warpgroups. Issue dQ' = dS' k.
+        smem.ds_full.wait(ds);
+        fence_proxy_async();
+        issue(mma_dq, rdS(_, _, _, ds ^ 1), rKT, rdQ, Sum::kFromZero);
+
+        // Wait for dK and dQ'. Hand over dQ' and release q'.
+        load_offsets<kHalfGroups>(rows, offset);
+        wait_for_products<0>(rdK, rdQ);
         if (ring.count > 0) {
-            hand_over_dq({before.count});
+            hand_over_dq(smem, warpgroup, rdQ, {before.count});
             smem.q_empty[before.stage()].arrive_as_warp();
             before.next();
         }
-        issue(mma_dp, true, rV, rdO(_, _, _, s), rdP);
-#pragma unroll
-        for (int i = 0; i < kHalf; ++i) {
-            exponentiate(kHalf + i, offset[i]);
-        }
-        pack(rS, rA, four_bits);
+
+        // Issue dP^T = v dO^T.
+        issue(mma_dp, rV, rdO(_, _, _, s), rdP, Sum::kFromZero);
+
+        // X of the other half. Round it to P^T.
+        exponentiate<kHalfGroups>(rS, scale_log2, offset);
+        round_and_pack(rS, rA);
+
+        // Issue dV += P^T dO.
         warpgroup_fence_operand(rA);
-        issue(mma_grad, false, rA, rdOT(_, _, _, s), rdV);
-        warpgroup_wait<1>();
-        warpgroup_fence_operand(rdP);
-#pragma unroll
-        for (int group = 0; group < kGroups; ++group) {
-            const float2 minus_delta = of_queries(rows.minus_delta, group);
-#pragma unroll
-            for (int i = 4 * group; i < 4 * group + 4; ++i) {
-                rdP(i) = rS(i) * (rdP(i) + (i % 2 ? minus_delta.y : minus_delta.x));
-            }
-        }
-        Tensor rdST = make_fragment_like(rA);  // rA is in use, by dV
-        pack(rdP, rdST, [](float x) { return x; });
-        access_ds(ds, rdST, kStore);
+        issue(mma_grad, rA, rdOT(_, _, _, s), rdV, Sum::kAddTo);
+
+        // Wait for dP^T. dS^T = X (dP^T - delta), in a fragment of its own: dV's product still reads rA.
+        wait_for_products<1>(rdP);
+        differentiate(rdP, rS, rows);
+        Tensor rdST = make_fragment_like(rA);
+        pack(rdP, rdST);
+
+        // Publish dS^T.
+        store_ds(smem.ds[ds], first_key, rdST);
         smem.ds_full.arrive_as_warp();
-        warpgroup_wait<0>();
-        warpgroup_fence_operand(rdV);
+
+        // Wait for dV. Release the stage.
+        wait_for_products<0>(rdV);
         smem.empty[s].arrive_as_warp();
         ring.next();
     }
-    access_ds(ring.count % 2 ^ 1, rA, kLoad);
-    issue_dk(before);
-    issue_dq(ring.count % 2 ^ 1);
-    warpgroup_wait<0>();
-    warpgroup_fence_operand(rdK);
-    warpgroup_fence_operand(rdQ);
-    hand_over_dq({before.count});
 
-    const KeyBlock key(p);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const int in_tile = key.first_row + row + 8 * r;
-        const bool holds_key = in_tile < key.rows.valid();
-        const int64_t token = holds_key ? g.token(key.rows, in_tile) : 0;
-        const auto store = [&](void *base, const Strides &to, const auto &grad, float factor) {
-            T *out = static_cast<T *>(base) + key.batch * to.batch + key.head * to.head + token * to.token;
-            store_row<T, Cfg::kHeadDim>(out, holds_key, r, lane, [&](int i) { return grad(i) * factor; });
-        };
-        store(p.dk, p.dk_strides, rdK, p.scale);
-        store(p.dv, p.dv_strides, rdV, 1.0f);
-    }
+    // dK and dQ of the last step.
+    const int last = ring.count % 2 ^ 1;
+    load_ds(smem.ds[last], first_key, rA);
+    smem.q_full[before.stage()].wait(before.full_parity());
+    warpgroup_fence_operand(rA);
+    issue(mma_grad, rA, rQT(_, _, _, before.stage()), rdK, Sum::kAddTo);
+    smem.ds_full.wait(last ^ 1);
+    fence_proxy_async();
+    issue(mma_dq, rdS(_, _, _, last), rKT, rdQ, Sum::kFromZero);
+    wait_for_products<0>(rdK, rdQ);
+    hand_over_dq(smem, warpgroup, rdQ, {before.count});
+
+    store<Cfg, T>(p, row, rdK, rdV);
 }
 
 template <class Cfg, class T>
 __global__ void __launch_bounds__(Cfg::kThreads, 1)
     attn_bwd_sm90(const __grid_constant__ Deferred<BackwardParams> deferred) {
     const BackwardParams &p = deferred.after_previous();
-    if (!KeyBlock(p).exists()) {
+    if (!KeyItem(p).exists()) {
         return;
     }
     extern __shared__ char smem_bytes[];

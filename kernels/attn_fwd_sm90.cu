@@ -23,6 +23,8 @@
 #include "fpsattention/hopper.cuh"
 #include "fpsattention/launch.h"
 #include "fpsattention/params.h"
+#include "fpsattention/wgmma.cuh"
+#include "fpsattention/work_items.cuh"
 
 namespace fps {
 namespace {
@@ -58,120 +60,56 @@ struct FwdConfig {
     using MmaPV = decltype(make_tiled_mma(AtomPV{}));
 };
 
-// What one bulk copy brings: the images of params.h.
+// What one bulk copy brings: a packed block (params.h).
 template <class Cfg>
-struct QBlock {
+struct PackedQ {
     E4M3 q[kQueryBlock * Cfg::kHeadDim];
     BlockMeta meta;
 };
 template <class Cfg>
-struct KVBlock {
+struct PackedKV {
     E4M3 k[kBlock * Cfg::kHeadDim];
     E4M3 v[kBlock * Cfg::kHeadDim];
     BlockMeta meta;
 };
 
-// Up to three query blocks that see the same keys: neighbours in a *run*, the tiles that differ only on axes whose
-// window is the whole axis (so all of a head's tiles, if it is dense; a single one, if no axis is whole). In a run, the
-// first blocks of all tiles come first, then the second ones, and so on; tiles with ragged axes slowest: so blocks that
-// hold no token lie together, and most fill whole items. Or three blocks of text queries, which see everything.
-struct WorkItem {
-    int batch, head, first;  // `first` block in the run, or of the text queries
-    bool is_text;
-    int64_t bh;
-    Int3 origin;  // first tile of the run
-    TileBox keys;
-    TextTokens text;  // valid tokens
-
-    __device__ WorkItem(const ForwardParams &p, int index) {
-        is_text = index < p.text_items;
-        index -= is_text ? 0 : p.text_items;
-        const int per_group = is_text ? p.text_items_per_head : p.items_per_group, groups = is_text ? 1 : p.n_groups;
-        first = index % per_group * kBlocksPerItem;
-        index /= per_group;
-        origin = coordinates(index % groups, p.groups);
-        index /= groups;
-        batch = index / p.heads;
-        head = p.head_at(index % p.heads);
-        bh = int64_t(batch) * p.heads + head;
-        const TileGrid &g = p.geometry;
-        keys = is_text ? g.everything() : g.keys_of(origin, p.window(head), p.border);
-        text = p.valid_text(batch);
-    }
-};
-
-// Query block i of an item.
-struct QueryBlock {
-    int block;      // among all of a head
-    int first_row;  // in the tile's slot
-    TileRows rows;
-    bool exists;  // and holds a token
-
-    __device__ QueryBlock(const ForwardParams &p, const WorkItem &item, int i) {
-        const TileGrid &g = p.geometry;
-        const int per_tile = g.slot / kQueryBlock, in_group = item.first + i;
-        if (item.is_text) {
-            exists = in_group < item.text.blocks(kQueryBlock);
-            block = g.text_block(in_group, item.text, kQueryBlock);
-            rows = g.rows(block / per_tile, item.text);
-            first_row = block % per_tile * kQueryBlock;
-            return;
-        }
-        const int place = in_group % p.tiles_per_group;
-        const int fast = place % p.group_size[0], rest = place / p.group_size[0];
-        const int middle = rest % p.group_size[1], slow = rest / p.group_size[1];
-        const auto offset = [&](int axis) {
-            return axis == p.group_axis[0] ? fast : axis == p.group_axis[1] ? middle : slow;
-        };
-        const Int3 tile{item.origin.t + offset(0), item.origin.h + offset(1), item.origin.w + offset(2)};
-        rows = g.rows(tile);
-        const int in_tile = in_group / p.tiles_per_group;
-        block = g.tile_index(tile) * per_tile + in_tile;
-        first_row = in_tile * kQueryBlock;
-        exists = first_row < rows.valid();
-    }
-};
-
-// What the math warps are told of an item; the warp that brings its queries works it out.
-struct Task {
-    int index;     // of the item; beyond the last one: there will be no more
-    int n_blocks;  // of keys
-    WorkItem item;
-    QueryBlock queries[kBlocksPerItem];
-};
-
 template <class Cfg>
 struct FwdSmem {
     struct alignas(1024) Stage {
-        KVBlock<Cfg> block;
+        PackedKV<Cfg> block;
     };
     struct alignas(1024) Query {
-        QBlock<Cfg> block;
+        PackedQ<Cfg> block;
     };
     Stage stages[Cfg::kStages];
     Query queries[Cfg::kQStages][Cfg::kWarpgroups];
     Task tasks[Cfg::kQStages];
     Barrier q_full[Cfg::kQStages], q_empty[Cfg::kQStages], full[Cfg::kStages], empty[Cfg::kStages];
 
-    static_assert(sizeof(QBlock<Cfg>) == q_block_bytes(Cfg::kHeadDim));
-    static_assert(sizeof(KVBlock<Cfg>) == kv_block_bytes(Cfg::kHeadDim));
+    static_assert(sizeof(PackedQ<Cfg>) == q_block_bytes(Cfg::kHeadDim));
+    static_assert(sizeof(PackedKV<Cfg>) == kv_block_bytes(Cfg::kHeadDim));
 };
 
-// A warp takes items and brings their queries. One lane does it; that the warp comes along keeps positions uniform, in
-// registers that are no thread's. Items are taken one by one from a counter that all CTAs share: so neighbours in space
-// run at the same time and share their keys in L2, and whoever had short items takes more of them.
+// Queries warp: takes items and loads their queries. One lane does the work; the others follow it so that positions
+// stay in uniform registers. All CTAs take items from one counter, one at a time: neighbours in space then run at the
+// same time and share their keys in L2, and a CTA whose items were short takes more of them.
 template <class Cfg>
 __device__ void load_queries(const ForwardParams &p, FwdSmem<Cfg> &smem) {
     constexpr int kBytes = q_block_bytes(Cfg::kHeadDim);
     const TileGrid &g = p.geometry;
     const bool leads = threadIdx.x % 32 == 0;
     for (RingState<Cfg::kQStages> ring;;) {
+        // Take an item.
         const int index = __shfl_sync(~0u, leads ? atomicAdd(p.next_item, 1) : 0, 0);
         const bool ends = index >= p.items;
+
+        // Wait until the task of two items ago is no longer read.
         Task &task = smem.tasks[ring.stage()];
         Barrier &full = smem.q_full[ring.stage()];
         smem.q_empty[ring.stage()].wait(ring.empty_parity());
-        fence_proxy_async();  // the math warps read the metas of these queries
+        fence_proxy_async();  // the math warps have read the metas of these queries
+
+        // Load its query blocks and write its task.
         bool any = false;
         if (!ends) {
             const WorkItem item(p, index);
@@ -183,17 +121,19 @@ __device__ void load_queries(const ForwardParams &p, FwdSmem<Cfg> &smem) {
                     task.queries[i] = query;
                 }
                 if (leads && query.exists) {
-                    const int64_t image = item.bh * (g.all_tiles() * (g.slot / kQueryBlock)) + query.block;
+                    const int64_t block = item.bh * (g.all_tiles() * (g.slot / kQueryBlock)) + query.block;
                     full.expect(kBytes);
-                    bulk_load(&smem.queries[ring.stage()][i].block, p.q_blocks + image * kBytes, kBytes, full);
+                    bulk_load(&smem.queries[ring.stage()][i].block, p.q_blocks + block * kBytes, kBytes, full);
                 }
             }
             if (leads) {
                 task.item = item;
-                task.n_blocks = g.valid_blocks(item.keys) + item.text.blocks(kBlock);
+                task.n_key_blocks = item.n_key_blocks(g);
             }
         }
-        if (any || ends) {  // nobody hears of an item that holds no token
+
+        // Publish it, unless it holds no token.
+        if (any || ends) {
             if (leads) {
                 task.index = index;
                 full.arrive();
@@ -206,58 +146,40 @@ __device__ void load_queries(const ForwardParams &p, FwdSmem<Cfg> &smem) {
     }
 }
 
-// f(task, ring stage) for every item that load_queries brings the queries of.
-template <class Cfg, class F>
-__device__ __forceinline__ void for_each_task(const ForwardParams &p, FwdSmem<Cfg> &smem, F &&f) {
-    for (RingState<Cfg::kQStages> ring;; ring.next()) {
-        smem.q_full[ring.stage()].wait(ring.full_parity());
-        const Task &task = smem.tasks[ring.stage()];
-        if (task.index >= p.items) {
-            return;
-        }
-        f(task, ring.stage());
-    }
-}
-
-// A warp walks every item's keys and keeps the ring of key blocks full.
+// Keys warp: walks the keys of every item and keeps the ring of key blocks full.
 template <class Cfg>
 __device__ void load_keys(const ForwardParams &p, FwdSmem<Cfg> &smem) {
     constexpr int kBytes = kv_block_bytes(Cfg::kHeadDim);
     const TileGrid &g = p.geometry;
     const bool leads = threadIdx.x % 32 == 0;
     RingState<Cfg::kStages> ring;
-    for_each_task(p, smem, [&](const Task &task, int q_stage) {
-        const WorkItem item(p, __shfl_sync(~0u, task.index, 0));  // so that ptxas knows it all to be warp-uniform
-        smem.q_empty[q_stage].arrive_as_warp();
-        const auto bring = [&](int block) {
+    for (RingState<Cfg::kQStages> q_ring;; q_ring.next()) {
+        // Wait for a task. It is worked out anew from its index: ptxas then knows that it is warp-uniform.
+        smem.q_full[q_ring.stage()].wait(q_ring.full_parity());
+        const int index = smem.tasks[q_ring.stage()].index;
+        if (index >= p.items) {
+            return;
+        }
+        const WorkItem item(p, __shfl_sync(~0u, index, 0));
+        smem.q_empty[q_ring.stage()].arrive_as_warp();
+
+        for_each_key_block(g, item, [&](int block) {
+            // Wait for an empty stage.
             Barrier &full = smem.full[ring.stage()];
             smem.empty[ring.stage()].wait(ring.empty_parity());
+
+            // Load K, V and their meta.
             if (leads) {
-                fence_proxy_async();  // the math warps read the meta of this stage
-                const uint8_t *image = p.kv_blocks + (item.bh * g.blocks() + block) * kBytes;
+                fence_proxy_async();  // the math warps have read the meta of this stage
+                const uint8_t *packed = p.kv_blocks + (item.bh * g.blocks() + block) * kBytes;
                 full.expect(kBytes);
                 full.arrive();
-                bulk_load(&smem.stages[ring.stage()].block, image, kBytes, full);
+                bulk_load(&smem.stages[ring.stage()].block, packed, kBytes, full);
             }
             __syncwarp();  // a lane left behind could miss a phase
             ring.next();
-        };
-        for (int t = item.keys.t.lo; t < item.keys.t.hi; ++t) {
-            for (int h = item.keys.h.lo; h < item.keys.h.hi; ++h) {
-                for (int w = item.keys.w.lo; w < item.keys.w.hi; ++w) {
-                    const Int3 tile{t, h, w};
-                    const int blocks = ceil_div(g.extent(tile).volume(), kBlock);
-                    const int first = g.tile_index(tile) * g.blocks_per_tile();
-                    for (int b = 0; b < blocks; ++b) {
-                        bring(first + b);
-                    }
-                }
-            }
-        }
-        for (int i = 0; i < item.text.blocks(kBlock); ++i) {
-            bring(g.text_block(i, item.text, kBlock));
-        }
-    });
+        });
+    }
 }
 
 // A row lives in the four lanes of a quad.
@@ -398,131 +320,145 @@ __device__ void store(const ForwardParams &p, const WorkItem &item, const QueryB
     }
 }
 
-// Warpgroup `warpgroup` attends for query block `warpgroup` of every item.
+// S to P. With `exactly`, m is raised to the maximum of these scores first.
+template <class TensorS, class TensorP>
+__device__ __forceinline__ void softmax(TensorS &s, TensorP &p, RowState &row, float q_scale_log2,
+                                        const BlockMeta &meta, bool exactly) {
+    // Above zero, because padding's score is -inf, and 0 times that would be NaN.
+    const float scale_log2 = fmaxf(q_scale_log2 * meta.scale, FLT_MIN);
+    row.shrink[0] = row.shrink[1] = 1.0f;
+    // Nearly all padded blocks have padding among the last 8 keys only: no branch for those.
+    mask<kOwnColumns - 2>(s, meta.valid);
+    if (meta.valid <= kBlock - 8) {
+        mask<0>(s, meta.valid);
+    }
+    if (exactly) {
+        cover_max(s, row, scale_log2);
+    }
+    exponentiate(s, p, row, scale_log2);
+}
+
+// Whether an exponential of this item might overflow before m grows: its scores may lie very far apart.
+__device__ __forceinline__ bool may_overflow(const ForwardParams &p, int64_t bh, const RowState &row) {
+    const float2 norms = __ldg(reinterpret_cast<const float2 *>(p.norms) + bh);
+    const float bound = kScoreGrowth * norms.x * norms.y * p.scale * kLog2E;
+    return __any_sync(~0u, !(bound - fminf(row.m[0], row.m[1]) < kLargestExponent));
+}
+
+// O = O shrink + T, for the completed T.
+template <class TensorO, class TensorT>
+__device__ __forceinline__ void add_to_o(TensorO &o, const TensorT &t, const RowState &row) {
+#pragma unroll
+    for (int i = 0; i < size(t); ++i) {
+        o(i) = fmaf(o(i), row.shrink[i / 2 % 2], t(i));
+    }
+}
+
+// T's fragment. At D 128 it shares S's registers: neither lives while the other is computed.
+template <class Cfg, class TensorS, class TensorO>
+__device__ auto fragment_of_t(TensorS &s, const TensorO &o) {
+    if constexpr (Cfg::kHeadDim == 128) {
+        return make_tensor(s.data(), o.layout());
+    } else {
+        return make_fragment_like(o);
+    }
+}
+
+// Releases the key blocks of an item in which this warpgroup has no queries.
+template <class Cfg>
+__device__ __forceinline__ void skip_keys(FwdSmem<Cfg> &smem, RingState<Cfg::kStages> &ring, int blocks) {
+    for (; blocks > 0; --blocks, ring.next()) {
+        smem.full[ring.stage()].wait(ring.full_parity());
+        smem.empty[ring.stage()].arrive_as_warp();
+    }
+}
+
+// Math warpgroup `warpgroup` attends for query block `warpgroup` of every item.
 template <class Cfg, class T>
 __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int warpgroup) {
-    const int thread = threadIdx.x % 128;
-    constexpr auto kWithStages = [](auto layout, auto stages, auto stride) {
-        return make_composed_layout(layout.layout_a(), layout.offset(),
-                                    append(layout.layout_b(), make_layout(stages, stride)));
-    };
-    constexpr auto kStageStride = Int<sizeof(smem.stages[0])>{};
-    Tensor sQ = make_tensor(make_smem_ptr(smem.queries[0][warpgroup].block.q),
-                            kWithStages(typename Cfg::LayoutQ{}, Int<Cfg::kQStages>{}, Int<sizeof(smem.queries[0])>{}));
-    Tensor sK = make_tensor(make_smem_ptr(smem.stages[0].block.k),
-                            kWithStages(typename Cfg::LayoutK{}, Int<Cfg::kStages>{}, kStageStride));
-    Tensor sV = make_tensor(make_smem_ptr(smem.stages[0].block.v),
-                            kWithStages(typename Cfg::LayoutV{}, Int<Cfg::kStages>{}, kStageStride));
-    typename Cfg::MmaQK mma_qk;
-    typename Cfg::MmaPV mma_pv;
-    Tensor rQ = mma_qk.get_slice(thread).partition_fragment_A(sQ);  // shared-memory descriptors
-    Tensor rK = mma_qk.get_slice(thread).partition_fragment_B(sK);
-    Tensor rV = mma_pv.get_slice(thread).partition_fragment_B(sV);
+    // Operands in shared memory. Their last mode is the stage.
+    using MmaQK = typename Cfg::MmaQK;
+    using MmaPV = typename Cfg::MmaPV;
+    constexpr int kQStride = sizeof(smem.queries[0]), kStride = sizeof(smem.stages[0]);
+    auto &queries = smem.queries[0][warpgroup].block;
+    auto &keys = smem.stages[0].block;
+    Tensor rQ = operand_a<MmaQK>(smem_tensor(queries.q, ring_of<Cfg::kQStages, kQStride>(typename Cfg::LayoutQ{})));
+    Tensor rK = operand_b<MmaQK>(smem_tensor(keys.k, ring_of<Cfg::kStages, kStride>(typename Cfg::LayoutK{})));
+    Tensor rV = operand_b<MmaPV>(smem_tensor(keys.v, ring_of<Cfg::kStages, kStride>(typename Cfg::LayoutV{})));
+
+    // Fragments in registers.
+    MmaQK mma_qk;
+    MmaPV mma_pv;
     Tensor rS = partition_fragment_C(mma_qk, Shape<Int<kQueryBlock>, Int<kBlock>>{});
     Tensor rP = make_tensor<E4M3>(partition_shape_A(mma_pv, Shape<Int<kQueryBlock>, Int<kBlock>>{}));
     Tensor rO = partition_fragment_C(mma_pv, Shape<Int<kQueryBlock>, Int<Cfg::kHeadDim>>{});
-    // At D 128, T takes turns with S in the same registers: neither lives when the other is computed.
-    Tensor rT = [&] {
-        if constexpr (Cfg::kHeadDim == 128) {
-            return make_tensor(rS.data(), rO.layout());
-        } else {
-            return make_fragment_like(rO);
-        }
-    }();
+    Tensor rT = fragment_of_t<Cfg>(rS, rO);
 
     RingState<Cfg::kStages> ring;
-    for_each_task(p, smem, [&](const Task &task, int q_stage) {
-        int left = task.n_blocks;  // that are still to come
-        RowState row;
-        BlockMeta meta;
-        float q_scale_log2;
-        const auto wait_for_keys = [&] {
-            smem.full[ring.stage()].wait(ring.full_parity());
-            meta = smem.stages[ring.stage()].block.meta;
-        };
-        const auto issue_qk = [&] {
-            warpgroup_fence_operand(rS);
-            warpgroup_arrive();
-            mma_qk.accumulate_ = GMMA::ScaleOut::Zero;
-#pragma unroll
-            for (int k = 0; k < size<2>(rQ); ++k) {
-                gemm(mma_qk, rQ(_, _, k, q_stage), rK(_, _, k, ring.stage()), rS);
-                mma_qk.accumulate_ = GMMA::ScaleOut::One;
-            }
-            warpgroup_commit_batch();
-        };
-        const auto issue_pv = [&] {
-            warpgroup_fence_operand(rP);
-            warpgroup_fence_operand(rT);
-            warpgroup_arrive();
-            mma_pv.accumulate_ = GMMA::ScaleOut::Zero;
-#pragma unroll
-            for (int k = 0; k < size<2>(rP); ++k) {
-                gemm(mma_pv, rP(_, _, k), rV(_, _, k, ring.stage()), rT);
-                mma_pv.accumulate_ = GMMA::ScaleOut::One;
-            }
-            warpgroup_commit_batch();
-        };
-        const auto add_to_o = [&] {
-            warpgroup_wait<0>();
-            warpgroup_fence_operand(rT);
-#pragma unroll
-            for (int i = 0; i < size(rT); ++i) {
-                rO(i) = fmaf(rO(i), row.shrink[i / 2 % 2], rT(i));
-            }
-        };
-        // From scores in flight to P. `exactly` looks for the maxima first.
-        const auto softmax = [&](bool exactly) {
-            // Above zero, so that padding's -inf stays that.
-            const float scale_log2 = fmaxf(q_scale_log2 * meta.scale, FLT_MIN);
-            row.shrink[0] = row.shrink[1] = 1.0f;
-            warpgroup_wait<0>();
-            warpgroup_fence_operand(rS);
-            // Nearly all padded blocks have padding among the last 8 keys only: no branch for those.
-            mask<kOwnColumns - 2>(rS, meta.valid);
-            if (meta.valid <= kBlock - 8) {
-                mask<0>(rS, meta.valid);
-            }
-            if (exactly) {
-                cover_max(rS, row, scale_log2);
-            }
-            exponentiate(rS, rP, row, scale_log2);
-        };
-
-        if (!task.queries[warpgroup].exists) {
-            smem.q_empty[q_stage].arrive_as_warp();
-            for (; left > 0; --left, ring.next()) {
-                smem.full[ring.stage()].wait(ring.full_parity());
-                smem.empty[ring.stage()].arrive_as_warp();
-            }
+    for (RingState<Cfg::kQStages> q_ring;; q_ring.next()) {
+        // Wait for Q
+        const int q_stage = q_ring.stage();
+        smem.q_full[q_stage].wait(q_ring.full_parity());
+        const Task &task = smem.tasks[q_stage];
+        if (task.index >= p.items) {
             return;
         }
-        q_scale_log2 = smem.queries[q_stage][warpgroup].block.meta.scale * p.scale * kLog2E;
+        int left = task.n_key_blocks;  // whose S is not issued yet
+        if (!task.queries[warpgroup].exists) {
+            smem.q_empty[q_stage].arrive_as_warp();
+            skip_keys(smem, ring, left);
+            continue;
+        }
+        const float q_scale_log2 = smem.queries[q_stage][warpgroup].block.meta.scale * p.scale * kLog2E;
+        RowState row;
         clear(rO);
-        wait_for_keys();
-        issue_qk();
-        softmax(true);
-        const float2 norms = __ldg(reinterpret_cast<const float2 *>(p.norms) + task.item.bh);
-        const float bound = kScoreGrowth * norms.x * norms.y * p.scale * kLog2E;
-        // The exponentials of an item with very wide scores might overflow.
-        const bool careful = __any_sync(~0u, !(bound - fminf(row.m[0], row.m[1]) < kLargestExponent));
+
+        // First key block: S = Q K^T, and softmax from its maxima.
+        smem.full[ring.stage()].wait(ring.full_parity());
+        BlockMeta meta = smem.stages[ring.stage()].block.meta;
+        issue(mma_qk, rQ(_, _, _, q_stage), rK(_, _, _, ring.stage()), rS, Sum::kFromZero);
+        wait_for_products<0>(rS);
+        softmax(rS, rP, row, q_scale_log2, meta, true);
+        const bool careful = may_overflow(p, task.item.bh, row);
+
         while (--left > 0) {
-            issue_pv();
+            // Issue T = P V.
+            warpgroup_fence_operand(rP);
+            issue(mma_pv, rP, rV(_, _, _, ring.stage()), rT, Sum::kFromZero);
             Barrier &read = smem.empty[ring.stage()];
             ring.next();
-            wait_for_keys();
-            add_to_o();
+
+            // Wait for the next K and V.
+            smem.full[ring.stage()].wait(ring.full_parity());
+            meta = smem.stages[ring.stage()].block.meta;
+
+            // Wait for T. O = O shrink + T.
+            wait_for_products<0>(rT);
+            add_to_o(rO, rT, row);
+
+            // Release the stage.
             read.arrive_as_warp();
-            issue_qk();
-            softmax(careful);
+
+            // Issue S = Q K^T and wait for it.
+            issue(mma_qk, rQ(_, _, _, q_stage), rK(_, _, _, ring.stage()), rS, Sum::kFromZero);
+            wait_for_products<0>(rS);
+
+            // Softmax: S to P.
+            softmax(rS, rP, row, q_scale_log2, meta, careful);
         }
-        issue_pv();
-        add_to_o();
+
+        // Last key block: T = P V, added to O. Release the stage.
+        warpgroup_fence_operand(rP);
+        issue(mma_pv, rP, rV(_, _, _, ring.stage()), rT, Sum::kFromZero);
+        wait_for_products<0>(rT);
+        add_to_o(rO, rT, row);
         smem.empty[ring.stage()].arrive_as_warp();
         ring.next();
+
+        // Store O and LSE. Release Q.
         store<Cfg, T>(p, task.item, task.queries[warpgroup], rO, row);
         smem.q_empty[q_stage].arrive_as_warp();
-    });
+    }
 }
 
 template <class Cfg, class T>

@@ -327,34 +327,33 @@ def test_only_kernels_that_wait_can_be_launched(emulated, tmp_path):
 # Faults of the kernels, each of which must be noticed. One build holds them all, and they stay asleep until a test
 # wakes one. Text of a source, and what replaces it.
 Q_EMPTY = "            smem.q_empty[before.stage()].arrive_as_warp();\n"
-DK = "        issue_dk(before);\n\n"
-DP_DONE = "        warpgroup_wait<1>();\n        warpgroup_fence_operand(rdP);\n"
+ZEROS = "    store_ds(smem.ds[1], first_key, rA);\n"
+DK = "        issue(mma_grad, rA, rQT(_, _, _, before.stage()), rdK, Sum::kAddTo);\n\n"
+DQ = "        issue(mma_dq, rdS(_, _, _, ds ^ 1), rKT, rdQ, Sum::kFromZero);\n"
+FENCED_DQ = "        fence_proxy_async();\n" + DQ
+DP_DONE = "        wait_for_products<1>(rdP);\n"
+DS = "        store_ds(smem.ds[ds], first_key, rdST);\n"
 STEP_DONE = "        smem.empty[s].arrive_as_warp();\n        ring.next();\n"
-ONE_FOR_FOUR = "if (thread == 0) {{\nfor (int i = 0; i < 4; ++i) {{\n{}.arrive();\n}}\n}}\n"
+ONE_FOR_FOUR = "if (threadIdx.x % 128 == 0) {{\nfor (int i = 0; i < 4; ++i) {{\n{}.arrive();\n}}\n}}\n"
 BACKWARD = {
     "S read while it is computed": {
-        "        warpgroup_wait<1>();\n        warpgroup_fence_operand(rS);\n": (
-            "        warpgroup_fence_operand(rS);\n"
-        ),
+        "        wait_for_products<1>(rS);\n": "        warpgroup_fence_operand(rS);\n"
     },
-    "no zeros for the first step": {"    access_ds(1, rA, kStore);\n": ""},
-    "dQ of dS that is not all there": {"        smem.ds_full.wait(ds ^ 1);": ""},
-    "dQ of dS without a proxy fence": {
-        "        fence_proxy_async();\n        issue(mma_dq, true, rdS(_, _, _, ds), rKT, rdQ);\n": (
-            "        issue(mma_dq, true, rdS(_, _, _, ds), rKT, rdQ);\n"
-        ),
-    },
+    "no zeros for the first step": {ZEROS: ""},
+    "dQ of dS that is not all there": {"        smem.ds_full.wait(ds);": ""},
+    "dQ of dS without a proxy fence": {FENCED_DQ: DQ},
     "one buffer of dS": {
-        "smem.ds[ds]": "smem.ds[0]",
-        "        fence_proxy_async();\n        issue(mma_dq, true, rdS(_, _, _, ds), rKT, rdQ);\n": (
-            "        fence_proxy_async();\n        issue(mma_dq, true, rdS(_, _, _, 0), rKT, rdQ);\n"
-        ),
+        ZEROS: ZEROS.replace("ds[1]", "ds[0]"),
+        "smem.ds[ds ^ 1]": "smem.ds[0]",
+        FENCED_DQ: FENCED_DQ.replace("ds ^ 1", "0"),
+        DS: DS.replace("ds[ds]", "ds[0]"),
+        "smem.ds[last]": "smem.ds[0]",
+        "rdS(_, _, _, last)": "rdS(_, _, _, 0)",
     },
-    "dK of the dS before last": {"access_ds(ds ^ 1, rA, kLoad)": "access_ds(ds, rA, kLoad)"},
+    "dK of the dS before last": {"smem.ds[ds ^ 1]": "smem.ds[ds]"},
     "dS in registers that dV reads": {
-        "        pack(rdP, rdST, [](float x) { return x; });\n        access_ds(ds, rdST, kStore);\n": (
-            "        pack(rdP, rA, [](float x) { return x; });\n        access_ds(ds, rA, kStore);\n"
-        ),
+        "        pack(rdP, rdST);\n": "        pack(rdP, rA);\n",
+        DS: DS.replace("rdST", "rA"),
     },
     "dK of queries that are not there": {
         "        smem.q_full[before.stage()].wait(before.full_parity());\n": "",
@@ -376,7 +375,7 @@ BACKWARD = {
         STEP_DONE: ONE_FOR_FOUR.format("smem.empty[s]") + "        ring.next();\n"
     },
     "dQ handed over while the one before is read": {
-        "        smem.dq_empty[warpgroup].wait(before.empty_parity());\n": "",
+        "    smem.dq_empty[warpgroup].wait(step.empty_parity());\n": "",
     },
     "dQ's buffer released before the copy engine has read it": {"            bulk_wait_read();\n": ""},
     "dQ added before it is there": {"        smem.dq_full[half].wait(ring.full_parity());\n": ""},
@@ -387,17 +386,23 @@ BACKWARD = {
     },
     "dQ added without a proxy fence": {"            fence_proxy_async();\n": ""},
 }
-TAKE_TURN = "            wait_for(p.turns + i, turn.x);\n            fence_proxy_async_global();\n"
+TAKE_TURN = "            wait_for(p.turns + i, turn.from);\n            fence_proxy_async_global();\n"
 TURNS_TAKEN = {
     "a key block adds without its turn": {TAKE_TURN: "            fence_proxy_async_global();\n"},
-    "a turn taken without a proxy fence": {TAKE_TURN: "            wait_for(p.turns + i, turn.x);\n"},
+    "a turn taken without a proxy fence": {TAKE_TURN: "            wait_for(p.turns + i, turn.from);\n"},
     "the turn is passed on before all is added": {"                bulk_wait();\n": ""},
 }
+FIRST_KEYS = (
+    "        // First key block: S = Q K^T, and softmax from its maxima.\n"
+    "        smem.full[ring.stage()].wait(ring.full_parity());\n"
+)
 KEYS = (
     "            smem.full[ring.stage()].wait(ring.full_parity());\n"
     "            meta = smem.stages[ring.stage()].block.meta;\n"
 )
-RELEASE = "            add_to_o();\n            read.arrive_as_warp();\n"
+ADD = "            add_to_o(rO, rT, row);\n"
+PV = "            wait_for_products<0>(rT);\n" + ADD
+RELEASE = "\n            // Release the stage.\n            read.arrive_as_warp();\n"
 REFILL = "        smem.q_empty[ring.stage()].wait(ring.empty_parity());\n        fence_proxy_async();"
 STORE = (
     "        store<Cfg, T>(p, task.item, task.queries[warpgroup], rO, row);\n"
@@ -405,30 +410,23 @@ STORE = (
 )
 FORWARD = {
     "S read while it is computed": {
-        "            warpgroup_wait<0>();\n            warpgroup_fence_operand(rS);\n": (
-            "            warpgroup_fence_operand(rS);\n"
-        ),
+        "            wait_for_products<0>(rS);\n": "            warpgroup_fence_operand(rS);\n"
     },
-    "T read while it is computed": {
-        "            warpgroup_wait<0>();\n            warpgroup_fence_operand(rT);\n": (
-            "            warpgroup_fence_operand(rT);\n"
-        ),
+    "T read while it is computed": {PV + RELEASE: "warpgroup_fence_operand(rT);\n" + ADD + RELEASE},
+    "keys read before they are there": {FIRST_KEYS: "", KEYS: KEYS.splitlines(keepends=True)[1]},
+    "keys waited for with the parity of the lap before": {
+        FIRST_KEYS: FIRST_KEYS.replace("full_parity", "empty_parity"),
+        KEYS: KEYS.replace("full_parity", "empty_parity"),
     },
-    "keys read before they are there": {KEYS: KEYS.splitlines(keepends=True)[1]},
-    "keys waited for with the parity of the lap before": {KEYS: KEYS.replace("full_parity", "empty_parity")},
-    "a stage released before PV has read it": {
-        RELEASE: "            read.arrive_as_warp();\n            add_to_o();\n"
-    },
-    "a stage released by one warp for four": {
-        RELEASE: "            add_to_o();\n" + ONE_FOR_FOUR.format("read")
-    },
+    "a stage released before PV has read it": {PV + RELEASE: RELEASE + PV},
+    "a stage released by one warp for four": {PV + RELEASE: PV + ONE_FOR_FOUR.format("read")},
     "a stage filled while it is read": {
         "            smem.empty[ring.stage()].wait(ring.empty_parity());\n": ""
     },
     "a stage released before it is filled": {
-        "                smem.full[ring.stage()].wait(ring.full_parity());\n"
-        "                smem.empty[ring.stage()].arrive_as_warp();\n": (
-            "                smem.empty[ring.stage()].arrive_as_warp();\n"
+        "        smem.full[ring.stage()].wait(ring.full_parity());\n"
+        "        smem.empty[ring.stage()].arrive_as_warp();\n": (
+            "        smem.empty[ring.stage()].arrive_as_warp();\n"
         ),
     },
     "keys refilled without a proxy fence": {"                fence_proxy_async();": ""},
