@@ -1,11 +1,11 @@
-// Around the backward's main kernel: its 16-bit operands before, dQ in raster order after.
+// What comes before and after the backward's main kernel: its 16-bit operands, and dQ in raster order.
 //
 //   query_operands   one CTA per (query block, head): delta, dO c, dequantised q; reads O and dO once
 //   key_operands     one CTA per (key block, head): dequantised k and v
 //   finish_dq        one CTA per (query block, head): fp32 sums to raster order, times the softmax scale
 //
-// What the forward saved is FP8 (params.h); these kernels take it apart instead of reading Q, K, V again, so that the
-// gradient is that of what the forward computed.
+// The forward saves packed blocks in FP8 (params.h). These kernels decode them instead of reading Q, K, V again, so
+// that the gradient is that of what the forward computed.
 #include <cuda_fp8.h>
 
 #include "fpsattention/fragments.cuh"
@@ -16,9 +16,9 @@ namespace fps {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kCtas = 4;  // an SM has room for; unasked, ptxas spills a register to fit more
-constexpr int kVec = 8;   // elements of 16 bytes in bf16, of 8 bytes in E4M3
+constexpr int kCtas = 4;  // per SM; without this bound ptxas aims for more and spills
 
+// Eight E4M3 elements, times their scale.
 __device__ __forceinline__ void decode(uint2 bytes, float scale, float (&x)[kVec]) {
     const uint32_t words[2] = {bytes.x, bytes.y};
 #pragma unroll
@@ -36,18 +36,19 @@ __device__ __forceinline__ uint4 to_bf16(const float (&x)[kVec]) {
     return {downcast<T>(x[0], x[1]), downcast<T>(x[2], x[3]), downcast<T>(x[4], x[5]), downcast<T>(x[6], x[7])};
 }
 
-// Where 8 columns from `channel` on of a row go, in an image of `rows` rows in parts of kPart columns.
+// Address of 8 channels of a row, from `channel` on, in a bf16 operand of `rows` rows that is stored in parts of kPart
+// columns.
 template <int kPart>
-__device__ __forceinline__ uint4 *part_of(uint8_t *image, int rows, int row, int channel) {
+__device__ __forceinline__ uint4 *part_of(uint8_t *operand, int rows, int row, int channel) {
     const int offset = channel / kPart * rows * kPart * 2 + swizzled<2 * kPart>(row, channel % kPart * 2);
-    return reinterpret_cast<uint4 *>(image + offset);
+    return reinterpret_cast<uint4 *>(operand + offset);
 }
 
-// A block of `kRows` rows: which (batch, head), tile, and rows of its slot.
+// The block of kRows rows that a CTA works on.
 template <int kRows>
 struct Block {
-    int batch, head, first_row;
-    int64_t bh, index;  // of the head; of the block among all of B, H
+    int batch, head, first_row;  // first row in the tile's slot
+    int64_t bh, index;           // of the head and of the block, among those of all B, H
     TileRows rows;
     int valid;  // rows that hold a token
 
@@ -72,15 +73,15 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     constexpr int kLanes = kHeadDim / kVec, kRowsPerPass = kThreads / kLanes;
     const Block<kQueryBlock> block(p);
     if (block.valid <= 0) {
-        return;  // nobody loads it
+        return;  // no CTA of the backward loads it
     }
     const uint8_t *fp8 = p.q_blocks + block.index * q_block_bytes(kHeadDim);
     const float scale = reinterpret_cast<const BlockMeta *>(fp8 + kQueryBlock * kHeadDim)->scale;
-    uint8_t *q_image = p.query_operands + block.index * bwd_query_bytes(kHeadDim);
-    uint8_t *dout_image = q_image + kQueryBlock * kHeadDim * 2;
-    QueryRows &rows = *reinterpret_cast<QueryRows *>(dout_image + kQueryBlock * kHeadDim * 2);
+    uint8_t *q_operand = p.query_operands + block.index * bwd_query_bytes(kHeadDim);
+    uint8_t *dout_operand = q_operand + kQueryBlock * kHeadDim * 2;
+    QueryRows &rows = *reinterpret_cast<QueryRows *>(dout_operand + kQueryBlock * kHeadDim * 2);
     if (threadIdx.x == 0) {
-        *reinterpret_cast<float4 *>(&rows.scale) = {scale, 0, 0, 0};  // with what is unused: it is copied, too
+        *reinterpret_cast<float4 *>(&rows.scale) = {scale, 0, 0, 0};  // and `unused`, which bulk copies read too
     }
     const int channel = threadIdx.x % kLanes * kVec;
 #pragma unroll
@@ -88,16 +89,10 @@ __global__ void __launch_bounds__(kThreads, kCtas)
         const bool valid = row < block.valid;
         const int64_t token = valid ? p.geometry.token(block.rows, block.first_row + row) : 0;
         const auto load = [&](const void *base, const Strides &s, float (&x)[kVec]) {
-            const int64_t at = block.batch * s.batch + block.head * s.head + token * s.token + channel;
-            const uint4 raw =
-                valid ? __ldg(reinterpret_cast<const uint4 *>(static_cast<const T *>(base) + at)) : uint4{};
-            const uint32_t pairs[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float2 f = upcast<T>(pairs[i]);
-                x[2 * i] = f.x, x[2 * i + 1] = f.y;
-            }
+            const int64_t offset = block.batch * s.batch + block.head * s.head + token * s.token + channel;
+            upcast_vec<T>(valid ? load_vec<T>(base, offset) : uint4{}, x);
         };
+        // delta = rowsum(dO O)
         float out[kVec], dout[kVec], delta = 0;
         load(p.out, p.out_strides, out);
         load(p.dout, p.dout_strides, dout);
@@ -109,6 +104,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
         for (int offset = kLanes / 2; offset > 0; offset /= 2) {
             delta += __shfl_xor_sync(~0u, delta, offset);
         }
+        // dO c, with c = 2^(M - lse2) / 448 and M = ceil(lse2)
         const int64_t at = block.bh * p.geometry.tokens() + token;
         const float shift = p.lse_shift == nullptr ? 0.0f : p.lse_shift[at];
         const float lse2 = valid ? (p.lse[at] - shift) * kLog2E : 0.0f, m = ceilf(lse2);
@@ -117,14 +113,16 @@ __global__ void __launch_bounds__(kThreads, kCtas)
         for (int i = 0; i < kVec; ++i) {
             dout[i] *= c;
         }
-        *part_of<64>(dout_image, kQueryBlock, row, channel) = to_bf16(dout);
+        *part_of<64>(dout_operand, kQueryBlock, row, channel) = to_bf16(dout);
+        // Row constants
         if (channel == 0) {
             rows.offset[row] = valid ? kLog2P - m : -INFINITY;
             rows.minus_delta[row] = valid ? c * (p.dlse[at] - delta) : 0.0f;
         }
+        // q
         float q[kVec];
         decode(*reinterpret_cast<const uint2 *>(fp8 + swizzled<kHeadDim>(row, channel)), scale, q);
-        *part_of<64>(q_image, kQueryBlock, row, channel) = to_bf16(q);
+        *part_of<64>(q_operand, kQueryBlock, row, channel) = to_bf16(q);
     }
 }
 
@@ -134,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     key_operands(const __grid_constant__ Deferred<BackwardParams> deferred) {
     const BackwardParams &p = deferred.after_previous();
     constexpr int kLanes = kHeadDim / kVec, kChunks = kBlock / 16;
-    constexpr int kPitch = kBlock + 4;  // bytes of a channel's tokens: the next channel is a bank further on
+    constexpr int kPitch = kBlock + 4;  // bytes from channel to channel; the pad of a word shifts them by one bank
     __shared__ alignas(16) uint8_t tokens_of[kHeadDim * kPitch];
     __shared__ float v_scale[kHeadDim];
     const Block<kBlock> block(p);
@@ -143,9 +141,10 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     }
     const uint8_t *fp8 = p.kv_blocks + block.index * kv_block_bytes(kHeadDim);
     const float k_scale = reinterpret_cast<const BlockMeta *>(fp8 + 2 * kBlock * kHeadDim)->scale;
-    uint8_t *k_image = p.key_operands + block.index * bwd_key_bytes(kHeadDim);
-    uint8_t *v_image = k_image + kBlock * kHeadDim * 2;
+    uint8_t *k_operand = p.key_operands + block.index * bwd_key_bytes(kHeadDim);
+    uint8_t *v_operand = k_operand + kBlock * kHeadDim * 2;
 
+    // V's channels to shared memory, as they lie: tokens by channel, permuted.
     for (int i = threadIdx.x; i < kHeadDim; i += kThreads) {
         v_scale[i] = quant_scale(p.v_amax[block.bh * kHeadDim + i]).scale;
     }
@@ -155,14 +154,15 @@ __global__ void __launch_bounds__(kThreads, kCtas)
         uint32_t *to = reinterpret_cast<uint32_t *>(&tokens_of[d * kPitch + byte]);
         to[0] = raw.x, to[1] = raw.y, to[2] = raw.z, to[3] = raw.w;
     }
+    // k
     for (int i = threadIdx.x; i < kBlock * kLanes; i += kThreads) {
         const int row = i / kLanes, channel = i % kLanes * kVec;
         float k[kVec];
         decode(*reinterpret_cast<const uint2 *>(fp8 + swizzled<kHeadDim>(row, channel)), k_scale, k);
-        *part_of<kHeadDim / 2>(k_image, kBlock, row, channel) = to_bf16(k);
+        *part_of<kHeadDim / 2>(k_operand, kBlock, row, channel) = to_bf16(k);
     }
     __syncthreads();
-    // Neighbouring lanes take neighbouring tokens: they read words of the same few banks.
+    // v. Neighbouring lanes take neighbouring tokens and so read from the same few words.
     for (int i = threadIdx.x; i < kBlock * kLanes; i += kThreads) {
         const int row = i % kBlock, channel = i / kBlock * kVec;
         const uint8_t *from = &tokens_of[channel * kPitch + row / 16 * 16 + place_of_token(row % 16)];
@@ -177,11 +177,12 @@ __global__ void __launch_bounds__(kThreads, kCtas)
         for (int j = 0; j < kVec; ++j) {
             v[j] *= v_scale[channel + j];
         }
-        *part_of<64>(v_image, kBlock, row, channel) = to_bf16(v);
+        *part_of<64>(v_operand, kBlock, row, channel) = to_bf16(v);
     }
 }
 
-// grid (heads * query blocks, 1, batch), a warpgroup for each half of the channels, as attn_bwd's summed them up.
+// grid (heads * query blocks, 1, batch). A warpgroup takes half of the channels: dq_sum is in the order of the
+// fragments of attn_bwd_sm90, whose two warpgroups each computed half of the channels.
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads) finish_dq(const __grid_constant__ Deferred<BackwardParams> deferred) {
     const BackwardParams &p = deferred.after_previous();
@@ -205,7 +206,7 @@ __global__ void __launch_bounds__(kThreads) finish_dq(const __grid_constant__ De
         const bool valid = row < block.valid;
         const int64_t token = valid ? p.geometry.token(block.rows, block.first_row + row) : 0;
         if (p.k_mean != nullptr) {
-            // lse is that of K with its mean, which the sums lack.
+            // lse includes K's mean, the sums do not.
             const float dlse = p.dlse[block.bh * p.geometry.tokens() + token];
             const float *mean = p.k_mean + block.bh * kHeadDim + half * kColumns + 2 * lane;
 #pragma unroll

@@ -1,13 +1,15 @@
-// Quantisation: raster-order bf16/fp16 Q, K, V to the FP8 packed blocks that the forward loads with one bulk copy each.
+// Quantisation: bf16 or fp16 Q, K, V in raster order to packed blocks in FP8, each of which the forward loads with one
+// bulk copy.
 //
-//   row_rms         1 / RMS of the rows of Q and K, when they are to be normalised
-//   channel_stats   V's amax and K's sum per (batch, head, channel); a light pre-pass over all tokens
+//   row_rms         1 / RMS of the rows of Q and K, if they are to be normalised
+//   channel_stats   V's amax and K's sum per (batch, head, channel), in one pass over all tokens
 //   finish_mean     K's mean from the partial sums
-//   brick_amax      amax of each brick of tiles, only when quant_tile is larger than the tile
-//   quantize_qk     one CTA per (tile, head): amax, norms, scale, e4m3, swizzled image. Reads each element once.
-//   quantize_v      one CTA per (block, head): e4m3 by channel scale, transposed, tokens permuted, swizzled
+//   quantize_qk     one CTA per (tile, head): amax, norms, scale, E4M3, swizzled. Reads each element once. If
+//   quant_tile
+//                   is larger than the tile, a first launch takes the amax of each brick of tiles
+//   quantize_v      one CTA per (block, head): E4M3 by channel scale, transposed, tokens permuted, swizzled
 //
-// Going from raster to tile order costs nothing here: every element moves anyway.
+// Every element moves anyway, so the change from raster to tile order costs nothing here.
 #include "fpsattention/fp8.cuh"
 #include "fpsattention/launch.h"
 #include "fpsattention/params.h"
@@ -15,8 +17,7 @@
 namespace fps {
 namespace {
 
-constexpr int kVec = 8;            // elements of one 16-byte load
-constexpr int kVecsPerThread = 8;  // loads a thread keeps in flight: a whole tile lives in registers
+constexpr int kVecsPerThread = 8;  // loads in flight per thread: a CTA holds its whole tile in registers
 constexpr int kChunk = 512;        // tokens per CTA of channel_stats
 constexpr int kStatsThreads = 256;
 
@@ -27,22 +28,6 @@ __device__ __forceinline__ int64_t element_offset(const Strides &s, int batch, i
     return batch * s.batch + head * s.head + token * s.token;
 }
 
-template <class T>
-__device__ __forceinline__ uint4 load_vec(const void *base, int64_t offset) {
-    return __ldg(reinterpret_cast<const uint4 *>(static_cast<const T *>(base) + offset));
-}
-
-template <class T>
-__device__ __forceinline__ void upcast_vec(uint4 raw, float (&x)[kVec]) {
-    const uint32_t pairs[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const float2 f = upcast<T>(pairs[i]);
-        x[2 * i] = f.x;
-        x[2 * i + 1] = f.y;
-    }
-}
-
 __device__ __forceinline__ void load_floats(const float *base, float (&x)[kVec]) {
 #pragma unroll
     for (int i = 0; i < kVec; i += 4) {
@@ -51,12 +36,13 @@ __device__ __forceinline__ void load_floats(const float *base, float (&x)[kVec])
     }
 }
 
-// Non-negative floats order like their bit patterns.
+// For x >= 0, whose order is that of its bit pattern as an integer.
 __device__ __forceinline__ void atomic_max_nonnegative(float *address, float x) {
     atomicMax(reinterpret_cast<int *>(address), __float_as_int(x));
 }
 
-// Consecutive CTAs take consecutive heads when these are the closer ones in memory (NHD), else consecutive tiles.
+// Which head, and which of its `count` tiles or blocks, CTA `linear` takes. Consecutive CTAs take what is closest in
+// memory: consecutive heads for NHD, consecutive tiles for HND.
 struct Place {
     int head, index;
 };
@@ -68,11 +54,11 @@ __device__ __forceinline__ int chunks_of(int tokens) {
     return ceil_div(tokens, kChunk);
 }
 
-// grid (tokens / warps of a CTA, 2, batch), a warp to a row: blockIdx.y = 0 is Q, 1 is K.
+// grid (tokens / warps per CTA, 2, batch), one warp per row: blockIdx.y = 0 is Q, 1 is K.
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kStatsThreads) row_rms(const __grid_constant__ Deferred<QuantizeParams> deferred) {
     const QuantizeParams &p = deferred.after_previous();
-    constexpr int kLanes = kLanesPerRow<kHeadDim>, kHeads = 32 / kLanes;  // heads at a time
+    constexpr int kLanes = kLanesPerRow<kHeadDim>, kHeads = 32 / kLanes;  // heads that a warp reads at a time
     const NormRope &norm = p.norm_rope;
     const void *base = blockIdx.y == 1 ? p.k : p.q;
     const Strides &strides = blockIdx.y == 1 ? p.k_strides : p.q_strides;
@@ -115,20 +101,21 @@ __global__ void __launch_bounds__(kStatsThreads) row_rms(const __grid_constant__
     }
 }
 
-// Where a token's angles are in `rope`: pair i of D / 2 is i further on than this, by the axis that turns it.
+// Offsets of a token's angles in `rope`, one for each axis: the angle of channel pair i (of D / 2) lies at i plus the
+// offset of the axis that turns it.
 __device__ __forceinline__ Int3 angles_of(int token, Int3 grid, Int3 pairs) {
     const Int3 at = coordinates(token, grid);
     const int of_h = grid.t * pairs.t, of_w = of_h + grid.h * pairs.h;
     return {at.t * pairs.t, of_h + at.h * pairs.h - pairs.t, of_w + at.w * pairs.w - pairs.t - pairs.h};
 }
 
-// What the rows of a tile are normalised and turned by, in shared memory.
+// What normalises and turns the rows of a tile, in shared memory.
 template <int kRows, int kLanes>
 struct Prologue {
     static constexpr int kPairs = kVec / 2;
     Int3 angles[kRows];
     float inverse[kRows];            // 1 / RMS
-    float2 weights[kPairs][kLanes];  // of pair i of each vector of a row: no bank conflicts
+    float2 weights[kPairs][kLanes];  // [pair of a vector][vector of a row], so that lanes have no bank conflicts
 
     __device__ void fill(const QuantizeParams &p, bool is_k, int batch, int head, const int *token_of_row) {
         const NormRope &norm = p.norm_rope;
@@ -145,7 +132,7 @@ struct Prologue {
         }
     }
 
-    // Vector `vec` of a row, normalised and turned, rounded once.
+    // Normalises and turns vector `vec` of a row, and rounds it once.
     template <class T>
     __device__ __forceinline__ uint4 apply(uint4 raw, const NormRope &norm, int row, int vec) const {
         const Int3 from = angles[row];
@@ -165,7 +152,7 @@ struct Prologue {
     }
 };
 
-// grid (heads * chunks, 2, batch): blockIdx.y = 0 takes V's amax, 1 (only with smoothing) K's sum.
+// grid (heads * chunks, 2, batch): blockIdx.y = 0 takes V's amax, 1 takes K's sum and is launched with smoothing only.
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kStatsThreads)
     channel_stats(const __grid_constant__ Deferred<QuantizeParams> deferred) {
@@ -215,7 +202,7 @@ __global__ void __launch_bounds__(kStatsThreads)
     }
 }
 
-// grid (heads, batch), one thread per channel. A fixed order of additions: deterministic.
+// grid (heads, batch), one thread per channel. Adds in a fixed order, so it is deterministic.
 __global__ void finish_mean(const __grid_constant__ Deferred<QuantizeParams> deferred) {
     const QuantizeParams &p = deferred.after_previous();
     const int64_t bh = int64_t(blockIdx.y) * p.heads + blockIdx.x;
@@ -229,7 +216,7 @@ __global__ void finish_mean(const __grid_constant__ Deferred<QuantizeParams> def
     p.k_mean[bh * p.head_dim + threadIdx.x] = float(total / max(tokens, 1));
 }
 
-// Token of so many rows of a tile, -1 for padding.
+// Fills table[r], r < rows, with the token of row first_row + r of a tile, or -1 for padding.
 __device__ __forceinline__ void fill_token_table(int *table, const TileGrid &g, const TileRows &tile, int first_row,
                                                  int rows) {
     for (int r = threadIdx.x; r < rows; r += blockDim.x) {
@@ -239,9 +226,9 @@ __device__ __forceinline__ void fill_token_table(int *table, const TileGrid &g, 
     __syncthreads();
 }
 
-// The kLanes lanes of a row each hold a part of its sum, and parts of kVecsPerThread rows, part(i) of row i. Returns
-// one of the sums, another one in each lane or pair of lanes: lanes that are `distance` apart swap halves of what they
-// hold, so that each adds up the other half.
+// Sums over rows. kLanes lanes share kVecsPerThread rows, and part(i) is this lane's part of the sum of row i. Each
+// lane, or pair of lanes, returns the sum of another row. Lanes `distance` apart swap halves of their parts, and each
+// adds up one half: that takes fewer shuffles than a sum over all lanes for every row.
 template <int kLanes, class Part>
 __device__ __forceinline__ float sum_of_a_row(Part &&part) {
     const auto merge = [](float low, float high, int distance) {
@@ -258,7 +245,7 @@ __device__ __forceinline__ float sum_of_a_row(Part &&part) {
     return kLanes == 16 ? sum[0] + __shfl_xor_sync(~0u, sum[0], 1) : sum[0];
 }
 
-// The largest x and y of the CTA.
+// The largest x and the largest y of the CTA.
 __device__ __forceinline__ float2 block_max(float x, float y) {
     __shared__ float2 warp_max[32];
 #pragma unroll
@@ -277,9 +264,60 @@ __device__ __forceinline__ float2 block_max(float x, float y) {
     return {x, y};
 }
 
-// grid (heads * tiles, 2, batch): blockIdx.y = 0 is Q, 1 is K. slot * head_dim / 64 threads, each holding eight
-// 16-byte vectors. With kBrickAmax only the amax is taken, into the brick's; a second launch then quantises. With
-// kNormRope, rows are normalised and turned first.
+// Index of a tile's brick in q_amax and k_amax. Bricks of the grid come first, then each text tile as a brick of its
+// own.
+__device__ __forceinline__ int64_t brick_of(const QuantizeParams &p, int64_t bh, int tile, int all_tiles) {
+    const TileGrid &g = p.geometry;
+    const Int3 b = p.brick, bricks{ceil_div(g.tiles.t, b.t), ceil_div(g.tiles.h, b.h), ceil_div(g.tiles.w, b.w)};
+    const int text_tile = tile - g.tiles.volume();
+    const Int3 c = text_tile < 0 ? g.tile_coord(tile) : Int3{};
+    const int brick =
+        text_tile < 0 ? (c.t / b.t * bricks.h + c.h / b.h) * bricks.w + c.w / b.w : bricks.volume() + text_tile;
+    return bh * (bricks.volume() + all_tiles - g.tiles.volume()) + brick;
+}
+
+// Takes K's mean off eight elements of K.
+__device__ __forceinline__ void subtract_mean(float (&x)[kVec], const float *mean_of_k) {
+    float mean[kVec];
+    load_floats(mean_of_k, mean);
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) {
+        x[j] -= mean[j];
+    }
+}
+
+// Product of a row of Q with K's mean. Each of the kLanes lanes of the row holds eight elements of both; each gets the
+// sum.
+template <int kLanes>
+__device__ __forceinline__ float dot_with_mean(const float (&q)[kVec], const float *mean_of_k) {
+    float mean[kVec], dot = 0;
+    load_floats(mean_of_k, mean);
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) {
+        dot += q[j] * mean[j];
+    }
+#pragma unroll
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+        dot += __shfl_xor_sync(~0u, dot, offset);
+    }
+    return dot;
+}
+
+// Writes the metas of a tile's blocks, 16 bytes a thread: all of each, because a copy of the block reads all of it.
+__device__ __forceinline__ void store_metas(uint8_t *packed, int blocks, int block_rows, int block_bytes, float scale,
+                                            int valid) {
+    constexpr int kMetaVecs = sizeof(BlockMeta) / sizeof(uint4);
+    if (threadIdx.x < blocks * kMetaVecs) {
+        const int block = threadIdx.x / kMetaVecs, vec = threadIdx.x % kMetaVecs;
+        const uint32_t rows_left = min(max(valid - block * block_rows, 0), block_rows);
+        uint8_t *meta = packed + (block + 1) * block_bytes - sizeof(BlockMeta);
+        reinterpret_cast<uint4 *>(meta)[vec] = vec == 0 ? uint4{__float_as_uint(scale), rows_left, 0, 0} : uint4{};
+    }
+}
+
+// grid (heads * tiles, 2, batch): blockIdx.y = 0 is Q, 1 is K. slot * head_dim / 64 threads, each with eight vectors of
+// 16 bytes in registers. With kBrickAmax it only takes the brick's amax, and a second launch quantises. With kNormRope
+// it normalises and turns the rows first.
 template <class T, int kHeadDim, bool kBrickAmax, bool kNormRope>
 __global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64)
     quantize_qk(const __grid_constant__ Deferred<QuantizeParams> deferred) {
@@ -298,10 +336,11 @@ __global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64)
     const int valid = rows.valid();
     fill_token_table(token_of_row, g, rows, 0, g.slot);
 
+    // Load the tile. Normalise and turn its rows.
     const int first_row = threadIdx.x / kLanes, rows_per_pass = blockDim.x / kLanes;
     const int channel = threadIdx.x % kLanes * kVec;
     __shared__ Prologue<kNormRope ? kMaxSlot : 1, kLanes> prologue;
-    if constexpr (kNormRope) {  // ahead of the loads, whose registers it would need
+    if constexpr (kNormRope) {  // before the loads, whose registers it would need
         prologue.fill(p, is_k, batch, head, token_of_row);
     }
     uint4 raw[kVecsPerThread];
@@ -321,34 +360,17 @@ __global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64)
         }
     }
 
-    // Rows that are normalised here come without smoothing.
+    // Its amax and the largest norm of its rows. Rows that are normalised here come without smoothing.
     const float *mean_of_k = kNormRope || p.k_mean == nullptr ? nullptr : p.k_mean + bh * kHeadDim + channel;
-    // A vector of row i, with K's mean taken off (padding stays zero).
-    const auto values = [&](int i, float (&x)[kVec]) {
+    const auto values = [&](int i, float (&x)[kVec]) {  // of row i of this thread; padding stays zero
         upcast_vec<T>(raw[i], x);
         if (is_k && mean_of_k != nullptr && token_of_row[first_row + i * rows_per_pass] >= 0) {
-            float mean[kVec];
-            load_floats(mean_of_k, mean);
-#pragma unroll
-            for (int j = 0; j < kVec; ++j) {
-                x[j] -= mean[j];
-            }
+            subtract_mean(x, mean_of_k);
         }
     };
-
     float *brick_amax = is_k ? p.k_amax : p.q_amax;
-    const auto brick_index = [&, tile = tile]() -> int64_t {
-        const Int3 b = p.brick, bricks{ceil_div(g.tiles.t, b.t), ceil_div(g.tiles.h, b.h), ceil_div(g.tiles.w, b.w)};
-        const int text_tile = tile - g.tiles.volume();
-        const Int3 c = text_tile < 0 ? g.tile_coord(tile) : Int3{};
-        const int brick =
-            text_tile < 0 ? (c.t / b.t * bricks.h + c.h / b.h) * bricks.w + c.w / b.w : bricks.volume() + text_tile;
-        return bh * (bricks.volume() + n_tiles - g.tiles.volume()) + brick;
-    };
-
     float amax = 0;
-    // This thread's part of the square of row i, whose amax it takes along.
-    const auto square = [&](int i) {
+    const auto square = [&](int i) {  // this thread's part of it
         float x[kVec], sum = 0;
         values(i, x);
 #pragma unroll
@@ -358,39 +380,31 @@ __global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64)
         }
         return sum;
     };
-    const float row = sum_of_a_row<kLanes>(square);
-    const float2 largest = block_max(amax, row);
+    const float row_square = sum_of_a_row<kLanes>(square);
+    const float2 largest = block_max(amax, row_square);
     if constexpr (kBrickAmax) {
         if (threadIdx.x == 0) {
-            atomic_max_nonnegative(&brick_amax[brick_index()], largest.x);
+            atomic_max_nonnegative(&brick_amax[brick_of(p, bh, tile, n_tiles)], largest.x);
         }
         return;
     }
-    amax = brick_amax == nullptr ? largest.x : brick_amax[brick_index()];
+    amax = brick_amax == nullptr ? largest.x : brick_amax[brick_of(p, bh, tile, n_tiles)];
     if (threadIdx.x == 0) {
         atomic_max_nonnegative(&p.norms[bh * 2 + is_k], sqrtf(largest.y));
     }
 
+    // Quantise it to packed blocks. For Q, store what smoothing K takes off its scores.
     const QuantScale quant = quant_scale(amax);
     const int block_bytes = is_k ? kv_block_bytes(kHeadDim) : q_block_bytes(kHeadDim);
     const int block_rows = is_k ? kBlock : kQueryBlock, blocks = g.slot / block_rows;  // of this tile
-    uint8_t *tile_image = (is_k ? p.kv_blocks : p.q_blocks) + (bh * n_tiles + tile) * blocks * block_bytes;
+    uint8_t *packed = (is_k ? p.kv_blocks : p.q_blocks) + (bh * n_tiles + tile) * blocks * block_bytes;
 #pragma unroll
     for (int i = 0; i < kVecsPerThread; ++i) {
         const int row = first_row + i * rows_per_pass;
         float x[kVec];
         values(i, x);
         if (!is_k && mean_of_k != nullptr) {
-            float mean[kVec], dot = 0;
-            load_floats(mean_of_k, mean);
-#pragma unroll
-            for (int j = 0; j < kVec; ++j) {
-                dot += x[j] * mean[j];
-            }
-#pragma unroll
-            for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-                dot += __shfl_xor_sync(~0u, dot, offset);
-            }
+            const float dot = dot_with_mean<kLanes>(x, mean_of_k);
             if (channel == 0 && token_of_row[row] >= 0) {
                 p.lse_shift[bh * g.tokens() + token_of_row[row]] = dot * p.scale;
             }
@@ -399,31 +413,22 @@ __global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64)
         for (int j = 0; j < kVec; ++j) {
             x[j] *= quant.inverse;
         }
-        uint2 packed{pack_e4m3(x[0], x[1], x[2], x[3]), pack_e4m3(x[4], x[5], x[6], x[7])};
-        uint8_t *image = tile_image + row / block_rows * block_bytes;
-        *reinterpret_cast<uint2 *>(image + swizzled<kHeadDim>(row % block_rows, channel)) = packed;
+        uint8_t *block = packed + row / block_rows * block_bytes;
+        *reinterpret_cast<uint2 *>(block + swizzled<kHeadDim>(row % block_rows, channel)) = {
+            pack_e4m3(x[0], x[1], x[2], x[3]), pack_e4m3(x[4], x[5], x[6], x[7])};
     }
-
-    // All of each meta, 16 bytes a thread: whoever copies a block reads its unused bytes too.
-    constexpr int kMetaVecs = sizeof(BlockMeta) / sizeof(uint4);
-    if (threadIdx.x < blocks * kMetaVecs) {
-        const int block = threadIdx.x / kMetaVecs, vec = threadIdx.x % kMetaVecs;
-        const uint32_t rows_left = min(max(valid - block * block_rows, 0), block_rows);
-        uint8_t *meta = tile_image + (block + 1) * block_bytes - sizeof(BlockMeta);
-        reinterpret_cast<uint4 *>(meta)[vec] =
-            vec == 0 ? uint4{__float_as_uint(quant.scale), rows_left, 0, 0} : uint4{};
-    }
+    store_metas(packed, blocks, block_rows, block_bytes, quant.scale, valid);
 }
 
-// grid (heads * blocks, 1, batch), kBlock * head_dim / 64 threads. A thread loads four tokens that share one word of
-// the transposed image, eight channels each; shared memory turns [word][channel] into [channel][word].
+// grid (heads * blocks, 1, batch), kBlock * head_dim / 64 threads. A thread loads eight channels of the four tokens
+// that share a word of V^T; shared memory turns [word][channel] into [channel][word].
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kBlock *kHeadDim / 64)
     quantize_v(const __grid_constant__ Deferred<QuantizeParams> deferred) {
     const QuantizeParams &p = deferred.after_previous();
     constexpr int kLanes = kLanesPerRow<kHeadDim>, kThreads = kBlock * kHeadDim / 64;
     constexpr int kWords = kBlock / 4, kWordsPerPass = kThreads / kLanes;
-    // Four words (a 16-byte chunk of the image) per row; the 4-word pad spreads the chunks over the banks.
+    // A row is the four words of a 16-byte chunk, for all channels. The pad of 4 words spreads chunks over the banks.
     __shared__ alignas(16) uint32_t words[kWords / 4][4 * kHeadDim + 4];
     __shared__ int token_of_row[kBlock];
     const TileGrid &g = p.geometry;
@@ -434,6 +439,7 @@ __global__ void __launch_bounds__(kBlock *kHeadDim / 64)
     const TileRows rows = g.rows(block / g.blocks_per_tile(), p.valid_text(batch));
     fill_token_table(token_of_row, g, rows, in_tile * kBlock, kBlock);
 
+    // Load the tokens of this thread's words.
     const int channel = threadIdx.x % kLanes * kVec;
     uint4 raw[kWords / kWordsPerPass][4];
 #pragma unroll
@@ -446,6 +452,8 @@ __global__ void __launch_bounds__(kBlock *kHeadDim / 64)
                 token < 0 ? uint4{} : load_vec<T>(p.v, element_offset(p.v_strides, batch, head, token) + channel);
         }
     }
+
+    // Quantise them with the scale of each channel.
     float inverse[kVec];
     load_floats(p.v_amax + bh * kHeadDim + channel, inverse);
 #pragma unroll
@@ -472,14 +480,15 @@ __global__ void __launch_bounds__(kBlock *kHeadDim / 64)
     }
     __syncthreads();
 
-    constexpr int kChunks = kBlock / 16;  // 16-byte chunks of an image row
-    uint8_t *image = p.kv_blocks + (bh * g.blocks() + block) * kv_block_bytes(kHeadDim) + kBlock * kHeadDim;
+    // Store V^T, 16 bytes of a channel at a time.
+    constexpr int kChunks = kBlock / 16;
+    uint8_t *v = p.kv_blocks + (bh * g.blocks() + block) * kv_block_bytes(kHeadDim) + kBlock * kHeadDim;
 #pragma unroll
     for (int i = threadIdx.x; i < kHeadDim * kChunks; i += kThreads) {
         const int chunk = i % kChunks, d = i / kChunks;
         const uint32_t *from = &words[chunk][d];
         const uint4 bytes{from[0], from[kHeadDim], from[2 * kHeadDim], from[3 * kHeadDim]};
-        *reinterpret_cast<uint4 *>(image + swizzled<kBlock>(d, chunk * 16)) = bytes;
+        *reinterpret_cast<uint4 *>(v + swizzled<kBlock>(d, chunk * 16)) = bytes;
     }
 }
 
