@@ -1,5 +1,5 @@
-// Backward: dK, dV and dQ of the forward's FP8 attention. A CTA owns a key block, 128 keys, and walks the query
-// blocks, 64 queries each, that attend it.
+// Backward: dK, dV and dQ of the forward's FP8 attention. A CTA owns a key block, 128 keys, and walks the query blocks,
+// 64 queries each, that attend it (KeyItem, work_items.cuh).
 //
 //   warps           role   waits for                       signals                                     registers
 //   2 warpgroups    math   keys, full, q_full, ds_full,    empty, q_empty, ds_full, dq_full             240
@@ -8,19 +8,18 @@
 //                                                          bytes)
 //   2 warps         add    dq_full                         dq_empty                                      24
 //
-// A math warpgroup owns 64 of the keys. Everything is transposed, keys by queries, so that the rows of its
-// accumulators are its keys and dK, dV stay in registers. For a query block, with the operands of params.h,
+// A math warpgroup owns 64 of the keys. Scores are transposed, keys by queries: the rows of an accumulator are keys,
+// and dK and dV stay in registers. For a query block, with the operands of params.h,
 //   S^T  = k8 q8^T                                    FP8, as the forward computed it
-//   X    = 2^(S^T s_q s_k scale log2(e) + offset)     448 P, up to the power of two that c takes back
+//   X    = 2^(S^T s_q s_k scale log2(e) + offset)     448 P times a power of two, which c takes off again
 //   dV  += X^ (c dO)                                  X^: X in E4M3's four significant bits, exact in bf16
 //   dS^T = X (v (c dO)^T - delta)                     bf16
 //   dK  += dS^T q        dQ += dS k
-// The two warpgroups swap dS through shared memory, then each takes half of the channels of dQ. An add warp for each
-// half has the copy engine add it up in global memory in fp32: atomically, or with `turns` one key block after the
-// other.
+// The warpgroups exchange dS through shared memory, and each computes dQ for half of the channels. One add warp per
+// half has the copy engine add dQ to global memory in fp32: atomically, or with `turns` one key block after the other.
 //
-// dK and dQ of a step are computed in the next one, beside its exponentials, so that the tensor core has work during
-// those and neither warpgroup waits for the other's dS.
+// dK and dQ of a step are computed in the next step, beside its exponentials. The tensor core has work during those,
+// and neither warpgroup waits for the other's dS.
 #include <algorithm>
 #include <cfloat>
 #include <cute/tensor.hpp>
@@ -43,18 +42,19 @@ using BF16 = cute::bfloat16_t;
 template <int kHeadDim_>
 struct BwdConfig {
     static constexpr int kHeadDim = kHeadDim_;
-    static constexpr int kHalf = kHeadDim / 2;  // channels of dQ that one warpgroup computes
+    static constexpr int kHalf = kHeadDim / 2;  // channels of dQ per warpgroup
     static constexpr int kStages = 2;
     static constexpr int kWarpgroups = 2, kMathThreads = 128 * kWarpgroups, kThreads = kMathThreads + 128;
-    static constexpr int kKeys = kBlock / kWarpgroups;  // of a warpgroup
-    // At launch every warp has as many, in multiples of 8; then the load warps give theirs up to the math warps.
+    static constexpr int kKeys = kBlock / kWarpgroups;  // per warpgroup
+    // At launch all warps have the same number of registers, a multiple of 8. Then the load warps give theirs to the
+    // math warps.
     static constexpr int kLaunchRegisters = 64 * 1024 / kThreads / 8 * 8;
     static constexpr int kLoadRegisters = 24, kMathRegisters = 240;
     static_assert(128 * kLoadRegisters + kMathThreads * kMathRegisters <= kThreads * kLaunchRegisters);
     static_assert(kHeadDim == 64 || kHeadDim == 128);
 
-    // Rows by channels. "By channels" the tensor core sums over channels; an image in parts of 64 columns serves both
-    // ways, since the same bytes are K-major for one and MN-major for the other.
+    // Rows by channels. A 16-bit operand in parts of 64 columns serves products that sum over channels and products
+    // that sum over rows: the same bytes are K-major for one and MN-major for the other.
     using RowsFP8 = conditional_t<kHeadDim == 128, GMMA::Layout_K_SW128_Atom<E4M3>, GMMA::Layout_K_SW64_Atom<E4M3>>;
     using RowsBF16 = GMMA::Layout_K_SW128_Atom<BF16>;
     using ColumnsBF16 = GMMA::Layout_MN_SW128_Atom<BF16>;
@@ -90,7 +90,7 @@ struct BwdSmem {
     BF16 v[kBlock * Cfg::kHeadDim];
     E4M3 k8[kBlock * Cfg::kHeadDim];
     Stage stages[Cfg::kStages];
-    BF16 q[Cfg::kStages][kQueryBlock * Cfg::kHeadDim];  // goes half a step later than the rest of its query block
+    BF16 q[Cfg::kStages][kQueryBlock * Cfg::kHeadDim];  // released half a step later than the rest of its query block
     BF16 ds[2][kBlock * kQueryBlock];
     float dq[Cfg::kWarpgroups][kQueryBlock * Cfg::kHalf];
     QueryRows rows[Cfg::kStages];
@@ -166,7 +166,7 @@ __device__ void add(const BackwardParams &p, BwdSmem<Cfg> &smem, int half) {
 
             // Release the buffer once the copy engine has read it.
             bulk_wait_read();
-            smem.dq_empty[half].arrive();
+            smem.dq_empty[half].arrive();  // for the warp, whose other lanes do not use the buffer
 
             // Pass the turn on once all is added.
             if (p.turns != nullptr) {
@@ -185,10 +185,10 @@ __device__ __forceinline__ float four_bits(float x) {
     return __fmaf_rn(x, -0x1p20f, __fmaf_rn(x, 0x1p20f, x));
 }
 
-// Scores of this thread, S^T of keys by queries: elements 4 g .. 4 g + 3 are those of query group g, 8 queries.
+// S^T is keys by queries. Of its fragment, elements 4 g .. 4 g + 3 belong to query group g, which is 8 queries.
 constexpr int kGroups = kQueryBlock / 8, kHalfGroups = kGroups / 2;
 
-// This thread's two queries of a group: their values.
+// Values of this thread's two queries of a group.
 __device__ __forceinline__ float2 of_queries(const float *values, int group) {
     return *reinterpret_cast<const float2 *>(values + 8 * group + 2 * (threadIdx.x % 4));
 }
@@ -204,7 +204,7 @@ __device__ __forceinline__ void mask(TensorS &s, int row, int valid) {
     }
 }
 
-// X = 2^(S scale_log2 + offset), in place, for half of the query groups.
+// Offsets of half of the query groups, from kFirstGroup on.
 template <int kFirstGroup>
 __device__ __forceinline__ void load_offsets(const QueryRows &rows, float2 (&offset)[kHalfGroups]) {
 #pragma unroll
@@ -212,6 +212,7 @@ __device__ __forceinline__ void load_offsets(const QueryRows &rows, float2 (&off
         offset[g] = of_queries(rows.offset, kFirstGroup + g);
     }
 }
+// X = 2^(S scale_log2 + offset), in place, for these groups.
 template <int kFirstGroup, class TensorS>
 __device__ __forceinline__ void exponentiate(TensorS &s, float scale_log2, const float2 (&offset)[kHalfGroups]) {
 #pragma unroll

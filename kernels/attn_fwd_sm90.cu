@@ -1,18 +1,18 @@
-// Forward: FP8 sliding-tile attention. A CTA per SM takes work items, one by one: three query blocks with the same
-// keys.
+// Forward: FP8 sliding-tile attention. One CTA per SM takes work items one by one: up to three query blocks that see
+// the same keys (work_items.cuh).
 //
 //   warps           role      waits for        signals                                         registers
 //   3 warpgroups    math      q_full, full     q_empty, empty                                   160
 //   1 warp          queries   q_empty          q_full (with the copy engine's bytes)             32
 //   1 warp          keys      q_full, empty    q_empty, full (with the copy engine's bytes)      32
 //
-// A math warpgroup owns a query block, 64 rows, and walks the key blocks, 128 keys each, that the three share. With
+// A math warpgroup owns one query block, 64 rows, and walks the key blocks of the item, 128 keys each. With
 //   z = q8.k8 * s_q s_k scale log2(e)     P = 2^(z - m)     T = e4m3(448 P) v8
-// a step does O = O 2^(m_old - m) + T: the tensor core, whose accumulator keeps about 14 bits and truncates, adds up
-// one step only; the sum over steps is full fp32. In the end O s_v / (448 l), l = sum(P).
+// a step computes O = O 2^(m_old - m) + T. The tensor core's accumulator keeps about 14 bits and truncates, so it adds
+// up one step only; the sum over steps is in fp32. The output is O s_v / (448 l) with l = sum(P).
 //
-// m is an integer, at least the row's maximum so far. It is not searched for in every step: the sums of 448 P, needed
-// for l anyway, tell whether m is still large enough (see `exponentiate`).
+// m is an integer, at least the row's maximum so far. No step searches for the maximum: the sums of 448 P, which l
+// needs anyway, show whether m is still large enough (see `exponentiate`).
 #include <algorithm>
 #include <cfloat>
 #include <cute/tensor.hpp>
@@ -32,7 +32,7 @@ namespace {
 using namespace cute;
 using E4M3 = cute::float_e4m3_t;
 
-// 448 * 2^x is a finite float for x < 119; the rest is for what z and the norms are rounded by.
+// 448 * 2^x is a finite float for x < 119. The margin covers the rounding of z and of the norms.
 constexpr float kLargestExponent = 110.0f;
 // E4M3 may enlarge an element by 1/17, and a score of two of them by (18/17)^2 = 1.121.
 constexpr float kScoreGrowth = 1.14f;
@@ -43,8 +43,8 @@ struct FwdConfig {
     static constexpr int kStages = 4, kQStages = 2;
     static constexpr int kWarpgroups = kBlocksPerItem, kMathThreads = 128 * kWarpgroups;
     static constexpr int kThreads = kMathThreads + 128;
-    // Three warpgroups hide each other's waits; the registers of the SM allow no fourth one. At launch every warp has
-    // as many, in multiples of 8; then the load warps give theirs up to the math warps.
+    // Three warpgroups hide each other's waits; the SM has no registers for a fourth. At launch all warps have the same
+    // number of registers, a multiple of 8. Then the load warps give theirs to the math warps.
     static constexpr int kLaunchRegisters = 64 * 1024 / kThreads / 8 * 8;
     static constexpr int kLoadRegisters = 32, kMathRegisters = 160;
     static_assert(128 * kLoadRegisters + kMathThreads * kMathRegisters <= kThreads * kLaunchRegisters);
@@ -182,7 +182,7 @@ __device__ void load_keys(const ForwardParams &p, FwdSmem<Cfg> &smem) {
     }
 }
 
-// A row lives in the four lanes of a quad.
+// Over the four lanes of a quad, which hold a row.
 __device__ __forceinline__ float quad_sum(float x) {
     x += __shfl_xor_sync(~0u, x, 1);
     return x + __shfl_xor_sync(~0u, x, 2);
@@ -192,33 +192,33 @@ __device__ __forceinline__ float quad_max(float x) {
     return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-// The two rows of a thread: m (an integer, log2 domain), l (its own columns' share, times 448), and by which power of
-// two what was summed up before the current step shrinks.
+// A thread's two rows: m (an integer, log2 domain), l (times 448, over the thread's own columns), and the power of two
+// by which the current step shrinks O and l.
 struct RowState {
     float m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0}, shrink[2];
 };
 
-// Element (row r, column c) of this thread's share of S: column pairs, then rows, then groups of 8 columns.
+// Element (row r, own column c) of S. A thread holds it as groups of 8 columns, then rows, then pairs of columns.
 template <class TensorS>
 __device__ __forceinline__ auto &at(TensorS &s, int r, int c) {
     return s(c % 2 + 2 * r + c / 2 * 4);
 }
-constexpr int kOwnColumns = kBlock / 4;  // of each row, in one thread
+constexpr int kOwnColumns = kBlock / 4;  // columns of a row that one thread holds
 
-// Padding keys, which come last, score -inf: own columns from kFirst on.
+// Padding keys, which come last, score -inf. Looks at own columns from kFirst on.
 template <int kFirst, class TensorS>
 __device__ __forceinline__ void mask(TensorS &s, int valid) {
     const int lane = threadIdx.x % 4;
 #pragma unroll
     for (int c = kFirst; c < kOwnColumns; ++c) {
-        // Key c / 2 * 8 + 2 * lane + c % 2; written so that no register per column is kept through the loop over keys.
+        // Own column c is key c / 2 * 8 + 2 * lane + c % 2. Written otherwise, ptxas keeps a register for each column.
         const bool padding = 2 * lane >= valid - (c / 2 * 8 + c % 2);
         at(s, 0, c) = padding ? -INFINITY : at(s, 0, c);
         at(s, 1, c) = padding ? -INFINITY : at(s, 1, c);
     }
 }
 
-// m becomes at least the maximum of these scores.
+// Raises m to the maximum of these scores.
 template <class TensorS>
 __device__ __forceinline__ void cover_max(const TensorS &s, RowState &row, float scale_log2) {
 #pragma unroll
@@ -248,9 +248,11 @@ __device__ __forceinline__ void pack_p(const TensorS &s, TensorP &p) {
     }
 }
 
-// Scores become 448 P, in place, and P; l grows. An E4M3 holds at most 448. A thread's two sums over 16 columns of a
-// row are at most that almost always; then no column exceeds it. Otherwise m grows, for the whole row, so far that the
-// largest sum comes to lie in (112, 224], and what was computed with the smaller m shrinks: exactly, by a power of two.
+// S to 448 P in place, and to P in E4M3; adds to l.
+//
+// E4M3 holds at most 448. A thread adds up its columns of a row in two sums of 16. If both are at most 448, so is every
+// column: that is almost always the case. Otherwise m of the row grows until the largest sum lies in (112, 224], and
+// all that was computed with the smaller m shrinks, exactly, by a power of two.
 template <class TensorS, class TensorP>
 __device__ __forceinline__ void exponentiate(TensorS &s, TensorP &p, RowState &row, float scale_log2) {
     float sums[2][2] = {};
@@ -269,7 +271,7 @@ __device__ __forceinline__ void exponentiate(TensorS &s, TensorP &p, RowState &r
     if (__any_sync(~0u, fmaxf(top[0], top[1]) > kE4M3Max)) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            // ceil(log2(top of the row / 448)) + 1; NaN and Inf stay as they are.
+            // m grows by ceil(log2(top of the row / 448)) + 1, but not if the top is NaN or Inf.
             const float row_top = quad_max(top[r]) * (1.0f / kE4M3Max);
             const int by = row_top > 1.0f && row_top < INFINITY ? ((__float_as_int(row_top) - 1) >> 23) - 125 : 0;
             const float shrink = __int_as_float((127 - by) << 23);
@@ -287,7 +289,7 @@ __device__ __forceinline__ void exponentiate(TensorS &s, TensorP &p, RowState &r
     row.l[1] = fmaf(row.l[1], row.shrink[1], sum[1]);
 }
 
-// O s_v / l in raster order, and LSE.
+// Stores O s_v / l in raster order, and LSE.
 template <class Cfg, class T, class TensorO>
 __device__ void store(const ForwardParams &p, const WorkItem &item, const QueryBlock &block, TensorO &o,
                       const RowState &row) {

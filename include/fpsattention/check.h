@@ -1,4 +1,4 @@
-// Two kinds of failure, both C++ exceptions that pybind11 turns into Python ones: FPS_CHECK for a caller's mistake
+// Checks that throw C++ exceptions, which pybind11 turns into Python's: FPS_CHECK for a mistake of the caller
 // (ValueError), FPS_CUDA_CHECK for a CUDA call that failed (RuntimeError).
 #pragma once
 

@@ -1,19 +1,19 @@
-// How a warpgroup's accumulator lies in registers, and how it leaves for raster-order rows.
+// Fragments: how a warpgroup's accumulator lies in registers, and how it is stored to rows in raster order.
 //
-// Of a 64 x N accumulator, lane l of warp w holds rows 16 w + l / 4 (r = 0) and that + 8 (r = 1), and of every 8
-// columns the two from 2 (l % 4) on: element 4 g + 2 r + c is column 8 g + 2 (l % 4) + c of row r.
+// In a 64 x N accumulator, lane l of warp w holds row 16 w + l / 4 (r = 0) and the row 8 below it (r = 1). Of every 8
+// columns it holds two: element 4 g + 2 r + c is column 8 g + 2 (l % 4) + c of row r.
 #pragma once
 
 #include "fpsattention/fp8.cuh"
 
 namespace fps {
 
-// Row r = 0 of a thread; r = 1 is eight rows below.
+// Row r = 0 of a thread; row r = 1 is 8 below.
 __device__ __forceinline__ int fragment_row(int thread) {
     return thread / 32 % 4 * 16 + thread % 32 / 4;
 }
 
-// Four 4-byte words per lane of a quad, transposed: lane c ends up with word c of every lane, in lane order.
+// Transposes the four words of each lane of a quad: lane c gets word c of every lane, in the order of the lanes.
 __device__ __forceinline__ void transpose_quad(uint32_t (&x)[4]) {
     const int lane = threadIdx.x;
 #pragma unroll
@@ -28,8 +28,8 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&x)[4]) {
     }
 }
 
-// Row r of a fragment of kColumns columns, as T. value(i) is element i; `out` is the row's first column, `lane` the
-// lane in its quad. Transposing four groups of 8 columns gives each lane 16 contiguous bytes.
+// Stores row r of a fragment of kColumns columns as T, if `valid`. value(i) is element i, `out` the row's first column,
+// `lane` the lane in its quad. A transpose of four groups of 8 columns gives each lane 16 contiguous bytes.
 template <class T, int kColumns, class Value>
 __device__ __forceinline__ void store_row(T *out, bool valid, int r, int lane, Value &&value) {
 #pragma unroll

@@ -1,5 +1,5 @@
-// The one rule that says which token sits where and who attends to whom. Host and device, forward and
-// backward, tests and FLOP counts all call these functions; nothing else in the project restates them.
+// The geometry: which row holds which token, and which tiles attend which. Host and device, forward and backward, tests
+// and FLOP counts all call these functions. The rule stands nowhere else.
 #pragma once
 
 #include <cstdint>
@@ -12,20 +12,20 @@
 
 namespace fps {
 
-constexpr int kBlock = 128;        // keys of one pipeline stage; a tile's slot is a multiple of it
-constexpr int kQueryBlock = 64;    // queries of one warpgroup
-constexpr int kBlocksPerItem = 3;  // query blocks of one work item: what a CTA computes at a time
-constexpr int kMaxSlot = 512;      // most rows a tile may own
-constexpr int kMaxWindows = 256;   // most heads that may each have a window of their own
+constexpr int kBlock = 128;        // keys of a pipeline stage; a slot is a multiple of it
+constexpr int kQueryBlock = 64;    // queries of a warpgroup
+constexpr int kBlocksPerItem = 3;  // query blocks of a work item, which a CTA computes at a time
+constexpr int kMaxSlot = 512;      // rows of a slot, at most
+constexpr int kMaxWindows = 256;   // heads with a window each, at most
 
-// One value for each axis: 0 is t, 1 is h, 2 is w.
+// One value per axis: 0 is t, 1 is h, 2 is w.
 struct Int3 {
     int t, h, w;
     FPS_HD int volume() const { return t * h * w; }
     FPS_HD int operator[](int axis) const { return axis == 0 ? t : axis == 1 ? h : w; }
     FPS_HD Int3 operator/(Int3 o) const { return {t / o.t, h / o.h, w / o.w}; }
 };
-// Coordinates of the index-th element of a box of this size, in raster order.
+// Coordinates of element `index` of a box, in raster order.
 FPS_HD Int3 coordinates(int index, Int3 size) {
     return {index / (size.w * size.h), index / size.w % size.h, index % size.w};
 }
@@ -37,15 +37,16 @@ struct Range {
 };
 
 enum class Border : int {
-    kClamp = 0,     // the window is shifted inward: every query tile sees equally many key tiles
-    kTruncate = 1,  // the window is cut at the grid's edge
+    kClamp = 0,     // shift the window inward: every query tile sees equally many key tiles
+    kTruncate = 1,  // cut the window at the grid's edge
 };
 
 FPS_HD int ceil_div(int a, int b) {
     return (a + b - 1) / b;
 }
 
-// Key tiles that query tile `i` sees on one axis of `n` tiles. `w` is odd, or at least n (the whole axis).
+// Key tiles that query tile `i` sees on an axis of `n` tiles, under a window of `w` tiles: odd, or at least n (the
+// whole axis).
 FPS_HD Range axis_keys(int i, int n, int w, Border border) {
     if (w >= n) {
         return {0, n};
@@ -57,7 +58,8 @@ FPS_HD Range axis_keys(int i, int n, int w, Border border) {
     return {i - r < 0 ? 0 : i - r, i + r + 1 > n ? n : i + r + 1};
 }
 
-// The inverse: query tiles that see key tile `j`. An interval too, because the window's centre is monotone in i.
+// The inverse: query tiles that see key tile `j`. They are an interval too, because the window's centre is monotone in
+// i.
 FPS_HD Range axis_queries(int j, int n, int w, Border border) {
     if (w >= n) {
         return {0, n};
@@ -65,39 +67,41 @@ FPS_HD Range axis_queries(int j, int n, int w, Border border) {
     const int r = w / 2;
     Range q{j - r < 0 ? 0 : j - r, j + r + 1 > n ? n : j + r + 1};
     if (border == Border::kClamp) {
-        // Centre r stands for every query tile up to r, centre n-1-r for every one from there on.
+        // Query tiles 0 .. r share the window centred at r; tiles n-1-r .. n-1 share the one centred at n-1-r.
         q.lo = q.lo <= r ? 0 : q.lo;
         q.hi = q.hi > n - 1 - r ? n : q.hi;
     }
     return q;
 }
 
-// A box of tiles: what one query tile sees (or is seen by). It is never stored as a list; whoever needs it walks it.
+// A box of tiles: the key tiles that a query tile sees, or the query tiles that see a key tile. Kernels walk the box;
+// no list of its tiles exists.
 struct TileBox {
     Range t, h, w;
     FPS_HD int tiles() const { return t.size() * h.size() * w.size(); }
 };
 
-// Text tokens before the grid's (the prefix) and after them (the suffix): how many there are,
-// or how many are valid in a sample, the first ones of each.
+// Numbers of text tokens before the grid's tokens (the prefix) and after them (the suffix): all of them, or the valid
+// ones of a sample, which come first in each section.
 struct TextTokens {
     int prefix, suffix;
+    // Blocks of `rows` rows that hold them.
     FPS_HD int blocks(int rows) const { return ceil_div(prefix, rows) + ceil_div(suffix, rows); }
 };
 
-// The tokens in the first rows of a slot.
+// The valid rows of a slot: a box of tokens, in raster order.
 struct TileRows {
     Int3 extent;  // tokens along each axis
-    int first;    // the first row's token
+    int first;    // token in the first row
 
     FPS_HD int valid() const { return extent.volume(); }
 };
 
-// The token grid cut in tiles. Tiles are numbered in raster order of their coordinates; edge tiles are ragged.
-// A tile owns `slot` consecutive rows: its valid tokens first, in raster order, then padding.
+// The token grid, cut in tiles. Tiles are numbered in raster order. The last tile of an axis may be ragged. A tile owns
+// a slot, `slot` consecutive rows: its tokens in raster order, then padding.
 //
-// Each section of text tokens is cut in *text tiles* of `slot` tokens. A text tile attends everything, and
-// everything attends it. Runs are numbered after the grid's tiles, the prefix's first.
+// Prefix and suffix are cut in *text tiles* of `slot` tokens. A text tile attends all tiles, and all tiles attend it.
+// Text tiles are numbered after the grid's tiles, those of the prefix first.
 struct TileGrid {
     Int3 grid;        // tokens
     Int3 tile;        // tokens of a full tile
@@ -122,14 +126,14 @@ struct TileGrid {
     FPS_HD int tile_index(Int3 c) const { return (c.t * tiles.h + c.h) * tiles.w + c.w; }
     FPS_HD Int3 tile_coord(int index) const { return coordinates(index, tiles); }
 
-    // Of the blocks of so many rows that hold a valid text tokens, prefix first, the i-th: its number among all blocks.
+    // Number, among all blocks of `rows` rows, of the i-th text block that holds a valid token. The prefix comes first.
     FPS_HD int text_block(int i, TextTokens valid, int rows) const {
         const int in_suffix = i - ceil_div(valid.prefix, rows);
         const int first_tile = tiles.volume() + (in_suffix < 0 ? 0 : ceil_div(text.prefix, slot));
         return first_tile * (slot / rows) + (in_suffix < 0 ? i : in_suffix);
     }
 
-    // What a tile holds, of a sample with so many valid text tokens.
+    // Valid rows of a tile, in a sample with these valid text tokens.
     FPS_HD TileRows rows(int index, TextTokens valid) const {
         int text_tile = index - tiles.volume();
         if (text_tile < 0) {
@@ -146,7 +150,7 @@ struct TileGrid {
         const int first = (c.t * tile.t * grid.h + c.h * tile.h) * grid.w + c.w * tile.w;
         return {extent(c), text.prefix + first};
     }
-    // Valid tokens of the prefix (0), of the grid (1) and of the suffix (2).
+    // Valid tokens of the prefix (i = 0), the grid (1) or the suffix (2).
     FPS_HD Range section(int i, TextTokens valid) const {
         const int suffix = text.prefix + grid.volume();
         return i == 0   ? Range{0, valid.prefix}
@@ -176,8 +180,8 @@ struct TileGrid {
                 axis_queries(key.w, tiles.w, window.w, border)};
     }
 
-    // Tiles per axis of a *tile group*: query tiles that see the same keys under every one of these windows. They
-    // differ only on axes whose window is the whole axis.
+    // Tiles per axis of a *tile group*: query tiles that see the same keys under each of these windows. They differ
+    // only on axes where every window is the whole axis.
     FPS_HD Int3 tile_group(const Int3 *windows, int n_windows) const {
         Int3 size = tiles;
         for (int i = 0; i < n_windows; ++i) {
@@ -187,12 +191,12 @@ struct TileGrid {
         return size;
     }
 
-    // Blocks of so many rows that hold at least one valid token, over all tiles of the box. Only the last tile of an
-    // axis is ragged, so at most eight kinds of tile occur: two kinds per axis.
+    // Blocks of `rows` rows that hold a valid token, over all tiles of the box. Only the last tile of an axis is
+    // ragged, so there are at most eight kinds of tile: two per axis.
     FPS_HD int valid_blocks(TileBox box, int rows = kBlock) const {
         int count = 0;
 #if defined(__CUDA_ARCH__)
-#pragma unroll 1  // else the eight products become loop invariants of the caller and cost it eight registers
+#pragma unroll 1  // unrolled, the eight products become loop invariants of the caller, in eight registers
 #endif
         for (int kind = 0; kind < 8; ++kind) {
             const Part t = part(box.t, tiles.t, grid.t, tile.t, kind & 4);
@@ -207,7 +211,7 @@ private:
     struct Part {
         int tiles, extent;
     };
-    // The tiles of one axis of a box that are last on the axis (`last`), or those that are not, and their extent.
+    // One axis of a box: the number and extent of its tiles that are the last of the axis, or of those that are not.
     FPS_HD static Part part(Range r, int axis_tiles, int axis_grid, int axis_tile, bool last) {
         const int has_last = r.hi == axis_tiles && r.lo < r.hi;
         return last ? Part{has_last, axis_grid - (axis_tiles - 1) * axis_tile} : Part{r.size() - has_last, axis_tile};

@@ -1,4 +1,6 @@
-// The sm_90a instructions the kernels use, each behind a function named by its effect. All inline PTX lives here.
+// Instructions of sm_90a, each behind a function that is named after its effect. All inline PTX is here.
+//
+// The rules of synchronisation are in kernels/README.md.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -25,7 +27,7 @@ __device__ __forceinline__ void spin_until(F &&done) {
 #endif
 }
 
-// An mbarrier in shared memory. Waiters pass the parity of the phase they wait for.
+// An mbarrier in shared memory. A wait takes the parity of the phase that it waits for.
 struct Barrier {
     uint64_t state;
 
@@ -41,7 +43,7 @@ struct Barrier {
     __device__ void arrive() {
         asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(this)) : "memory");
     }
-    // One arrival, which speaks for all threads of this warp: what they read and wrote before it is done.
+    // One arrival for the whole warp, after all its lanes are done. Every warp that uses a buffer releases it this way.
     __device__ void arrive_as_warp() {
         __syncwarp();
         if (threadIdx.x % 32 == 0) {
@@ -63,7 +65,7 @@ struct Barrier {
 };
 
 // Position in a ring of kStages buffers, in one register. The consumer waits for full_parity, the producer for
-// empty_parity, which lets its first lap through.
+// empty_parity. The first lap of the producer does not wait.
 template <int kStages>
 struct RingState {
     static_assert((kStages & (kStages - 1)) == 0, "a power of two");
@@ -75,8 +77,8 @@ struct RingState {
     __device__ void next() { ++count; }
 };
 
-// griddepcontrol: lets the next kernel on the stream take SMs from here on, then waits until the kernels before this
-// one have ended and what they wrote is visible. Nothing may be read or written ahead of it; see Deferred in launch.h.
+// griddepcontrol: lets the next kernel of the stream start, then waits until the kernels before this one have ended and
+// their writes are visible. A kernel calls it before it reads or writes anything; see Deferred in launch.h.
 __device__ __forceinline__ void wait_for_previous() {
     asm volatile("griddepcontrol.launch_dependents;");
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -95,9 +97,9 @@ __device__ __forceinline__ void bulk_load(void *smem, const void *gmem, int byte
                  : "memory");
 }
 
-// fence.proxy.async.shared::cta: what threads did in shared memory ahead of the fence comes before the wgmmas and bulk
-// copies that this thread issues after it: they see what was written, and overwrite nothing that is still being read.
-// "Ahead" is what this thread did itself, and what others did before a barrier that it has passed.
+// fence.proxy.async.shared::cta: orders accesses of threads to shared memory before the wgmmas and bulk copies that
+// this thread issues next. Ordered are its own accesses and those that other threads made before a barrier it has
+// passed.
 __device__ __forceinline__ void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -106,8 +108,8 @@ __device__ __forceinline__ void fence_proxy_async_global() {
     asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
-// stmatrix x4 and ldmatrix x4: four 8 x 8 matrices of 16-bit elements; `row` is where row l % 8 of matrix l / 8 lies,
-// for lane l.
+// stmatrix x4 and ldmatrix x4: four 8 x 8 matrices of 16-bit elements. Lane l passes the address of row l % 8 of matrix
+// l / 8.
 __device__ __forceinline__ void store_matrices(void *row, uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem_address(row)), "r"(x0),
                  "r"(x1), "r"(x2), "r"(x3)
@@ -120,8 +122,8 @@ __device__ __forceinline__ void load_matrices(const void *row, uint32_t &x0, uin
                  : "memory");
 }
 
-// cp.reduce.async.bulk: `bytes` (a multiple of 16) of floats in shared memory are added to those in global memory. The
-// waits are for all that this thread has issued: until the source may be written again, and until all is added.
+// cp.reduce.async.bulk: adds `bytes` (a multiple of 16) of floats in shared memory to floats in global memory. Two
+// waits for all reductions that this thread has issued: until they have read their source, and until they are complete.
 __device__ __forceinline__ void bulk_reduce_add(float *gmem, const float *smem, int bytes) {
     asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(gmem),
                  "r"(smem_address(smem)), "r"(bytes)
@@ -135,7 +137,8 @@ __device__ __forceinline__ void bulk_wait() {
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
-// Acquire and release at GPU scope, for turns taken between CTAs: until a counter that grows has reached a value.
+// Turns between CTAs: waits, with acquire at GPU scope, until a growing counter has reached a value; and sets it, with
+// release.
 __device__ __forceinline__ void wait_for(const int *counter, int value) {
     spin_until([&] {
         int x;
@@ -147,7 +150,7 @@ __device__ __forceinline__ void store_release(int *to, int x) {
     asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
 }
 
-// setmaxnreg: hands registers back to, or takes them from, the CTA's pool.
+// setmaxnreg: returns registers to the CTA's pool, or takes them from it.
 template <int kRegisters>
 __device__ __forceinline__ void release_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -157,14 +160,14 @@ __device__ __forceinline__ void claim_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// No instruction: hides from the compiler that x is unchanged. What follows from it is then worked out where it is
-// needed, not ahead, which would cost registers.
+// No instruction: the compiler no longer knows the value of x, so it cannot hoist what depends on x. That saves
+// registers.
 __device__ __forceinline__ int opaque(int x) {
     asm volatile("" : "+r"(x));
     return x;
 }
 
-// ex2.approx: 2^x, relative error 2^-22, 2^-inf = 0.
+// ex2.approx: 2^x with a relative error of 2^-22; 2^-inf = 0.
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -1,4 +1,4 @@
-// Host-side dispatch from run-time facts to template parameters, and launch checking.
+// Launching: from run-time values to template parameters, and programmatic dependent launch with checks.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,7 +12,7 @@
 
 namespace fps {
 
-// Calls f(std::integral_constant<int, head_dim>{}, T{}) with T the element type.
+// Calls f(std::integral_constant<int, head_dim>{}, T{}), where T is the element type.
 template <class F>
 void dispatch(int head_dim, Dtype dtype, F &&f) {
     const auto with_dim = [&](auto dim) { dtype == Dtype::kBF16 ? f(dim, __nv_bfloat16{}) : f(dim, __half{}); };
@@ -26,9 +26,8 @@ void dispatch(int head_dim, Dtype dtype, F &&f) {
     }
 }
 
-// Parameters of a kernel that may start before the kernels ahead of it on the stream have ended. Every address that a
-// kernel uses comes from its parameters, and `after_previous` is the only way to them: a kernel that forgets to wait
-// does not compile.
+// Parameters of a kernel that may start before the previous kernels of the stream have ended. A kernel takes every
+// address from its parameters, and only `after_previous` returns them: a kernel that does not wait does not compile.
 template <class Params>
 class Deferred {
 public:
@@ -43,7 +42,7 @@ private:
     Params params_;
 };
 
-// Launches a kernel that may overlap the end of the one ahead of it on the stream.
+// Launches a kernel that may overlap the end of the previous kernel of the stream.
 template <class Params>
 void launch(void (*kernel)(Deferred<Params>), dim3 grid, int threads, int smem_bytes, cudaStream_t stream,
             const Params &p) {

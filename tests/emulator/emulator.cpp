@@ -2,7 +2,7 @@
 // from a seed. What the hardware does on its own time happens at a random later time: bulk copies land some steps after
 // they were issued, a few of them very late, and a wgmma runs as late as the kernel lets it (or, `eager`, as early),
 // each warp's 16 rows on their own: a warp's wait says nothing of the other three. Until then its accumulator and the
-// copy's destination hold NaN, as does memory that nobody wrote. So a missing wait shows in the results. What no
+// copy's destination hold NaN, as does memory that was never written. So a missing wait shows in the results. What no
 // program may do ends in an exception: a deadlock, misaligned addresses, registers touched while a wgmma uses them, a
 // proxy fence left out.
 //
