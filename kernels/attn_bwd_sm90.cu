@@ -280,7 +280,7 @@ __device__ __forceinline__ void load_ds(BF16 *ds, int first_key, TensorA &a) {
     }
 }
 
-// Hands this warpgroup's half of a step's dQ to its add warp, in the order of the fragment.
+// dQ of a step in the order of the fragment, for the add warp.
 template <class Cfg, class TensorQ>
 __device__ __forceinline__ void hand_over_dq(BwdSmem<Cfg> &smem, int warpgroup, const TensorQ &dq, RingState<1> step) {
     smem.dq_empty[warpgroup].wait(step.empty_parity());
@@ -311,144 +311,180 @@ __device__ void store(const BackwardParams &p, int row, const TensorC &dk, const
     }
 }
 
-// Operands in shared memory: k8, q8, v, dO, dO^T, q^T, dS, k^T. Where there is a ring, the last mode is the stage.
+// Operands in shared memory, as descriptors. Where there is a ring, the last mode is the stage.
+template <class K8, class Q8, class V, class DOut, class DOutT, class QT, class DS, class KT>
+struct Operands {
+    K8 k8;
+    Q8 q8;
+    V v;
+    DOut dout;
+    DOutT dout_t;
+    QT q_t;
+    DS ds;
+    KT k_t;
+};
+template <class... X>
+Operands(X...) -> Operands<X...>;
+
 template <class Cfg>
-__device__ auto operands(BwdSmem<Cfg> &smem, int warpgroup) {
+__device__ auto operands_of(BwdSmem<Cfg> &smem, int warpgroup) {
     constexpr int kStages = Cfg::kStages, kQStride = kQueryBlock * Cfg::kHeadDim;
     constexpr int kQ8Stride = sizeof(smem.stages[0]), kDOutStride = kQ8Stride / sizeof(BF16);
     auto &first = smem.stages[0];
-    Tensor sK8 = smem_tensor(smem.k8 + warpgroup * Cfg::kKeys * Cfg::kHeadDim, typename Cfg::LayoutK8{});
-    Tensor sQ8 = smem_tensor(first.q8, ring_of<kStages, kQ8Stride>(typename Cfg::LayoutQ8{}));
-    Tensor sV = local_tile(smem_tensor(smem.v, typename Cfg::LayoutV{}), Shape<Int<Cfg::kKeys>, Int<Cfg::kHeadDim>>{},
-                           make_coord(warpgroup, 0));
-    Tensor sdO = smem_tensor(first.dout, ring_of<kStages, kDOutStride>(typename Cfg::LayoutQuery{}));
-    Tensor sdOT = smem_tensor(first.dout, ring_of<kStages, kDOutStride>(typename Cfg::LayoutQueryT{}));
-    Tensor sQT = smem_tensor(smem.q[0], ring_of<kStages, kQStride>(typename Cfg::LayoutQueryT{}));
-    Tensor sdS = smem_tensor(smem.ds[0], ring_of<2, kBlock * kQueryBlock>(typename Cfg::LayoutDS{}));
-    Tensor sKT = smem_tensor(smem.k + warpgroup * kBlock * Cfg::kHalf, typename Cfg::LayoutKT{});
-    using MmaS = typename Cfg::MmaS;
-    using MmaDP = typename Cfg::MmaDP;
-    using MmaGrad = typename Cfg::MmaGrad;
-    using MmaDQ = typename Cfg::MmaDQ;
-    return cute::make_tuple(operand_a<MmaS>(sK8), operand_b<MmaS>(sQ8), operand_a<MmaDP>(sV), operand_b<MmaDP>(sdO),
-                            operand_b<MmaGrad>(sdOT), operand_b<MmaGrad>(sQT), operand_a<MmaDQ>(sdS),
-                            operand_b<MmaDQ>(sKT));
+    Tensor k8 = smem_tensor(smem.k8 + warpgroup * Cfg::kKeys * Cfg::kHeadDim, typename Cfg::LayoutK8{});
+    Tensor q8 = smem_tensor(first.q8, ring_of<kStages, kQ8Stride>(typename Cfg::LayoutQ8{}));
+    Tensor v = local_tile(smem_tensor(smem.v, typename Cfg::LayoutV{}), Shape<Int<Cfg::kKeys>, Int<Cfg::kHeadDim>>{},
+                          make_coord(warpgroup, 0));
+    Tensor dout = smem_tensor(first.dout, ring_of<kStages, kDOutStride>(typename Cfg::LayoutQuery{}));
+    Tensor dout_t = smem_tensor(first.dout, ring_of<kStages, kDOutStride>(typename Cfg::LayoutQueryT{}));
+    Tensor q_t = smem_tensor(smem.q[0], ring_of<kStages, kQStride>(typename Cfg::LayoutQueryT{}));
+    Tensor ds = smem_tensor(smem.ds[0], ring_of<2, kBlock * kQueryBlock>(typename Cfg::LayoutDS{}));
+    Tensor k_t = smem_tensor(smem.k + warpgroup * kBlock * Cfg::kHalf, typename Cfg::LayoutKT{});
+    return Operands{operand_a<typename Cfg::MmaS>(k8),        operand_b<typename Cfg::MmaS>(q8),
+                    operand_a<typename Cfg::MmaDP>(v),        operand_b<typename Cfg::MmaDP>(dout),
+                    operand_b<typename Cfg::MmaGrad>(dout_t), operand_b<typename Cfg::MmaGrad>(q_t),
+                    operand_a<typename Cfg::MmaDQ>(ds),       operand_b<typename Cfg::MmaDQ>(k_t)};
 }
 
-// Math warpgroup `warpgroup` owns the 64 keys of the block from 64 * warpgroup on. A prime marks what belongs to the
-// step before.
+// Results in registers.
+template <class Cfg>
+struct Fragments {
+    FragmentC<typename Cfg::MmaS, Cfg::kKeys, kQueryBlock> s;           // S^T, then X
+    FragmentC<typename Cfg::MmaDP, Cfg::kKeys, kQueryBlock> dp;         // dP^T, then dS^T
+    FragmentA<BF16, typename Cfg::MmaGrad, Cfg::kKeys, kQueryBlock> a;  // dS^T' or P^T, as operand
+    FragmentC<typename Cfg::MmaDQ, kQueryBlock, Cfg::kHalf> dq;
+    FragmentC<typename Cfg::MmaGrad, Cfg::kKeys, Cfg::kHeadDim> dv, dk;
+};
+
+// The keys of a math warpgroup.
+struct OwnKeys {
+    int warpgroup;
+    int first;         // first key, in the block
+    int row;           // this thread's first key, in the block; the other is row + 8
+    int valid;         // keys of the block that are not padding
+    float scale_log2;  // k's scale, times that of the scores, times log2(e)
+};
+
+// Waits for q of a step and issues dK += dS^T q.
+template <class Cfg, class Operands>
+__device__ __forceinline__ void issue_dk(BwdSmem<Cfg> &smem, const Operands &operands, Fragments<Cfg> &fragments,
+                                         RingState<Cfg::kStages> step) {
+    smem.q_full[step.stage()].wait(step.full_parity());
+    warpgroup_fence_operand(fragments.a);
+    issue<typename Cfg::MmaGrad>(fragments.a, operands.q_t(_, _, _, step.stage()), fragments.dk, Sum::kAddTo);
+}
+
+// Waits for dS of both warpgroups in this buffer and issues dQ = dS k. dS of step n lies in buffer n % 2 and completes
+// phase n + 1 of ds_full. Phase 0 is that of the zeros before the first step.
+template <class Cfg, class Operands>
+__device__ __forceinline__ void issue_dq(BwdSmem<Cfg> &smem, const Operands &operands, Fragments<Cfg> &fragments,
+                                         int buffer) {
+    smem.ds_full.wait(buffer ^ 1);
+    fence_proxy_async();
+    issue<typename Cfg::MmaDQ>(operands.ds(_, _, _, buffer), operands.k_t, fragments.dq, Sum::kFromZero);
+}
+
+// One query block. A prime marks what belongs to the step before, `before`.
+template <class Cfg, class Operands>
+__device__ __forceinline__ void step(BwdSmem<Cfg> &smem, const Operands &operands, Fragments<Cfg> &fragments,
+                                     const OwnKeys &own, RingState<Cfg::kStages> ring,
+                                     RingState<Cfg::kStages> &before) {
+    auto &[rS, rdP, rA, rdQ, rdV, rdK] = fragments;
+    const int s = ring.stage(), ds = ring.count % 2;  // buffer of dS; that of dS' is the other one
+    const QueryRows &rows = smem.rows[s];
+    float2 offset[kHalfGroups];
+
+    // Load dS^T' of the own keys.
+    load_ds(smem.ds[ds ^ 1], own.first, rA);
+
+    // Wait for the queries. Issue S^T = k8 q8^T.
+    smem.full[s].wait(ring.full_parity());
+    issue<typename Cfg::MmaS>(operands.k8, operands.q8(_, _, _, s), rS, Sum::kFromZero);
+
+    // Wait for q'. Issue dK += dS^T' q'.
+    issue_dk(smem, operands, fragments, before);
+
+    // Wait for S^T. X = 2^(S^T scale + offset) of the first half of the queries.
+    // The scale is above zero, because padding's score is -inf, and 0 times that would be NaN.
+    const float scale_log2 = fmaxf(rows.scale * own.scale_log2, FLT_MIN);
+    load_offsets<0>(rows, offset);
+    wait_for_products<1>(rS);
+    mask(rS, own.row, own.valid);
+    exponentiate<0>(rS, scale_log2, offset);
+
+    // Wait for dS' of both warpgroups. Issue dQ' = dS' k.
+    issue_dq(smem, operands, fragments, ds ^ 1);
+
+    // Wait for dK and dQ'. Hand over dQ' and release q'.
+    load_offsets<kHalfGroups>(rows, offset);
+    wait_for_products<0>(rdK, rdQ);
+    if (ring.count > 0) {
+        hand_over_dq(smem, own.warpgroup, rdQ, {before.count});
+        smem.q_empty[before.stage()].arrive_as_warp();
+        before.next();
+    }
+
+    // Issue dP^T = v dO^T.
+    issue<typename Cfg::MmaDP>(operands.v, operands.dout(_, _, _, s), rdP, Sum::kFromZero);
+
+    // X of the other half. Round it to P^T.
+    exponentiate<kHalfGroups>(rS, scale_log2, offset);
+    round_and_pack(rS, rA);
+
+    // Issue dV += P^T dO.
+    warpgroup_fence_operand(rA);
+    issue<typename Cfg::MmaGrad>(rA, operands.dout_t(_, _, _, s), rdV, Sum::kAddTo);
+
+    // Wait for dP^T. dS^T = X (dP^T - delta), in a fragment of its own: dV's product still reads rA.
+    wait_for_products<1>(rdP);
+    differentiate(rdP, rS, rows);
+    Tensor rdST = make_fragment_like(rA);
+    pack(rdP, rdST);
+
+    // Publish dS^T.
+    store_ds(smem.ds[ds], own.first, rdST);
+    smem.ds_full.arrive_as_warp();
+
+    // Wait for dV. Release the stage.
+    wait_for_products<0>(rdV);
+    smem.empty[s].arrive_as_warp();
+}
+
+// Math warpgroup `warpgroup` owns the 64 keys of the block from 64 * warpgroup on.
 template <class Cfg, class T>
 __device__ void math(const BackwardParams &p, BwdSmem<Cfg> &smem, int warpgroup) {
-    const auto [rK8, rQ8, rV, rdO, rdOT, rQT, rdS, rKT] = operands(smem, warpgroup);
-
-    // Fragments in registers.
-    typename Cfg::MmaS mma_s;
-    typename Cfg::MmaDP mma_dp;
-    typename Cfg::MmaGrad mma_grad;
-    typename Cfg::MmaDQ mma_dq;
-    using Scores = Shape<Int<Cfg::kKeys>, Int<kQueryBlock>>;
-    using KeyGrad = Shape<Int<Cfg::kKeys>, Int<Cfg::kHeadDim>>;
-    Tensor rS = partition_fragment_C(mma_s, Scores{});
-    Tensor rdP = partition_fragment_C(mma_dp, Scores{});
-    Tensor rA = make_tensor<BF16>(partition_shape_A(mma_grad, Scores{}));  // dS^T' or P^T
-    Tensor rdQ = partition_fragment_C(mma_dq, Shape<Int<kQueryBlock>, Int<Cfg::kHalf>>{});
-    Tensor rdV = partition_fragment_C(mma_grad, KeyGrad{});
-    Tensor rdK = partition_fragment_C(mma_grad, KeyGrad{});
-    clear(rdV);
-    clear(rdK);
+    const auto operands = operands_of(smem, warpgroup);
+    Fragments<Cfg> fragments;
+    clear(fragments.dv);
+    clear(fragments.dk);
 
     // Wait for the keys.
     smem.keys_full.wait(0);
-    const float k_scale_log2 = smem.k_meta.scale * p.scale * kLog2E;
-    const int valid = smem.k_meta.valid;  // keys of the block
-    const int first_key = warpgroup * Cfg::kKeys, row = first_key + fragment_row(threadIdx.x % 128);
+    const int first_key = warpgroup * Cfg::kKeys;
+    const OwnKeys own{warpgroup, first_key, first_key + fragment_row(threadIdx.x % 128), smem.k_meta.valid,
+                      smem.k_meta.scale * p.scale * kLog2E};
 
     // Before the first step there is no dS'. Zeros take its place.
-    clear(rA);
-    store_ds(smem.ds[1], first_key, rA);
+    clear(fragments.a);
+    store_ds(smem.ds[1], own.first, fragments.a);
     smem.ds_full.arrive_as_warp();
 
+    // Walk the query blocks.
     RingState<Cfg::kStages> ring, before;
     for (int left = KeyItem(p).n_query_blocks(p.geometry); left > 0; --left) {
-        // Step n uses buffer n % 2 of dS, and phase n of ds_full says that dS' of both warpgroups is there.
-        const int s = ring.stage(), ds = ring.count % 2;
-        const QueryRows &rows = smem.rows[s];
-        float2 offset[kHalfGroups];
-
-        // Load dS^T' of the own keys.
-        load_ds(smem.ds[ds ^ 1], first_key, rA);
-
-        // Wait for the queries. Issue S^T = k8 q8^T.
-        smem.full[s].wait(ring.full_parity());
-        issue(mma_s, rK8, rQ8(_, _, _, s), rS, Sum::kFromZero);
-
-        // Wait for q'. Issue dK += dS^T' q'.
-        smem.q_full[before.stage()].wait(before.full_parity());
-        warpgroup_fence_operand(rA);
-        issue(mma_grad, rA, rQT(_, _, _, before.stage()), rdK, Sum::kAddTo);
-
-        // Wait for S^T. X = 2^(S^T scale + offset) of the first half of the queries.
-        // The scale is above zero, because padding's score is -inf, and 0 times that would be NaN.
-        const float scale_log2 = fmaxf(rows.scale * k_scale_log2, FLT_MIN);
-        load_offsets<0>(rows, offset);
-        wait_for_products<1>(rS);
-        mask(rS, row, valid);
-        exponentiate<0>(rS, scale_log2, offset);
-
-        // Wait for dS' of both warpgroups. Issue dQ' = dS' k.
-        smem.ds_full.wait(ds);
-        fence_proxy_async();
-        issue(mma_dq, rdS(_, _, _, ds ^ 1), rKT, rdQ, Sum::kFromZero);
-
-        // Wait for dK and dQ'. Hand over dQ' and release q'.
-        load_offsets<kHalfGroups>(rows, offset);
-        wait_for_products<0>(rdK, rdQ);
-        if (ring.count > 0) {
-            hand_over_dq(smem, warpgroup, rdQ, {before.count});
-            smem.q_empty[before.stage()].arrive_as_warp();
-            before.next();
-        }
-
-        // Issue dP^T = v dO^T.
-        issue(mma_dp, rV, rdO(_, _, _, s), rdP, Sum::kFromZero);
-
-        // X of the other half. Round it to P^T.
-        exponentiate<kHalfGroups>(rS, scale_log2, offset);
-        round_and_pack(rS, rA);
-
-        // Issue dV += P^T dO.
-        warpgroup_fence_operand(rA);
-        issue(mma_grad, rA, rdOT(_, _, _, s), rdV, Sum::kAddTo);
-
-        // Wait for dP^T. dS^T = X (dP^T - delta), in a fragment of its own: dV's product still reads rA.
-        wait_for_products<1>(rdP);
-        differentiate(rdP, rS, rows);
-        Tensor rdST = make_fragment_like(rA);
-        pack(rdP, rdST);
-
-        // Publish dS^T.
-        store_ds(smem.ds[ds], first_key, rdST);
-        smem.ds_full.arrive_as_warp();
-
-        // Wait for dV. Release the stage.
-        wait_for_products<0>(rdV);
-        smem.empty[s].arrive_as_warp();
+        step(smem, operands, fragments, own, ring, before);
         ring.next();
     }
 
     // dK and dQ of the last step.
     const int last = ring.count % 2 ^ 1;
-    load_ds(smem.ds[last], first_key, rA);
-    smem.q_full[before.stage()].wait(before.full_parity());
-    warpgroup_fence_operand(rA);
-    issue(mma_grad, rA, rQT(_, _, _, before.stage()), rdK, Sum::kAddTo);
-    smem.ds_full.wait(last ^ 1);
-    fence_proxy_async();
-    issue(mma_dq, rdS(_, _, _, last), rKT, rdQ, Sum::kFromZero);
-    wait_for_products<0>(rdK, rdQ);
-    hand_over_dq(smem, warpgroup, rdQ, {before.count});
+    load_ds(smem.ds[last], own.first, fragments.a);
+    issue_dk(smem, operands, fragments, before);
+    issue_dq(smem, operands, fragments, last);
+    wait_for_products<0>(fragments.dk, fragments.dq);
+    hand_over_dq(smem, warpgroup, fragments.dq, {before.count});
 
-    store<Cfg, T>(p, row, rdK, rdV);
+    store<Cfg, T>(p, own.row, fragments.dk, fragments.dv);
 }
 
 template <class Cfg, class T>

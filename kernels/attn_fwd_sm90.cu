@@ -389,11 +389,9 @@ __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int warpgroup) 
     Tensor rV = operand_b<MmaPV>(smem_tensor(keys.v, ring_of<Cfg::kStages, kStride>(typename Cfg::LayoutV{})));
 
     // Fragments in registers.
-    MmaQK mma_qk;
-    MmaPV mma_pv;
-    Tensor rS = partition_fragment_C(mma_qk, Shape<Int<kQueryBlock>, Int<kBlock>>{});
-    Tensor rP = make_tensor<E4M3>(partition_shape_A(mma_pv, Shape<Int<kQueryBlock>, Int<kBlock>>{}));
-    Tensor rO = partition_fragment_C(mma_pv, Shape<Int<kQueryBlock>, Int<Cfg::kHeadDim>>{});
+    FragmentC<MmaQK, kQueryBlock, kBlock> rS;
+    FragmentA<E4M3, MmaPV, kQueryBlock, kBlock> rP;
+    FragmentC<MmaPV, kQueryBlock, Cfg::kHeadDim> rO;
     Tensor rT = fragment_of_t<Cfg>(rS, rO);
 
     RingState<Cfg::kStages> ring;
@@ -418,7 +416,7 @@ __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int warpgroup) 
         // First key block: S = Q K^T, and softmax from its maxima.
         smem.full[ring.stage()].wait(ring.full_parity());
         BlockMeta meta = smem.stages[ring.stage()].block.meta;
-        issue(mma_qk, rQ(_, _, _, q_stage), rK(_, _, _, ring.stage()), rS, Sum::kFromZero);
+        issue<MmaQK>(rQ(_, _, _, q_stage), rK(_, _, _, ring.stage()), rS, Sum::kFromZero);
         wait_for_products<0>(rS);
         softmax(rS, rP, row, q_scale_log2, meta, true);
         const bool careful = may_overflow(p, task.item.bh, row);
@@ -426,7 +424,7 @@ __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int warpgroup) 
         while (--left > 0) {
             // Issue T = P V.
             warpgroup_fence_operand(rP);
-            issue(mma_pv, rP, rV(_, _, _, ring.stage()), rT, Sum::kFromZero);
+            issue<MmaPV>(rP, rV(_, _, _, ring.stage()), rT, Sum::kFromZero);
             Barrier &read = smem.empty[ring.stage()];
             ring.next();
 
@@ -442,7 +440,7 @@ __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int warpgroup) 
             read.arrive_as_warp();
 
             // Issue S = Q K^T and wait for it.
-            issue(mma_qk, rQ(_, _, _, q_stage), rK(_, _, _, ring.stage()), rS, Sum::kFromZero);
+            issue<MmaQK>(rQ(_, _, _, q_stage), rK(_, _, _, ring.stage()), rS, Sum::kFromZero);
             wait_for_products<0>(rS);
 
             // Softmax: S to P.
@@ -451,7 +449,7 @@ __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int warpgroup) 
 
         // Last key block: T = P V, added to O. Release the stage.
         warpgroup_fence_operand(rP);
-        issue(mma_pv, rP, rV(_, _, _, ring.stage()), rT, Sum::kFromZero);
+        issue<MmaPV>(rP, rV(_, _, _, ring.stage()), rT, Sum::kFromZero);
         wait_for_products<0>(rT);
         add_to_o(rO, rT, row);
         smem.empty[ring.stage()].arrive_as_warp();

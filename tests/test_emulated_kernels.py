@@ -326,54 +326,52 @@ def test_only_kernels_that_wait_can_be_launched(emulated, tmp_path):
 
 # Faults of the kernels, each of which must be noticed. One build holds them all, and they stay asleep until a test
 # wakes one. Text of a source, and what replaces it.
-Q_EMPTY = "            smem.q_empty[before.stage()].arrive_as_warp();\n"
-ZEROS = "    store_ds(smem.ds[1], first_key, rA);\n"
-DK = "        issue(mma_grad, rA, rQT(_, _, _, before.stage()), rdK, Sum::kAddTo);\n\n"
-DQ = "        issue(mma_dq, rdS(_, _, _, ds ^ 1), rKT, rdQ, Sum::kFromZero);\n"
-FENCED_DQ = "        fence_proxy_async();\n" + DQ
-DP_DONE = "        wait_for_products<1>(rdP);\n"
-DS = "        store_ds(smem.ds[ds], first_key, rdST);\n"
-STEP_DONE = "        smem.empty[s].arrive_as_warp();\n        ring.next();\n"
+Q_EMPTY = "        smem.q_empty[before.stage()].arrive_as_warp();\n"
+ZEROS = "    store_ds(smem.ds[1], own.first, fragments.a);\n"
+DK = "    issue_dk(smem, operands, fragments, before);\n\n"
+DQ = (
+    "    issue<typename Cfg::MmaDQ>"
+    "(operands.ds(_, _, _, buffer), operands.k_t, fragments.dq, Sum::kFromZero);\n"
+)
+FENCED_DQ = "    fence_proxy_async();\n" + DQ
+DP_DONE = "    wait_for_products<1>(rdP);\n"
+DS = "    store_ds(smem.ds[ds], own.first, rdST);\n"
+STEP_DONE = "    smem.empty[s].arrive_as_warp();\n"
 ONE_FOR_FOUR = "if (threadIdx.x % 128 == 0) {{\nfor (int i = 0; i < 4; ++i) {{\n{}.arrive();\n}}\n}}\n"
 BACKWARD = {
-    "S read while it is computed": {
-        "        wait_for_products<1>(rS);\n": "        warpgroup_fence_operand(rS);\n"
-    },
+    "S read while it is computed": {"    wait_for_products<1>(rS);\n": "    warpgroup_fence_operand(rS);\n"},
     "no zeros for the first step": {ZEROS: ""},
-    "dQ of dS that is not all there": {"        smem.ds_full.wait(ds);": ""},
+    "dQ of dS that is not all there": {"    smem.ds_full.wait(buffer ^ 1);": ""},
     "dQ of dS without a proxy fence": {FENCED_DQ: DQ},
     "one buffer of dS": {
         ZEROS: ZEROS.replace("ds[1]", "ds[0]"),
         "smem.ds[ds ^ 1]": "smem.ds[0]",
-        FENCED_DQ: FENCED_DQ.replace("ds ^ 1", "0"),
+        FENCED_DQ: FENCED_DQ.replace("buffer", "0"),
         DS: DS.replace("ds[ds]", "ds[0]"),
         "smem.ds[last]": "smem.ds[0]",
-        "rdS(_, _, _, last)": "rdS(_, _, _, 0)",
     },
     "dK of the dS before last": {"smem.ds[ds ^ 1]": "smem.ds[ds]"},
     "dS in registers that dV reads": {
-        "        pack(rdP, rdST);\n": "        pack(rdP, rA);\n",
+        "    pack(rdP, rdST);\n": "    pack(rdP, rA);\n",
         DS: DS.replace("rdST", "rA"),
     },
     "dK of queries that are not there": {
-        "        smem.q_full[before.stage()].wait(before.full_parity());\n": "",
+        "    smem.q_full[step.stage()].wait(step.full_parity());\n": "",
     },
     "queries released before dK has read them": {
         Q_EMPTY: "",
-        DK: DK + "        if (ring.count > 0) {\n" + Q_EMPTY + "        }\n",
+        DK: DK + "    if (ring.count > 0) {\n" + Q_EMPTY + "    }\n",
     },
     "queries released by one warp for four": {Q_EMPTY: ONE_FOR_FOUR.format("smem.q_empty[before.stage()]")},
     "dO released before dV has read it": {
-        DP_DONE: DP_DONE + "        smem.empty[s].arrive_as_warp();\n",
-        STEP_DONE: "        ring.next();\n",
+        DP_DONE: DP_DONE + STEP_DONE.lstrip(),
+        STEP_DONE: "",
     },
     "rows released before minus_delta was read": {
-        DP_DONE: DP_DONE.replace("<1>", "<0>") + "        smem.empty[s].arrive_as_warp();\n",
-        STEP_DONE: "        ring.next();\n",
+        DP_DONE: DP_DONE.replace("<1>", "<0>") + STEP_DONE.lstrip(),
+        STEP_DONE: "",
     },
-    "dO released by one warp for four": {
-        STEP_DONE: ONE_FOR_FOUR.format("smem.empty[s]") + "        ring.next();\n"
-    },
+    "dO released by one warp for four": {STEP_DONE: ONE_FOR_FOUR.format("smem.empty[s]")},
     "dQ handed over while the one before is read": {
         "    smem.dq_empty[warpgroup].wait(step.empty_parity());\n": "",
     },

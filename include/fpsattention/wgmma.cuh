@@ -19,6 +19,13 @@ __device__ auto smem_tensor(Element *first, Layout layout) {
     return cute::make_tensor(cute::make_smem_ptr(first), layout);
 }
 
+// Fragments in registers: accumulator C of kRows x kColumns, and operand A of kRows x kInner.
+template <class Mma, int kRows, int kColumns>
+using FragmentC = decltype(cute::partition_fragment_C(Mma{}, cute::Shape<cute::Int<kRows>, cute::Int<kColumns>>{}));
+template <class Element, class Mma, int kRows, int kInner>
+using FragmentA = decltype(cute::make_tensor<Element>(
+    cute::partition_shape_A(Mma{}, cute::Shape<cute::Int<kRows>, cute::Int<kInner>>{})));
+
 // Operand A or B of a product, as descriptors of a tensor in shared memory. Modes: instruction, rows, k steps, and the
 // stage if there is a ring.
 template <class Mma, class Tensor>
@@ -33,8 +40,9 @@ __device__ auto operand_b(const Tensor &smem) {
 // Issues C = A B^T, or C += A B^T, over all k steps and commits it as one group.
 enum class Sum { kFromZero, kAddTo };
 template <class Mma, class A, class B, class C>
-__device__ __forceinline__ void issue(Mma &mma, const A &a, const B &b, C &c, Sum sum) {
+__device__ __forceinline__ void issue(const A &a, const B &b, C &c, Sum sum) {
     using cute::_;
+    Mma mma;
     cute::warpgroup_fence_operand(c);
     cute::warpgroup_arrive();
     mma.accumulate_ = sum == Sum::kFromZero ? cute::GMMA::ScaleOut::Zero : cute::GMMA::ScaleOut::One;
