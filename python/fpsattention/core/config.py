@@ -100,7 +100,7 @@ class AttentionConfig:
 def _spec_of(config: AttentionConfig) -> str:
     # Hexadecimal, which has no limit of digits. torch.compile makes a constant of an index.
     def by(triple: Triple | None) -> str:
-        return ".".join([hex(operator.index(n))[2:] for n in triple or ()])
+        return ".".join([f"{operator.index(n):x}" for n in triple or ()])
 
     windows = config.window or ()
     windows = (windows,) if windows and isinstance(windows[0], int) else windows
