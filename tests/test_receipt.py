@@ -200,7 +200,7 @@ def test_the_real_tree_is_hashed():
     names = {path.relative_to(receipt.ROOT).as_posix() for path in receipt.source_files(receipt.ROOT)}
     assert {"CMakeLists.txt", "setup.py", "build_backend.py", "kernels/bindings.cpp"} <= names
     assert {"tests/receipt.py", "tests/conftest.py", "tests/compare.py", "tests/tiny_diffusers.py"} <= names
-    assert {"python/fpsattention/core/api.py", "python/fpsattention/integrations/diffusers.py"} <= names
+    assert {"python/fpsattention/core/api.py", "python/fpsattention/integrations/hosts.py"} <= names
     assert any(name.startswith("include/") for name in names)
     assert not names & {"tests/test_demo.py", "tests/test_receipt.py", "python/fpsattention/cli/demo.py"}
     assert not any(name.endswith((".so", ".json", ".pyc", ".pyi", ".md")) for name in names)
