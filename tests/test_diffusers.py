@@ -21,8 +21,7 @@ try:
     import diffusers
 
     import tiny_diffusers as tiny
-    from fpsattention.integrations import diffusers_models
-    from fpsattention.integrations.diffusers import enable
+    from fpsattention.integrations.diffusers import enable, models, processor
 except ImportError as error:  # not installed, or a version that was not compared
     if os.environ.get("CI"):
         raise
@@ -62,7 +61,7 @@ class Recorder:
         self.ran: Counter = Counter()
         self.grids = set()
         self.step = 0
-        attention = diffusers_models.attention
+        attention = processor.attention
 
         def record(*args, grid, config, **kwargs):
             self.grids.add(grid)
@@ -72,10 +71,10 @@ class Recorder:
         def before(*_):
             self.layer_config = None
 
-        monkeypatch.setattr(diffusers_models, "attention", record)
+        monkeypatch.setattr(processor, "attention", record)
         for name in model.names:
             transformer = getattr(model.pipe, name)
-            for i, layer in enumerate(diffusers_models.MODELS[type(transformer)].layers(transformer)):
+            for i, layer in enumerate(models.MODELS[type(transformer)].layers(transformer)):
 
                 def after(*_, where=(name, i)):
                     name, i = where
@@ -289,7 +288,7 @@ def test_transformer_alone_goes_by_noise_level():
 
 
 def test_noise_level_of_mochi_runs_backwards():
-    model = diffusers_models.Mochi
+    model = models.Mochi
     assert model.sigma(torch.tensor([0.0, 250.0, 1000.0])).tolist() == [1.0, 0.75, 0.0]
 
 
@@ -299,7 +298,7 @@ def test_norm_and_rotation_are_fused_where_nobody_else_needs_them(monkeypatch):
     (its weight may be elsewhere until they run) they do not.
     """
     transformer = tiny.wan_transformer()
-    for layer in diffusers_models.Wan.layers(transformer):
+    for layer in models.Wan.layers(transformer):
         for norm in (layer.norm_q, layer.norm_k):
             torch.nn.init.uniform_(norm.weight, 0.5, 2.0)
     ran = []
@@ -308,8 +307,8 @@ def test_norm_and_rotation_are_fused_where_nobody_else_needs_them(monkeypatch):
         ran.append(kwargs["config"])
         return norm_rope_quantize(*args, **kwargs)
 
-    norm_rope_quantize = diffusers_models.norm_rope_quantize
-    monkeypatch.setattr(diffusers_models, "norm_rope_quantize", record)
+    norm_rope_quantize = processor.norm_rope_quantize
+    monkeypatch.setattr(processor, "norm_rope_quantize", record)
 
     def forward():
         return transformer(**inputs(), timestep=torch.tensor([500.0])).sample
@@ -320,17 +319,17 @@ def test_norm_and_rotation_are_fused_where_nobody_else_needs_them(monkeypatch):
         assert ran == [FP8, FP8]
         with torch.autocast("cpu", torch.bfloat16):
             forward()
-        hook = diffusers_models.Wan.layers(transformer)[0].norm_q.register_forward_hook(lambda *_: None)
+        hook = models.Wan.layers(transformer)[0].norm_q.register_forward_hook(lambda *_: None)
         forward()
         assert ran == [FP8, FP8, FP8], "the other layer"
         hook.remove()
         ran.pop()
         with monkeypatch.context() as patch:
-            patch.setattr(diffusers_models.Wan, "fuses", lambda *_: False)
+            patch.setattr(models.Wan, "fuses", lambda *_: False)
             apart = forward()
     forward()
     transformer.requires_grad_(False)
-    norm = diffusers_models.Wan.layers(transformer)[0].norm_q.weight.requires_grad_()
+    norm = models.Wan.layers(transformer)[0].norm_q.weight.requires_grad_()
     forward().square().sum().backward()
     assert norm.grad.abs().sum() > 0
     handle.remove()
@@ -514,7 +513,7 @@ def test_deep_copy_is_enabled_too(wan):
     assert torch.equal(ours, theirs)
     assert (early - ours).abs().max() > 1e-3
     handle.remove()
-    assert isinstance(copied.blocks[0].attn1.processor, diffusers_models.Wan)
+    assert isinstance(copied.blocks[0].attn1.processor, models.Wan)
 
 
 def test_deep_copies_of_a_pipeline(wan, monkeypatch):
@@ -584,7 +583,7 @@ def test_neither_of_two_transformers_is_changed_when_one_cannot_be():
     model.pipe.transformer_2.blocks[1].attn1.processor = lambda *_: None
     with pytest.raises(RuntimeError, match="layer 1 of transformer_2 has a function"):
         enable(model.pipe, STAGES)
-    assert type(model.pipe.transformer.blocks[0].attn1.processor) is diffusers_models.Wan.stock
+    assert type(model.pipe.transformer.blocks[0].attn1.processor) is models.Wan.stock
 
 
 def test_a_processor_replaced_by_the_host_is_no_silent_fallback():
@@ -679,7 +678,7 @@ def test_call_that_skips_the_hooks(wan):
 def test_tokens_that_are_no_grid(wan, monkeypatch):
     """As if the host had begun to cut its patches in another way."""
     enable(wan.pipe, STAGES)
-    monkeypatch.setattr(diffusers_models.Wan, "grid", staticmethod(lambda config, inputs: (3, 4, 5)))
+    monkeypatch.setattr(models.Wan, "grid", staticmethod(lambda config, inputs: (3, 4, 5)))
     with pytest.raises(RuntimeError, match=r"grid \(3, 4, 5\), but a layer got 72 tokens"):
         wan.run()
 
@@ -750,7 +749,7 @@ def test_attention_backend_of_the_host_holds_for_dense_steps(wan):
     enable(wan.pipe, STAGES, dense_steps=1)
     wan.pipe.transformer.set_attention_backend("native")
     processor = wan.pipe.transformer.blocks[0].attn1.processor
-    assert isinstance(processor, diffusers_models.Wan) and processor.replaced._attention_backend == "native"
+    assert isinstance(processor, models.Wan) and processor.replaced._attention_backend == "native"
     wan.pipe.transformer.reset_attention_backend()
     assert processor.replaced._attention_backend is None
 

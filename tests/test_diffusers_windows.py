@@ -14,9 +14,9 @@ from test_diffusers import (  # skips all without diffusers
     Recorder,
     compile_transformer,
     diffusers,
-    diffusers_models,
     enable,
     inputs,
+    processor,
     tiny,
 )
 
@@ -78,13 +78,13 @@ def test_each_step_and_layer_runs_its_windows(name, monkeypatch):
         for _ in range(model.passes)
         for layer in layers
     ]
-    attention = diffusers_models.attention
+    attention = processor.attention
 
     def by_hand(*args, config, **kwargs):
         config = fps.AttentionConfig(tile=CONFIG.tile, window=queue.pop(0), quant="none")
         return attention(*args, config=config, **kwargs)
 
-    monkeypatch.setattr(diffusers_models, "attention", by_hand)
+    monkeypatch.setattr(processor, "attention", by_hand)
     enable(model.pipe, fps.StepSchedule(CONFIG, CONFIG, CONFIG), dense_steps=[dense])
     expected = model.run()
     assert not queue

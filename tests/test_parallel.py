@@ -242,8 +242,7 @@ def gather_unequal(x: torch.Tensor, dim: int, group) -> torch.Tensor:
 def pipeline_against_one(first: str, height: int) -> tuple[float, float, int]:
     """(largest difference, largest value, steps in which `ulysses_attention` ran)"""
     import tiny_diffusers as tiny
-    from fpsattention.integrations import diffusers_models
-    from fpsattention.integrations.diffusers import enable
+    from fpsattention.integrations.diffusers import enable, processor
 
     sparse = fps.AttentionConfig(TILE, HOST_WINDOWS, quant="none")
     schedule = fps.StepSchedule(sparse, fps.AttentionConfig(TILE), sparse)
@@ -258,7 +257,7 @@ def pipeline_against_one(first: str, height: int) -> tuple[float, float, int]:
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fpsattention runs its reference")
         ulysses = Mock(side_effect=parallel.ulysses_attention)
-        patch.setattr(diffusers_models, "ulysses_attention", ulysses)
+        patch.setattr(processor, "ulysses_attention", ulysses)
         patch.setattr("diffusers.hooks.context_parallel._all_gather_anything", gather_unequal)
         expected, ours = (x.run(output_type="latent", height=height) for x in (one, model))
     difference = (ours - expected).abs().max().item()

@@ -1,8 +1,8 @@
-"""FPSAttention in FastVideo's Wan models, in training and wherever else the transformer is in the process at hand.
+"""FPSAttention in FastVideo's Wan models, for training and wherever else a process holds the transformer itself.
 
-FastVideo chooses among the members of an enumeration of its own, to which another package cannot add one. But its layer
-of self-attention, `DistributedAttention`, holds an object that does the work, for all tokens and this process's heads:
-`enable` puts another in its place. Compared with FastVideo 0.2.1.
+FastVideo chooses its attention from an enumeration, to which another package cannot add a member. But its
+self-attention layer, `DistributedAttention`, holds an object that does the work for all tokens and this process's
+heads. `enable` replaces that object. Compared with FastVideo 0.2.1.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from importlib import metadata
 
-import torch
 from fastvideo.attention.backends.abstract import AttentionImpl
 from fastvideo.attention.layer import DistributedAttention
 from fastvideo.distributed.parallel_state import get_sp_parallel_rank, get_sp_world_size
@@ -24,7 +23,7 @@ from ..core.checks import Triple, shown
 from ..core.support import check_backend
 from ..parallel import own_windows
 from ..schedules.schedule import StepSchedule
-from .hosts import as_dense_layers, host_class, noisiest
+from .hosts import as_dense_layers, host_class, noisiest, patches
 from .scope import Scope
 
 COMPARED = ("0.2.1",)
@@ -47,19 +46,19 @@ def enable(
 ) -> Handle:
     """Let the self-attention layers of a transformer run FPSAttention.
 
-    The stage of each sample is that of its noise level, timestep / 1000 (`StepSchedule.for_sigma`); the token grid is
-    read from each forward's latents. Works under FastVideo's sequence parallelism, and before or after its FSDP and its
-    activation checkpointing: layers are recomputed as they ran in their forward, whatever ran since. A forward waits
-    for the GPU once, to read the timesteps.
+    The stage of each sample is that of its noise level, timestep / 1000 (`StepSchedule.for_sigma`). The token grid is
+    read from the latents of each forward. Works under FastVideo's sequence parallelism, and before or after its FSDP
+    and its activation checkpointing: layers are recomputed as they ran in their forward, whatever ran since. A forward
+    waits for the GPU once, to read the timesteps.
 
     Args:
         transformer: FastVideo's Wan2.1 or 2.2, text or image to video (`WanTransformer3DModel`).
         schedule: the config of each stage.
-        shift: as in `StepSchedule.for_sigma`: that of the pipeline's scheduler (`flow_shift`).
+        shift: as in `StepSchedule.for_sigma`; the `flow_shift` of the pipeline's scheduler.
         dense_layers: layers that keep FastVideo's own attention; -1 is the last.
         backend: as in `fpsattention.attention`.
 
-    Returns the `Handle` that takes it off again.
+    Returns the `Handle` that removes FPSAttention again.
     Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value; RuntimeError
     when FPSAttention is on already, or the model was loaded with a backend whose layers take more than Q, K and V
     (VIDEO_SPARSE_ATTN) or have weights. During a forward: RuntimeError when a layer's attention has been replaced;
@@ -91,7 +90,7 @@ def enable(
 
 @dataclass(frozen=True)
 class Forward:
-    """What the layers must know of one forward of the transformer.
+    """What the layers need to know of one forward of the transformer.
 
     Attributes:
         grid: tokens (T, H, W).
@@ -119,35 +118,21 @@ class Handle:
         self.layers = layers
         for layer in layers:
             layer.attn_impl = FPSAttentionImpl(layer, self)
-        self.hooks = (
-            transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            transformer.register_forward_hook(self._after_forward, always_call=True),
-        )
+        self.hooks = self.scope.hooks(transformer, self._forward_of)
 
     def remove(self) -> None:
-        """Give every layer its own attention back, save one that someone else has replaced since. Can be repeated."""
+        """Give every layer its own attention back, except where someone else has replaced ours since. Can be
+        repeated.
+        """
         for layer in self.layers:
             if self._is_in(layer):
                 layer.attn_impl = layer.attn_impl.replaced
-        self.scope.put_down(self.transformer)
-        for hook in self.hooks:
-            hook.remove()
+        self.hooks.remove()
 
     def _is_in(self, layer: DistributedAttention) -> bool:
         return isinstance(layer.attn_impl, FPSAttentionImpl) and layer.attn_impl.handle is self
 
-    @torch.compiler.disable
-    def _before_forward(self, module, args, kwargs):
-        self.scope.enter(None)  # first of all: `_after_forward` leaves it even if this raises
-        self.scope.forward = self._forward(module, args, kwargs)
-        if torch.is_grad_enabled():
-            self.scope.carry(module)
-
-    @torch.compiler.disable
-    def _after_forward(self, module, args, output):
-        self.scope.leave()
-
-    def _forward(self, module, args, kwargs) -> Forward:
+    def _forward_of(self, module: nn.Module, args: tuple, kwargs: dict) -> Forward:
         for layer in self.layers:
             if not self._is_in(layer):
                 raise RuntimeError(
@@ -155,13 +140,12 @@ class Handle:
                     f"would not run; call remove() of the handle, and enable() again"
                 )
         inputs = self.signature.bind(module, *args, **kwargs).arguments
-        latents = inputs["hidden_states"].shape[2:]
-        grid = self.grid = tuple(n // patch for n, patch in zip(latents, module.patch_size, strict=True))
-        return Forward(grid, noisiest(inputs["timestep"]).float().cpu() / TRAIN_TIMESTEPS)
+        self.grid = patches(inputs["hidden_states"].shape[2:], module.patch_size)
+        return Forward(self.grid, noisiest(inputs["timestep"]).float().cpu() / TRAIN_TIMESTEPS)
 
 
 class FPSAttentionImpl(AttentionImpl):
-    """What a `DistributedAttention` calls; `replaced` is FastVideo's own."""
+    """Does the work of a `DistributedAttention`, in place of FastVideo's own (`replaced`)."""
 
     def __init__(self, layer: DistributedAttention, handle: Handle):
         self.replaced = layer.attn_impl
@@ -169,13 +153,14 @@ class FPSAttentionImpl(AttentionImpl):
         self.handle = handle
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata) -> Tensor:
-        """query, key, value: [B, L, H / P, D], all tokens of this process's heads. Returns the like."""
+        """query, key, value: [B, L, H / P, D], all tokens of this process's heads. Returns the same shape."""
         handle = self.handle
         forward = handle.scope.current()
 
         def attend(config, q, k, v):
             config = own_windows(config, self.heads, get_sp_parallel_rank(), get_sp_world_size())
-            about = {"grid": forward.grid, "config": config, "scale": self.scale, "backend": handle.backend}
-            return attention(q, k, v, **about)
+            return attention(
+                q, k, v, grid=forward.grid, config=config, scale=self.scale, backend=handle.backend
+            )
 
         return handle.schedule.map_by_stage(attend, forward.sigmas, query, key, value, shift=handle.shift)

@@ -1,4 +1,4 @@
-"""Linear layers of torchao's Float8Tensor, scaled by row, arranged so that torch.compile makes the most of them."""
+"""Linear layers with a weight of torchao's Float8Tensor, scaled by row, arranged for torch.compile."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 
 class FP8Linear(nn.Linear):
-    """Rounds its input to E4M3 with a scale for each row, as torchao does, and multiplies it by a Float8Tensor."""
+    """Rounds its input to E4M3 with a scale for each row, as torchao does, and multiplies it by the Float8Tensor."""
 
     def round(self, x: Tensor) -> Tensor:
-        """x [..., K] as a Float8Tensor [rows, K]."""
+        """Round x [..., K] to a Float8Tensor [rows, K]."""
         weight = self.weight
         return type(weight).from_hp(x.flatten(0, -2), kernel_preference=weight.kernel_preference)
 
     def multiply(self, rows: Tensor) -> Tensor:
-        """[rows, N], of what `round` returns."""
+        """The product [rows, N] of what `round` returns and the weight."""
         return self._product(rows, rows.scale, self.weight.scale.t(), self.bias)
 
     def _product(
@@ -33,7 +33,7 @@ class FP8Linear(nn.Linear):
         )
 
     def output(self, rows: Tensor, x: Tensor) -> Tensor:
-        """[..., N], like the x [..., K] that was rounded to `rows`."""
+        """The layer's output [..., N] for x [..., K], whose rounding is `rows`."""
         return self.multiply(rows).to(x.dtype).unflatten(0, x.shape[:-1])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,8 +41,8 @@ class FP8Linear(nn.Linear):
 
 
 class FP8LinearThenElementwise(FP8Linear):
-    """Leaves scales and bias to the elementwise operation that follows, with which Inductor fuses them: of cuBLAS's
-    kernels those without either are the fastest, by 8 to 14 % (CUDA 13.0, H100).
+    """Applies scales and bias after the product, so that Inductor fuses them with the elementwise operation that
+    follows. cuBLAS is 8 to 14 % faster without them (CUDA 13.0, H100).
     """
 
     def multiply(self, rows: Tensor) -> Tensor:
@@ -52,16 +52,15 @@ class FP8LinearThenElementwise(FP8Linear):
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a call does more than its class's forward: fetches its weights, for example, that were offloaded."""
+    """Whether a call does more than the forward of the class, such as fetching offloaded weights."""
     return bool(module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__)
 
 
 def apply_all(x: Tensor, *linears: nn.Linear) -> list[Tensor]:
-    """What each of some linear layers makes of x. Those that multiply in FP8 round it once."""
+    """The outputs of several linear layers for the same x. Layers that multiply in FP8 round it once."""
     if not all(type(linear) is FP8Linear and not has_hooks(linear) for linear in linears):
         return [linear(x) for linear in linears]
     rows = linears[0].round(x)
-    # Left to itself, Inductor would write the rounded tensor once for each product; what is seen through as_strided
-    # has to be in memory.
+    # Inductor would otherwise write the rounded tensor once for each product. as_strided needs it in memory.
     rows.qdata = rows.qdata.as_strided(rows.qdata.shape, rows.qdata.stride())
     return [linear.output(rows, x) for linear in linears]

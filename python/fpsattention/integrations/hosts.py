@@ -1,11 +1,9 @@
-"""What a host runs in each step: a schedule or table, and the steps and layers that keep the host's own attention. And
-what hosts' transformers have in common.
-"""
+"""What the integrations share: what each step and layer runs, and what transformers of all hosts have in common."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 
 from torch import Tensor, nn
@@ -17,15 +15,19 @@ from ..schedules.schedule import StepSchedule
 from ..schedules.windows import WindowTable
 
 StepConfig = AttentionConfig | tuple[AttentionConfig, ...] | None
+"""What a step runs: one config for all layers, or one for each layer; None: the host's own attention."""
 
 
 def step_configs(
     schedule: StepSchedule | WindowTable, dense_steps: tuple[int, ...], num_steps: int
 ) -> tuple[StepConfig, ...]:
-    """What each step runs: a config for all layers, or of a table one for each; None: the host's own attention.
-    `dense_steps` is as from `as_dense_steps`.
+    """What each step runs.
 
-    Raises ValueError when one of them is no step of the sampler; else as `at` of schedule or table.
+    Args:
+        dense_steps: as from `as_dense_steps`.
+        num_steps: of the sampler.
+
+    Raises ValueError when a dense step is not one of the sampler's; otherwise as `at` of the schedule or table.
     """
     if isinstance(schedule, WindowTable):
         schedule.at(step=0, layer=0, num_steps=num_steps)  # raises if num_steps is not the table's
@@ -35,7 +37,7 @@ def step_configs(
         configs = _scheduled(schedule, num_steps)
     if dense_steps and dense_steps[-1] >= num_steps:
         given, most = dense_steps[-1], num_steps - 1
-        if len(dense_steps) > given:  # all from 0: so many from the first, as an integer says it
+        if len(dense_steps) > given:  # all steps from 0 on: say their number, as it was given
             given, most = given + 1, num_steps
         raise ValueError(
             f"dense_steps: {given} must be at most {most}, as the sampler has {num_steps} steps; nearest legal value "
@@ -50,8 +52,13 @@ def _scheduled(schedule: StepSchedule, num_steps: int) -> tuple[AttentionConfig,
 
 
 def check_schedule(schedule: StepSchedule | WindowTable, host: str, **sizes: int | Triple) -> None:
-    """Raises TypeError for what is neither, ValueError for a table whose grid, num_layers or heads, whichever are given
-    as `sizes` of `host`, are others.
+    """Check the type of a schedule, and the sizes of a table.
+
+    Args:
+        host: what has the sizes, for the error.
+        sizes: those that the table must have: grid, num_layers or heads. Only the given ones are checked.
+
+    Raises TypeError when schedule is neither; ValueError when a size differs.
     """
     if isinstance(schedule, StepSchedule):
         return
@@ -66,18 +73,26 @@ def check_schedule(schedule: StepSchedule | WindowTable, host: str, **sizes: int
 
 
 def host_class(transformer: nn.Module) -> type:
-    """The host's own class: FSDP2 derives another one from its own and the host's."""
+    """The host's own class of a transformer. FSDP2 replaces it by one derived from FSDPModule and the host's class."""
     kind = type(transformer)
     return kind.__bases__[-1] if isinstance(transformer, fsdp.FSDPModule) else kind
 
 
 def noisiest(timestep: Tensor) -> Tensor:
-    """[B]: of a timestep per token ([B, L]) the largest. Given tokens, those of an input image, have less noise."""
+    """The timestep of each sample, [B], from one for each sample or for each token ([B, L]). It is the largest of a
+    sample's tokens: those of an input image have less noise.
+    """
     return timestep.flatten(1).amax(1) if timestep.dim() > 1 else timestep.reshape(-1)
 
 
+def patches(size: Sequence[int], patch: Sequence[int]) -> Triple:
+    """Tokens (T, H, W) of a latent (T, H, W) cut in patches. A remainder is dropped, as by the hosts' convolutions."""
+    t, h, w = (n // p for n, p in zip(size, patch, strict=True))
+    return t, h, w
+
+
 def as_dense_layers(value: Collection[int], n_layers: int) -> tuple[int, ...]:
-    """The layers that `dense_layers` means, ascending, from 0; negative numbers count from the end."""
+    """The layers that `dense_layers` names, ascending, counted from 0. Negative numbers count from the end."""
     layers = _as_ints("dense_layers", value)
     for layer in layers:
         if not -n_layers <= layer < n_layers:
@@ -90,7 +105,7 @@ def as_dense_layers(value: Collection[int], n_layers: int) -> tuple[int, ...]:
 
 
 def as_dense_steps(value: int | Collection[int]) -> tuple[int, ...]:
-    """The steps that `dense_steps` means, ascending."""
+    """The steps that `dense_steps` names, ascending: a collection of steps, or a number of first steps."""
     steps = _as_ints("dense_steps", value if isinstance(value, Collection) else (value,))
     if min(steps, default=0) < 0:
         raise ValueError(

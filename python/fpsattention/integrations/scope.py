@@ -1,8 +1,7 @@
-"""What the layers of a transformer run belongs to one forward of it: `Scope` tells them which forward they are in.
+"""The forwards of a transformer: `Scope` tells a layer which forward it runs in, `Hooks` begin and end forwards.
 
-A host's hooks enter a forward and leave it. Layers ask the scope, and get the forward of their own thread. A checkpoint
-recomputes layers after their forward has ended, during the backward; so what recomputes is bound to the forward at the
-moment in which the checkpoint takes hold of its inputs (`Scope.carry`).
+Each thread has forwards of its own. A checkpoint recomputes layers during the backward, after their forward has ended.
+So the function that a checkpoint will run is bound to the current forward when the checkpoint gets it (`Scope.carry`).
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-# The attributes in which modules hold the function that checkpoints their parts: diffusers' models and those made like
-# them, and torch.distributed's CheckpointWrapper. The function takes what it is to run, then the inputs of that.
+# Attributes of modules that hold a function which checkpoints their parts: in diffusers' models and those made like
+# them, and in torch.distributed's CheckpointWrapper. The function takes another one to run, then that one's arguments.
 CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 NOT_IN_A_FORWARD = (
@@ -28,23 +27,33 @@ NOT_IN_A_FORWARD = (
 
 
 class Scope:
-    """The forward of one transformer that each thread is in."""
+    """The forward of one transformer that each thread is in. Forwards can nest."""
 
-    def __init__(self):
-        # Of this very type: of a subclass, torch.compile (2.11) reads the class's attributes, not the thread's.
+    def __init__(self) -> None:
+        # Must be threading.local itself: for a subclass, torch.compile (2.11) reads the class's attributes.
         self._here = threading.local()
 
-    def __reduce__(self):  # a copy of the transformer has forwards of its own
+    def __reduce__(self):
+        """A copy of the transformer has forwards of its own."""
         return type(self), ()
 
+    def hooks(self, transformer: nn.Module, forward_of: Callable[[nn.Module, tuple, dict], Any]) -> Hooks:
+        """Put hooks in a transformer, so that each call of it is a forward.
+
+        Args:
+            forward_of: returns what the layers need to know of a call, from (transformer, args, kwargs). A bound
+                method, not a closure, so that a deep copy of the transformer calls the copy's.
+        """
+        return Hooks(self, transformer, forward_of)
+
     def enter(self, forward: Any) -> None:
-        """Begin a forward in this thread, inside of the one that it is in."""
+        """Begin a forward in this thread, inside the one that it is in."""
         here = self._here
         here.outer = vars(here).copy()
         here.forward, here.backward = forward, _backward_pass()
 
     def leave(self) -> None:
-        """End it. Does nothing outside of a forward."""
+        """End the current forward. Does nothing outside of one."""
         outer = vars(self._here).get("outer")
         if outer is not None:
             vars(self._here).clear()
@@ -52,7 +61,7 @@ class Scope:
 
     @property
     def forward(self) -> Any:
-        """What the layers need to know of the forward that this thread is in; None outside of one."""
+        """What the layers need to know of this thread's forward; None outside of one."""
         return getattr(self._here, "forward", None)
 
     @forward.setter
@@ -60,11 +69,11 @@ class Scope:
         self._here.forward = forward
 
     def current(self) -> Any:
-        """The same, for a layer. Raises RuntimeError outside of a forward, and when a checkpoint that is not carried
-        recomputes the layer.
+        """`forward`, for a layer. Raises RuntimeError outside of a forward, and when a checkpoint that `carry` does not
+        know recomputes the layer.
         """
         here = self._here
-        if torch.compiler.is_compiling():  # the hooks of the transformer have run: the attribute is there
+        if torch.compiler.is_compiling():  # the hooks have run, so the attribute is there
             forward = here.forward
         else:
             forward = self.forward
@@ -83,8 +92,8 @@ class Scope:
             self.leave()
 
     def bind(self, function: Callable) -> Callable:
-        """`function`, to run in the forward that this thread is in now, whenever and in whichever thread it runs."""
-        # A compiled graph recomputes by itself: what it was traced with is in it.
+        """`function`, to run in this thread's current forward, whenever and in whichever thread it is called."""
+        # A compiled graph recomputes by itself: it contains what it was traced with.
         if torch.compiler.is_compiling() or self.forward is None:
             return function
         forward = self.forward
@@ -96,8 +105,8 @@ class Scope:
         return in_its_forward
 
     def carry(self, transformer: nn.Module) -> None:
-        """Let every checkpoint in the transformer recompute in the forward that it was called in. Can be repeated, as
-        checkpointing may be switched on at any time.
+        """Let every checkpoint in the transformer recompute in the forward in which it was called. Call it in every
+        forward: checkpointing may be switched on at any time.
         """
         for module, name, checkpoint in _checkpoints(transformer):
             if not (isinstance(checkpoint, _Carried) and checkpoint.scope is self):
@@ -110,8 +119,39 @@ class Scope:
                 setattr(module, name, checkpoint.checkpoint)
 
 
+class Hooks:
+    """The hooks of a scope in a transformer, until `remove`. Arguments as in `Scope.hooks`."""
+
+    def __init__(self, scope: Scope, transformer: nn.Module, forward_of: Callable):
+        self._scope, self._transformer, self._forward_of = scope, transformer, forward_of
+        self._handles = (
+            transformer.register_forward_pre_hook(self._before, with_kwargs=True),
+            transformer.register_forward_hook(self._after, always_call=True),
+        )
+
+    def remove(self) -> None:
+        """Take the hooks out, and give checkpoints their own functions back. Can be repeated."""
+        self._scope.put_down(self._transformer)
+        for handle in self._handles:
+            handle.remove()
+
+    # Hooks of a compiled module run outside of its graph. They must not be compiled themselves: torch.compile would
+    # make another graph for every timestep.
+
+    @torch.compiler.disable
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._scope.enter(None)  # first: `_after` leaves the forward even if the next line raises
+        self._scope.forward = self._forward_of(module, args, kwargs)
+        if torch.is_grad_enabled():
+            self._scope.carry(module)
+
+    @torch.compiler.disable
+    def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._scope.leave()
+
+
 class _Carried:
-    """A checkpoint function that binds what it is to run."""
+    """A checkpoint function that binds the function that it is to run."""
 
     def __init__(self, scope: Scope, checkpoint: Callable):
         self.scope, self.checkpoint = scope, checkpoint
@@ -131,4 +171,4 @@ def _checkpoints(transformer: nn.Module) -> list[tuple[nn.Module, str, Callable]
 
 
 def _backward_pass() -> int:
-    return torch._C._current_graph_task_id()  # as torch.utils.checkpoint tells one backward pass from another
+    return torch._C._current_graph_task_id()  # by which torch.utils.checkpoint distinguishes backward passes

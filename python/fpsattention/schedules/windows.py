@@ -16,7 +16,10 @@ from ..core.config import AttentionConfig, as_config, fit_window
 from ..core.geometry import tile_geometry
 
 FORMAT = "fpsattention-windows-1"
-STA_TILE = (6, 8, 8)  # FastVideo's, for which its files count windows
+STA_TILE = (6, 8, 8)  # FastVideo's tile, in which its files count windows
+
+LayerWindows = tuple[tuple[Triple, ...], ...]
+"""Windows of one step: `[num_layers][heads]`."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class WindowTable:
 
     grid: Triple
     config: AttentionConfig
-    windows: tuple[tuple[tuple[Triple, ...], ...], ...]
+    windows: tuple[LayerWindows, ...]
 
     def __post_init__(self):
         object.__setattr__(self, "grid", as_grid(self.grid))

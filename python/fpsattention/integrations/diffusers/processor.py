@@ -1,0 +1,217 @@
+"""`Processor`, the base of our attention processors, and `Forward`, what they need to know of a transformer's forward.
+
+A processor takes the place of the host's in a self-attention layer. It projects, normalises and rotates Q, K and V as
+the host's does and hands them to `fpsattention.attention`. Steps that stay dense go to the host's own processor.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from ...core.api import attention
+from ...core.checks import Triple
+from ...core.config import AttentionConfig
+from ...core.prologue import norm_rope_quantize
+from ...parallel import ulysses_attention
+from ..fp8_linear import has_hooks
+from ..scope import Scope
+from ..windowed import attention_in_windows, in_windows
+
+TRAIN_TIMESTEPS = 1000  # num_train_timesteps of all these models' schedulers
+
+Parts = tuple[tuple[AttentionConfig, Tensor | None], ...]
+"""Configs, each with the indices of the samples that it is for (int64; None: all samples)."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What the self-attention layers run in one forward of a transformer.
+
+    Attributes:
+        extent: an empty tensor [T, H, W, 0] whose shape is the token grid: torch.compile makes symbols of the sizes of
+            a tensor, but constants of numbers.
+        parts: the configs to run, and for which samples. None: the host's own attention.
+        order: int64 [B], the place of each sample in the concatenated parts; None with a single part.
+        windows: int64 [layers, H, 3] on the CPU, the windows of all layers, if the schedule is a `WindowTable`.
+        text_valid: int32 [B], real text tokens of each sample, in a model that takes padded text; otherwise None.
+        group: the processes that share the tokens (`fpsattention.parallel.ulysses_attention`); None: this process has
+            all tokens.
+    """
+
+    extent: Tensor
+    parts: Parts | None
+    order: Tensor | None = None
+    windows: Tensor | None = None
+    text_valid: Tensor | None = None
+    group: ProcessGroup | None = None
+
+    @property
+    def grid(self) -> Triple:
+        """Tokens (T, H, W)."""
+        t, h, w, _ = self.extent.shape
+        return t, h, w
+
+
+class Processor(ABC):
+    """Self-attention of one layer. A subclass tells what is special to its model.
+
+    Attributes:
+        stock: the host's processor class that it replaces.
+        symbolic_dims: the dimensions of the transformer's hidden_states that the grid depends on. Empty where the host
+            makes constants of them, so that torch.compile has one graph for each size.
+        unknown: arguments of `__call__` that the model never gives to its self-attention layers.
+        context_parallel: whether the host can split the tokens of self-attention among processes.
+    """
+
+    stock: type
+    symbolic_dims: tuple[int, ...] = (2, 3, 4)  # [B, C, T, H, W]
+    unknown: tuple[str, ...] = ()
+    context_parallel = False
+
+    def __init__(self, replaced: Any, scope: Scope, layer: int, backend: str):
+        self.replaced = replaced
+        self.scope = scope
+        self.layer = torch.tensor(layer, device="cpu")  # torch.compile would make a constant of a number
+        self.backend = backend
+
+    @staticmethod
+    @abstractmethod
+    def layers(transformer: nn.Module) -> list[nn.Module]:
+        """The self-attention modules of a transformer, in the order they run in."""
+
+    @staticmethod
+    @abstractmethod
+    def grid(config: Any, inputs: dict[str, Any]) -> Triple:
+        """Tokens (T, H, W), from the transformer's configuration and the arguments of its forward."""
+
+    @staticmethod
+    def text_valid(inputs: dict[str, Any]) -> Tensor | None:
+        """`Forward.text_valid`, from the arguments of the transformer's forward."""
+        return None
+
+    @staticmethod
+    def sigma(timestep: Tensor) -> Tensor:
+        """The noise level, 1 at pure noise, of a timestep that the transformer's forward gets."""
+        return timestep / TRAIN_TIMESTEPS
+
+    @abstractmethod
+    def self_attention(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        image_rotary_emb: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """What the layer returns, from the arguments of `__call__`."""
+
+    # The host passes on by keyword only what this signature names.
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if self.scope.current().parts is None:
+            return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        given = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": attention_mask}
+        for name in self.unknown:
+            if given[name] is not None:
+                raise ValueError(
+                    f"{name}: was given to a self-attention layer, where FPSAttention has no place for it"
+                )
+        return self.self_attention(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
+
+    @property
+    def _attention_backend(self):
+        """The host's choice of attention kernel (`set_attention_backend`) holds for the dense steps."""
+        return self.replaced._attention_backend
+
+    @_attention_backend.setter
+    def _attention_backend(self, value):
+        self.replaced._attention_backend = value
+
+    @property
+    def _parallel_config(self):
+        """How the host splits tokens among processes (`enable_parallelism`) holds for the dense steps too."""
+        return self.replaced._parallel_config
+
+    @_parallel_config.setter
+    def _parallel_config(self, value):
+        self.replaced._parallel_config = value
+
+    def fuses(self, norms: Sequence[nn.Module], *qkv: Tensor) -> bool:
+        """Whether `attend` can take projections before norm and rotary embedding, with a prologue that applies both."""
+        forward: Forward = self.scope.current()
+        if forward.group is not None or qkv[0].shape[1] != math.prod(forward.grid):
+            return False
+        if forward.windows is not None and torch.compiler.is_compiling():
+            return False
+        if torch.is_autocast_enabled(qkv[0].device.type):
+            return False
+        weights = [norm.weight for norm in norms]
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (*qkv, *weights)):
+            return False
+        if any(map(has_hooks, norms)):
+            return False
+        return all(config.quant == "fp8" and not config.smooth_k for config, _ in forward.parts)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        prefix_len: int = 0,
+        suffix_len: int = 0,
+        prologue: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """Attention as this forward's parts and windows say.
+
+        Args:
+            q, k, v: [B, L, H, D], the video's tokens with prefix_len text tokens before or suffix_len after them; or
+                this process's share of all these.
+            prologue: norm and rotary embedding that are still to be applied, as `norm_rope_quantize` takes them.
+
+        Returns [B, L, H * D].
+        """
+        forward: Forward = self.scope.current()
+        alone = forward.group is None
+        if alone and q.shape[1] != prefix_len + math.prod(forward.grid) + suffix_len:
+            raise RuntimeError(
+                f"the transformer's input has the token grid {forward.grid}, but a layer got {q.shape[1]} tokens, of "
+                f"which {prefix_len + suffix_len} are text; FPSAttention cannot tell where the others are in the video"
+            )
+        kwargs: dict[str, Any] = {"grid": forward.grid, "backend": self.backend}
+        if not alone:
+            kwargs["group"] = forward.group
+        if prefix_len or suffix_len:
+            kwargs |= {"prefix_len": prefix_len, "suffix_len": suffix_len}
+        outs = []
+        for config, rows in forward.parts:
+            # The host may have moved its inputs to another device since the hook saw them.
+            rows = None if rows is None else rows.to(q.device)
+            part = (q, k, v) if rows is None else [x[rows] for x in (q, k, v)]
+            if forward.text_valid is not None:
+                valid = forward.text_valid.to(q.device)
+                kwargs["suffix_valid"] = valid if rows is None else valid[rows]
+            run = attention if alone else ulysses_attention
+            if forward.windows is not None and torch.compiler.is_compiling():
+                if not alone:
+                    raise RuntimeError(
+                        "a WindowTable under both torch.compile and context parallelism: switch one of the two off, or "
+                        "give a StepSchedule"
+                    )
+                run = partial(attention_in_windows, windows=forward.windows, layer=self.layer)
+            elif forward.windows is not None:
+                config = in_windows(config, forward.windows, self.layer)
+            if prologue is not None:
+                part = (norm_rope_quantize(*part, config=config, **kwargs, **prologue),)
+            outs.append(run(*part, config=config, **kwargs))
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)[forward.order.to(q.device)]
+        return out.flatten(2)

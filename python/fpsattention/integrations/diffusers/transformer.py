@@ -1,0 +1,174 @@
+"""FPSAttention in one transformer: its processors, and what they need to know of each forward."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Collection, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from ...core.checks import Triple
+from ..hosts import as_dense_layers, check_schedule
+from ..scope import Hooks, Scope
+from .clocks import Clock
+from .models import MODELS, model_of
+from .processor import Forward, Parts, Processor
+
+
+class PatchedTransformer:
+    """A transformer with our processors in its layers, once `install` is called and until `remove`.
+
+    Attributes:
+        name: of the transformer in its pipeline.
+        heads: of each self-attention layer.
+        processors: ours, by the index of their layer.
+        dense_layers: the layers that keep the host's own.
+        last_grid: tokens (T, H, W) of the last forward; None before the first.
+
+    Raises as `enable` does.
+    """
+
+    def __init__(
+        self, name: str, transformer: nn.Module, clock: Clock, dense_layers: Collection[int], backend: str
+    ):
+        self.compiled = hasattr(transformer, "_orig_mod")  # by torch.compile(transformer)
+        transformer = getattr(transformer, "_orig_mod", transformer)
+        self.name = name
+        self.transformer = transformer
+        self.clock = clock
+        model = model_of(transformer)
+        if model is None:
+            known = ", ".join(sorted(x.__name__ for x in MODELS))
+            raise ValueError(f"model: {name} is a {type(transformer).__name__}; it must be one of {known}")
+        self.model = model
+        self.layers = model.layers(transformer)
+        self.heads = self.layers[0].heads
+        check_schedule(clock.schedule, name, num_layers=len(self.layers), heads=self.heads)
+        self.dense_layers = as_dense_layers(dense_layers, len(self.layers))
+        self.signature = inspect.signature(type(transformer).forward)
+        self.scope = Scope()
+        self.hooks: Hooks | None = None
+        self.last_grid: Triple | None = None
+        self.sizes_change = False  # whether two forwards had different grids
+        self.graphs: set[Hashable] = set()  # what torch.compile needs a graph of its own for
+        self.around = _modules_around(transformer, self.layers)
+        self.processors: dict[int, Processor] = {}
+        for i, layer in enumerate(self.layers):
+            if type(layer.processor) is not model.stock:
+                advice = (
+                    "; call remove() of the handle first" if isinstance(layer.processor, Processor) else ""
+                )
+                raise RuntimeError(
+                    f"model: layer {i} of {name} has a {type(layer.processor).__name__}, where FPSAttention can only "
+                    f"take the place of {model.stock.__name__}{advice}"
+                )
+            if i not in self.dense_layers:
+                self.processors[i] = model(layer.processor, self.scope, i, backend)
+
+    def install(self) -> None:
+        """Put our processors in the layers."""
+        for i, processor in self.processors.items():
+            self.layers[i].processor = processor
+        self.hooks = self.scope.hooks(self.transformer, self.forward_of)
+
+    def remove(self) -> None:
+        """Put the host's processors back."""
+        for i, processor in self.processors.items():
+            if self.layers[i].processor is processor:
+                self.layers[i].processor = processor.replaced
+        if self.hooks is not None:
+            self.hooks.remove()
+
+    def forward_of(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Forward:
+        """What the layers need to know of a forward with these arguments."""
+        for i, processor in self.processors.items():
+            if self.layers[i].processor is not processor:
+                raise RuntimeError(
+                    f"{self.name}: the processor of layer {i} has become a {type(self.layers[i].processor).__name__}, "
+                    f"so FPSAttention would not run; call remove() of the handle, and enable() again"
+                )
+        inputs = self.signature.bind(module, *args, **kwargs).arguments
+        grid = self.model.grid(module.config, inputs)
+        check_schedule(self.clock.schedule, f"{self.name}'s input", grid=grid)
+        parts, order, windows = self.clock.parts(inputs["timestep"], self.model.sigma)
+        extent = torch.empty(*grid, 0, device="cpu")
+        if self.last_grid not in (None, grid):
+            self.sizes_change = True
+        if self.sizes_change and self.model.symbolic_dims:
+            # Mark all sizes at once. torch.compile would discover them one by one, each time with another graph for
+            # each stage.
+            torch._dynamo.maybe_mark_dynamic(extent, [0, 1, 2])
+            torch._dynamo.maybe_mark_dynamic(inputs["hidden_states"], list(self.model.symbolic_dims))
+        self.last_grid = grid
+        if self.compiled or any(x._compiled_call_impl is not None for x in self.around):
+            self._count_graphs(grid, parts)
+        return Forward(
+            extent,
+            parts,
+            order,
+            None if windows is None else torch.tensor(windows, device="cpu"),
+            self._text_valid(inputs),
+            self._group(module),
+        )
+
+    def _count_graphs(self, grid: Triple, parts: Parts | None) -> None:
+        """Warn once when torch.compile needs more graphs than it keeps."""
+        size = self.sizes_change if self.model.symbolic_dims else grid
+        configs = parts and tuple(config for config, _ in parts)
+        graph = (size, configs, torch.is_grad_enabled())
+        limit = torch._dynamo.config.recompile_limit
+        if graph not in self.graphs and len(self.graphs) == limit:
+            warnings.warn(
+                f"{self.name}: torch.compile needs graph {limit + 1} (each stage of the schedule has one, each size of "
+                f"the video may have), but keeps {limit}; what is beyond it runs uncompiled, or raises with "
+                f"fullgraph=True; set torch._dynamo.config.recompile_limit = {4 * limit} before the first forward",
+                stacklevel=2,
+            )
+        self.graphs.add(graph)
+
+    def _text_valid(self, inputs: dict[str, Any]) -> Tensor | None:
+        """The model's, for each sample. The mask of a single sample holds for all, as the host broadcasts it."""
+        valid, batch = self.model.text_valid(inputs), len(inputs["hidden_states"])
+        if valid is None or len(valid) == batch:
+            return valid
+        if len(valid) != 1:
+            raise ValueError(
+                f"encoder_attention_mask: is of {len(valid)} samples, hidden_states of {batch}; it must be of as many, "
+                f"or of one"
+            )
+        return valid.expand(batch)
+
+    def _group(self, module: nn.Module) -> ProcessGroup | None:
+        """The processes among which the host has split the tokens; None if it has not."""
+        if module._parallel_config is None:
+            return None
+        config = module._parallel_config.context_parallel_config
+        if config is None:
+            raise RuntimeError(
+                f"{self.name}: tensor parallelism is switched on, which hands a layer a part of the heads only; "
+                f"FPSAttention knows context parallelism: ContextParallelConfig(ulysses_degree=...)"
+            )
+        if not self.model.context_parallel:
+            known = ", ".join(sorted(x.__name__ for x, model in MODELS.items() if model.context_parallel))
+            raise RuntimeError(
+                f"{self.name}: context parallelism is switched on, but how it splits the text of a "
+                f"{type(self.transformer).__name__} is unknown to FPSAttention; it can be on in {known}"
+            )
+        if config.ring_degree != 1:
+            raise RuntimeError(
+                f"{self.name}: ring_degree={config.ring_degree}, but FPSAttention exchanges heads only; nearest legal: "
+                f"ContextParallelConfig(ulysses_degree={config.ring_degree * config.ulysses_degree})"
+            )
+        return config._ulysses_mesh.get_group()
+
+
+def _modules_around(transformer: nn.Module, layers: list[nn.Module]) -> list[nn.Module]:
+    """The layers and all modules that contain one: those whose `compile()` puts a layer in a graph."""
+    wanted = set(layers)
+    names = [name.split(".") for name, module in transformer.named_modules() if module in wanted]
+    around = {".".join(name[:i]) for name in names for i in range(len(name) + 1)}
+    return [transformer.get_submodule(name) for name in sorted(around)]
