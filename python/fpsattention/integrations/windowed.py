@@ -1,7 +1,6 @@
-"""Attention under windows that are data, so that `torch.compile` makes no graph for each set of them.
+"""Attention whose windows are data, so that one graph of `torch.compile` serves all steps and layers.
 
-In the ops of `fpsattention.ops` windows are integers, which a graph has fixed in it. Here they are a tensor, one of its
-inputs: the same graph then serves all steps and layers.
+The ops of the core take windows as integers, which are constants of a graph. Here they are a tensor, an input of it.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from ..schedules.windows import with_windows
 
 
 def in_windows(config: AttentionConfig, windows: Tensor, layer: Tensor) -> AttentionConfig:
-    """`config`, which has no window, with those of a layer.
+    """`config`, which has no window, with the windows of a layer.
 
     Args:
         windows: int64 [layers, H, 3] on the CPU, tiles (wt, wh, ww) of each head.
@@ -28,21 +27,19 @@ def in_windows(config: AttentionConfig, windows: Tensor, layer: Tensor) -> Atten
 def attention_in_windows(
     q: Tensor, k: Tensor, v: Tensor, *, windows: Tensor, layer: Tensor, config: AttentionConfig, **kwargs
 ) -> Tensor:
-    """`attention` with `in_windows(config, windows, layer)`, as one op to trace, which has no gradient."""
+    """`attention` with `in_windows(config, windows, layer)`, as a single op for torch.compile. It has no gradient."""
     rounding = config.border, config.quant, list(config.quant_tile or ()), config.smooth_k
     kwargs["grid"] = list(kwargs["grid"])
-    q, k, v = as_autocast(q, k, v)  # the op says that its result is of their dtype
+    q, k, v = as_autocast(q, k, v)  # the op promises a result of their dtype
     return torch.ops.fpsattention.attention_in_windows(
         q, k, v, windows, layer, list(config.tile or ()), *rounding, **kwargs
     )
 
 
-# What the windows are is read on the CPU in every call, so it cannot be recorded in a CUDA graph. Where torch has no
-# tag for that, it leaves CUDA graphs alone for the windows' being on the CPU.
-_TAGS = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
-
-
-@torch.library.custom_op("fpsattention::attention_in_windows", mutates_args=(), **_TAGS)
+# Every call reads the windows on the CPU, so no CUDA graph can record it.
+@torch.library.custom_op(
+    "fpsattention::attention_in_windows", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
 def _op(
     q: Tensor,
     k: Tensor,
