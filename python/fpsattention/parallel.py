@@ -1,15 +1,15 @@
 """Attention over tokens that several processes hold, on `torch.distributed`: gloo on CPUs, NCCL on GPUs.
 
-`ulysses_attention` trades tokens for heads, attends, and trades back (arXiv 2309.14509). Heads do not know of each
-other, in the rounding no more than in the softmax, so it computes what one process would, whatever the window.
-`ring_attention` leaves the queries where they are and sends keys and values round (arXiv 2310.01889). One collective
-serves both: an all-to-all, whose gradient is the all-to-all back.
+`ulysses_attention` exchanges tokens for heads, attends, and exchanges back (arXiv 2309.14509). Neither rounding nor
+softmax mixes heads, so it computes what one process would, for any window. `ring_attention` keeps the queries in place
+and sends keys and values round (arXiv 2310.01889). Both use one collective: an all-to-all, whose gradient is the
+reverse all-to-all.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -48,25 +48,25 @@ def ulysses_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` over the tokens of all P processes of a group, H / P heads in each (Ulysses, arXiv 2309.14509).
 
-    Every process holds consecutive tokens with all heads, and gets their output. In between it holds all tokens of its
-    heads, and runs `attention` on them under the windows of those heads. Differentiable as `attention` is: when every
-    process runs the backward, the gradients are those of the sum of what they differentiate.
+    Every process passes consecutive tokens with all heads, and gets their output. In between it holds all tokens of
+    H / P heads, and runs `attention` on them with the windows of those heads. Differentiable as `attention` is: when
+    every process runs the backward, the gradients are those of the sum of the processes' losses.
 
-    All processes of the group call it, with arguments that differ in the tokens only. Q, K, V and the output cross the
-    network once, and their gradients once more.
+    All processes of the group must call it, with arguments that differ in the tokens only. Q, K, V and the output cross
+    the network once, and their gradients once more.
 
     Args:
         q, k, v: [B, l, H, D] ("NHD") or [B, H, l, D] ("HND"), this process's share of the L = prefix_len + T * H * W +
             suffix_len tokens, in the order of ranks: `x.tensor_split(P, dim)[rank]` of all of them, so the first L % P
-            processes hold one token more. The heads are a multiple of P.
-        group: None: the default one.
-        grid, config, return_lse, tensor_layout, prefix_len, suffix_len: as in `attention`, of the whole.
+            processes hold one token more. H is a multiple of P.
+        group: None: the default group.
+        grid, config, return_lse, tensor_layout, prefix_len, suffix_len: as in `attention`, for all tokens.
         options: scale, prefix_valid, suffix_valid, backend and deterministic, as in `attention`.
 
     Returns out, like q; with return_lse, (out, lse), lse fp32 [B, H, l].
-    Raises TypeError or ValueError as `attention` does, when q, k, v are no such share, and when the heads do not
-    divide; ValueError when torch.distributed is not initialised, or this process is not in the group. Where one process
-    raises, the others wait for it: end them all, as torchrun does.
+    Raises TypeError or ValueError as `attention` does, and when q, k, v are not this process's share or H is not a
+    multiple of P; ValueError when torch.distributed is not initialised, or this process is not in the group. When one
+    process raises, the others wait for it: end them all, as torchrun does.
     """
     rank, ranks = _place(group)
     q, k, v = as_autocast(q, k, v)
@@ -74,7 +74,7 @@ def ulysses_attention(
     tokens = math.prod(as_grid(grid)) + sum(as_int(name, n, 0) for name, n in lengths)
     shares = [tokens // ranks + (i < tokens % ranks) for i in range(ranks)]
     heads = _checked_heads(
-        q, k, v, tensor_layout, shares[rank], f"{shown(tokens)} tokens, process {rank} of {ranks}"
+        q, k, v, tensor_layout, shares[rank], lambda: f"{shown(tokens)} tokens, process {rank} of {ranks}"
     )
     options |= {"grid": grid, "config": own_windows(config, heads, rank, ranks), "return_lse": return_lse}
     options |= {"prefix_len": prefix_len, "suffix_len": suffix_len}
@@ -100,39 +100,40 @@ def ring_attention(
     tensor_layout: str = "NHD",
     **options,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` over the tokens of all P processes of a group, whatever the number of heads (ring, arXiv 2310.01889).
+    """`attention` over the tokens of all P processes of a group, for any number of heads (ring, arXiv 2310.01889).
 
-    Every process holds a slab of T / P frames, whole tiles of them, and attends it to one slab after another, while the
-    keys and values of the next are on their way; `merge_states` puts the parts together. So windows are the whole axis
-    on t, and anything on h and w. Differentiable as `attention` is; for that, each process keeps what P calls keep.
+    Every process holds a slab of T / P frames, a whole number of tiles. Its queries attend one slab after another,
+    while the keys and values of the next are on their way; `merge_states` joins the results. So a window must cover the
+    whole axis t; on h and w any is legal. Differentiable as `attention` is; each process then keeps what P calls keep.
 
-    In exact arithmetic it gives what one process gives. What rounding takes from all tokens it takes from each slab:
-    V's scales, K's mean under smooth_k, and the scales of a quant_tile longer than the slab.
+    In exact arithmetic it gives what one process gives. Values that rounding takes from all tokens come from each slab
+    instead: V's scales, K's mean under smooth_k, and the scales of a quant_tile longer than the slab.
 
-    All processes of the group call it, with arguments that differ in the tokens only.
+    All processes of the group must call it, with arguments that differ in the tokens only.
 
     Args:
         q, k, v: [B, l, H, D] ("NHD") or [B, H, l, D] ("HND"), the l = T / P * H * W tokens of this process's slab, in
             the order of ranks.
-        group: None: the default one.
-        grid, config, return_lse, tensor_layout: as in `attention`, of the whole. There are no tokens beside the grid's.
+        group: None: the default group.
+        grid, config, return_lse, tensor_layout: as in `attention`, for all tokens. There are no text tokens.
         options: scale, backend and deterministic, as in `attention`.
 
     Returns out, like q; with return_lse, (out, lse), lse fp32 [B, H, l].
-    Raises as `ulysses_attention` does, save that any number of heads will do, and ValueError when T / P is not a whole
-    number of tiles or a window is narrower than the axis t.
+    Raises as `ulysses_attention` does, but for any number of heads; and ValueError when T / P is not a whole number of
+    tiles or a window is narrower than the axis t.
     """
     rank, ranks = _place(group)
     q, k, v = as_autocast(q, k, v)
     grid = as_grid(grid)
-    tokens, where = math.prod(grid) // ranks, f"grid {grid}, process {rank} of {ranks}"
-    heads = _checked_heads(q, k, v, tensor_layout, tokens, where)
+    heads = _checked_heads(
+        q, k, v, tensor_layout, math.prod(grid) // ranks, lambda: f"grid {grid}, process {rank} of {ranks}"
+    )
     slab, config = _slab(grid, as_config(config), heads, ranks)
     options |= {"grid": slab, "config": config, "tensor_layout": tensor_layout, "return_lse": True}
 
     merged = None
     for hop in range(ranks):
-        # Under way while these are attended: a collective's result is waited for where it is first read.
+        # The transfer overlaps with attention: only the first read of a collective's result waits for it.
         following = [_from_previous(x, rank, ranks, group) for x in (k, v)] if hop < ranks - 1 else None
         part = attention(q, k, v, **options)
         merged = merge_states(*zip(merged, part, strict=True), tensor_layout) if merged else part
@@ -144,17 +145,18 @@ def ring_attention(
 def merge_states(
     outs: Sequence[Tensor], lses: Sequence[Tensor], tensor_layout: str = "NHD"
 ) -> tuple[Tensor, Tensor]:
-    """Attention over all keys, from the same queries' attention over parts of them (arXiv 2205.14135, section 3.1).
+    """Attention over all keys, from attention of the same queries over parts of the keys (arXiv 2205.14135, section
+    3.1).
 
     lse = ln(sum_i exp(lse_i)), out = sum_i exp(lse_i - lse) out_i. Differentiable.
 
     Args:
-        outs: each [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), of `reference.DTYPES`.
+        outs: each [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), of a dtype that `attention` takes.
         lses: each [B, H, L], natural logarithm; -inf where a query saw none of the part's keys.
 
-    Returns out, fp32 (fp64 when an out is), and lse, fp32; 0 and -inf where a query saw no key at all.
-    Raises TypeError for what is no floating-point tensor, ValueError when there is no part, not one lse for each out,
-    or one of another shape or device.
+    Returns out, fp32 (fp64 if an out is), and lse, fp32; 0 and -inf where a query saw no key at all.
+    Raises TypeError for anything but floating-point tensors; ValueError when there is no part, not one lse for each
+    out, or shapes or devices differ.
     """
     if not outs or len(outs) != len(lses):
         raise ValueError(
@@ -193,12 +195,19 @@ def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:
 
 
 def _as_nhd(x: Tensor, tensor_layout: str) -> Tensor:
-    """A view of `x` as [B, L, H, D], or back."""
+    """A view of x as [B, L, H, D], or from that in the layout."""
     return to_heads_first(x, tensor_layout).transpose(1, 2)
 
 
-def _checked_heads(q, k, v, tensor_layout: str, tokens: int, where: str) -> int:
-    """How many heads q, k, v have, once they are known to be alike and to have so many tokens."""
+def _checked_heads(
+    q: Tensor, k: Tensor, v: Tensor, tensor_layout: str, tokens: int, where: Callable[[], str]
+) -> int:
+    """The number of heads of q, k, v. Raises when they are not of one shape with this number of tokens.
+
+    Args:
+        where: returns what the number of tokens follows from, for the error. A function: torch.compile (2.11) cannot
+            trace `shown`.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         refuse_transforms(name, x)
         if not isinstance(x, Tensor) or x.dim() != 4:
@@ -208,7 +217,7 @@ def _checked_heads(q, k, v, tensor_layout: str, tokens: int, where: str) -> int:
         held = _as_nhd(x, tensor_layout).shape[1]
         if held != tokens:
             raise ValueError(
-                f"{name}: has {held} tokens in layout {tensor_layout}, must have {shown(tokens)} ({where})"
+                f"{name}: has {held} tokens in layout {tensor_layout}, must have {shown(tokens)} ({where()})"
             )
         if x.shape != q.shape:
             advice = grouped(name, x, q, tensor_layout)
@@ -217,7 +226,7 @@ def _checked_heads(q, k, v, tensor_layout: str, tokens: int, where: str) -> int:
 
 
 def own_windows(config: AttentionConfig | None, heads: int, rank: int, ranks: int) -> AttentionConfig:
-    """The config of this process's heads."""
+    """The config for the heads of this process, the rank-th heads / ranks of them all."""
     if heads % ranks:
         legal = [n for n in range(1, heads + 1) if heads % n == 0]
         near = [n for n in legal if n < ranks][-1:] + [n for n in legal if n > ranks][:1]
@@ -237,7 +246,7 @@ def own_windows(config: AttentionConfig | None, heads: int, rank: int, ranks: in
 
 
 def _slab(grid: Triple, config: AttentionConfig, heads: int, ranks: int) -> tuple[Triple, AttentionConfig]:
-    """The grid of a process's frames, and the config with the tile that the whole grid has."""
+    """The grid of one process's frames, and the config with the tile that it has on the whole grid."""
     resolved = config.resolve(grid, heads)
     frames, (tile, *_), (tiles, *_) = grid[0], resolved.tile, resolved.geometry.tiles
     for window in resolved.windows:
@@ -257,29 +266,31 @@ def _slab(grid: Triple, config: AttentionConfig, heads: int, ranks: int) -> tupl
 
 
 def _to_heads(x: Tensor, shares: list[int], group) -> Tensor:
-    """[B, L, H / P, D], all tokens of this process's heads, from [B, l, H, D], all heads of its tokens."""
+    """From [B, l, H, D], all heads of this process's tokens, to [B, L, H / P, D], all tokens of its heads."""
     by_process = x.unflatten(2, (len(shares), -1)).permute(2, 1, 0, 3, 4)  # [P, l, B, H / P, D]
     sent = [x.shape[1]] * len(shares)
     return _all_to_all(by_process.flatten(0, 1), sent, shares, group).transpose(0, 1)
 
 
 def _to_tokens(x: Tensor, own: int, shares: list[int], group) -> Tensor:
-    """[B, l, H, D] from [B, L, H / P, D]: what undoes `_to_heads`."""
+    """The inverse of `_to_heads`: from [B, L, H / P, D] to [B, l, H, D]."""
     received = _all_to_all(x.transpose(0, 1), shares, [own] * len(shares), group)
     by_process = received.unflatten(0, (len(shares), own)).transpose(1, 2)  # [P, B, l, H / P, D]
     return torch.cat(by_process.unbind(), dim=2)
 
 
 def _from_previous(x: Tensor, rank: int, ranks: int, group) -> Tensor:
-    """What the process before this one in the ring gives for `x`."""
+    """The x of the previous process in the ring, while the next one gets ours."""
     following, previous = (rank + 1) % ranks, (rank - 1) % ranks
     sent, received = ([len(x) * (i == other) for i in range(ranks)] for other in (following, previous))
     return _all_to_all(x, sent, received, group)
 
 
 def _all_to_all(x: Tensor, sent: list[int], received: list[int], group) -> Tensor:
-    """Rows for and from each process, in the order of ranks. Differentiable; the result is waited for when read."""
-    # Private, since torch has no public collective with a gradient: so it is imported where it is needed.
+    """Send sent[i] rows of x to process i, and receive received[i] rows from it; both in the order of ranks.
+    Differentiable. Returns at once; the first read of the result waits.
+    """
+    # torch has no public collective with a gradient. This one is private, so it is imported only when it is needed.
     from torch.distributed import _functional_collectives as collectives
 
     group = dist.group.WORLD if group is None else group
