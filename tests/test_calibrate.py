@@ -1,4 +1,4 @@
-"""The `fpsattention calibrate` command: real files, a search checked by hand, an interrupted run."""
+"""The `fpsattention calibrate` command: real files, an interrupted run."""
 
 import json
 
@@ -6,45 +6,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import fpsattention as fps
 from fpsattention import AttentionConfig, WindowTable
 from fpsattention.cli import calibrate
 from fpsattention.cli import main as cli
+from local_heads import GRID, HEAD_DIM, REACHES, TILE, TOKENS, WHOLE, heads_of
 
-GRID, TILE = (4, 4, 6), (2, 2, 2)  # 2 x 2 x 3 tiles
-TOKENS, HEAD_DIM = 96, 64
 RESOLVED = AttentionConfig(tile=TILE).resolve(GRID, 1)
-HOW = {"grid": GRID, "config": AttentionConfig(tile=TILE)}
-WHOLE = (2, 2, 3)
 FIRST = "step0_layer0.safetensors"
 BUDGET = 0.15
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def local_head(seed: int, reach: tuple[int, int, int]):
-    """q, k, v [1, L, 1, D] of a head that, on each axis with reach 0, attends within its own tile.
-
-    On those axes Q and K hold the tile's coordinate, one-hot and large.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(TOKENS, HEAD_DIM, generator=generator) for _ in range(3))
-    position = torch.cartesian_prod(*(torch.arange(n) for n in GRID))
-    for axis in range(3):
-        if not reach[axis]:
-            where = 8 * torch.nn.functional.one_hot(position[:, axis] // TILE[axis], 3).float()
-            columns = slice(3 * axis, 3 * axis + 3)
-            q[:, columns], k[:, columns] = where, where
-    return tuple(x.view(1, TOKENS, 1, HEAD_DIM).bfloat16() for x in (q, k, v))
-
-
-# The axes on which a head leaves its tile, and the sparsest window that holds all it attends.
-REACHES = {(0, 0, 0): (1, 1, 1), (1, 0, 0): (2, 1, 1), (0, 0, 1): (1, 1, 3), (1, 1, 1): WHOLE}
-
-
-def heads_of(reaches, seed=0):
-    heads = [local_head(seed + i, reach) for i, reach in enumerate(reaches)]
-    return tuple(torch.cat(parts, dim=2) for parts in zip(*heads, strict=True))
 
 
 def capture(folder, step, layer, reaches=tuple(REACHES), layout="NHD", **tensors):
@@ -82,75 +53,6 @@ def fails(folder, capsys, *more):
     message = capsys.readouterr().err
     assert "fpsattention calibrate: error: " in message and "Traceback" not in message
     return message
-
-
-# The search
-
-
-def test_each_head_gets_the_sparsest_window_that_holds_what_it_attends():
-    q, k, v = heads_of(REACHES)
-    candidates = calibrate.legal_windows(RESOLVED.geometry, "clamp")
-    windows, errors = calibrate.search(q, k, v, **HOW, candidates=candidates, budget=BUDGET)
-    assert windows == list(REACHES.values())
-    assert max(errors) <= BUDGET
-
-    # By hand: the reported error, and that no sparser window is within the budget.
-    exact, _ = fps.reference.exact_attention(q, k, v, grid=GRID, config=AttentionConfig(tile=TILE))
-    for head, (window, error) in enumerate(zip(windows, errors, strict=True)):
-        for candidate in candidates[: candidates.index(window) + 1]:
-            config = AttentionConfig(tile=TILE, window=candidate)
-            out = fps.attention(q, k, v, grid=GRID, config=config, backend="reference")
-            difference = (out[:, :, head].double() - exact[:, :, head]).norm() / exact[:, :, head].norm()
-            if candidate == window:
-                assert difference.item() == pytest.approx(error, rel=0.02)
-            else:
-                assert difference > BUDGET
-
-
-def test_layouts_and_parts_give_the_same():
-    q, k, v = heads_of(REACHES)
-    keywords = {
-        **HOW,
-        "candidates": calibrate.legal_windows(RESOLVED.geometry, "clamp"),
-        "budget": BUDGET,
-    }
-    want = calibrate.search(q, k, v, **keywords)
-    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-    assert calibrate.search(*heads_first, tensor_layout="HND", **keywords) == want
-    alone = [calibrate.search(*(x[:, :, h : h + 1] for x in (q, k, v)), **keywords) for h in range(4)]
-    assert [windows[0] for windows, _ in alone] == want[0]
-
-
-def test_the_worst_sample_of_a_batch_counts():
-    local, whole = heads_of([(0, 0, 0)]), heads_of([(1, 1, 1)])
-    q, k, v = (torch.cat(pair) for pair in zip(local, whole, strict=True))
-    candidates = calibrate.legal_windows(RESOLVED.geometry, "clamp")
-    windows, _ = calibrate.search(q, k, v, **HOW, candidates=candidates, budget=BUDGET)
-    assert windows == [WHOLE]
-
-
-def test_a_head_beyond_the_budget_gets_the_last_candidate_and_its_error():
-    q, k, v = heads_of([(1, 1, 1)])
-    windows, errors = calibrate.search(q, k, v, **HOW, candidates=[(1, 1, 1), WHOLE], budget=1e-4)
-    assert windows == [WHOLE] and 1e-4 < errors[0] < 0.1
-
-
-def test_a_head_of_zeros_has_no_error():
-    q, k, v = heads_of([(1, 1, 1)])
-    windows, errors = calibrate.search(
-        q, k, torch.zeros_like(v), **HOW, candidates=[(1, 1, 1), WHOLE], budget=0.0
-    )
-    assert (windows, errors) == ([(1, 1, 1)], [0.0])
-
-
-def test_candidates_are_sparsest_first():
-    candidates = calibrate.legal_windows(RESOLVED.geometry, "clamp")
-    assert sorted(candidates) == [(t, h, w) for t in (1, 2) for h in (1, 2) for w in (1, 3)]
-    densities = [RESOLVED.geometry.density(window, "clamp") for window in candidates]
-    assert densities == sorted(densities) and candidates[-1] == WHOLE
-
-
-# The command
 
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])

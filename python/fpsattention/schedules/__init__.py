@@ -1,1 +1,1 @@
-"""Which window each denoising step, layer and head attends."""
+"""Which tile and window each denoising step, layer and head attends with."""

@@ -15,8 +15,8 @@ from ..core.config import AttentionConfig
 
 STAGES = ("early", "mid", "late")
 
-# What float32 may cost: a boundary counts as reached this far before it, and 0 and 1 this far beyond. Shifting in
-# float32 takes sigma to 1 + 1.2e-7 (shift 2.9, say) and progress off its step's by some 3e-6 (shift 12).
+# Tolerance for rounding in float32: progress this far below a boundary has reached it, and a sigma this far outside
+# [0, 1] is legal. Shifting in float32 takes sigma to 1 + 1.2e-7 (at shift 2.9), and progress off by 3e-6 (at shift 12).
 ROUNDING = 1e-5
 
 
@@ -28,24 +28,24 @@ class StepSchedule:
     The paper gives early steps a coarse tile and a sparse window, middle steps a fine tile and a dense window, late
     steps something between. A config's tile (or quant_tile) is g, its window is W.
 
-    Progress p says how far denoising is: 0 at pure noise, 1 when clean. With alpha = (a, b) the stage is
+    Progress p is 0 at pure noise and 1 when clean. With alpha = (a, b) the stage is
 
         early: p < a        mid: a <= p < b        late: b <= p
 
-    where a p less than 1e-5 short of a boundary has reached it, and a boundary of 1 is never reached: alpha=(0, 1) is
-    mid throughout. In inference p = step / num_steps. In training the noise level sigma is random, and p is that of the
-    sampler which will visit it. Its step i starts from u = 1 - i / num_steps, shifted to sigma = shift * u / (1 +
-    (shift - 1) * u); inverted:
+    A p less than 1e-5 below a boundary has reached it. A boundary of 1 is never reached: alpha=(0, 1) is mid
+    throughout. In inference p = step / num_steps. In training the noise level sigma is random, and p is where the
+    sampler of inference meets it: its step i starts from u = 1 - i / num_steps, shifted to
+    sigma = shift * u / (1 + (shift - 1) * u). Inverted:
 
         p = 1 - u = shift * (1 - sigma) / (sigma + shift * (1 - sigma))
 
-    So a config meets the same noise in both. For a sampler that walks other sigmas (Karras's, say), call `for_sigma` in
-    inference too.
+    So a config meets the same noise in both. For a sampler with other sigmas (Karras's, for example), call `for_sigma`
+    in inference too.
 
     Attributes:
-        early: the config of the first stage, which begins at pure noise.
-        mid: the config of the second.
-        late: the config of the last, which ends clean.
+        early: the config of the first stage, from pure noise.
+        mid: the config of the second stage.
+        late: the config of the last stage, to clean.
         alpha: progress at which mid and late begin, 0 <= a <= b <= 1.
 
     Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value; so do
@@ -72,8 +72,8 @@ class StepSchedule:
         """The config of an inference step.
 
         Args:
-            step: the sampler's step, from 0 (pure noise). Not the count of forwards: guidance runs several a step.
-            num_steps: steps from pure noise to clean, also for a sampler that enters later (video to video).
+            step: the sampler's step, from 0 (pure noise). Do not count forwards: guidance runs several in a step.
+            num_steps: steps from pure noise to clean, even if the sampler starts at a later one (video to video).
         """
         return getattr(self, self.stage(step=step, num_steps=num_steps))
 
@@ -85,22 +85,23 @@ class StepSchedule:
         """The config of a noise level of rectified flow: x = (1 - sigma) * clean + sigma * noise.
 
         Args:
-            sigma: in [0, 1], as the model sees it: after any shift; a timestep over 1000 (one cut to an integer moves p
-                by up to shift / 1000). Up to 1e-5 outside, where float32 shifting can land, is the end itself.
+            sigma: in [0, 1], as the model sees it, after any shift; for example timestep / 1000 (truncating a timestep
+                to an integer moves p by up to shift / 1000). A sigma up to 1e-5 outside, from shifting in float32, is
+                taken for the end.
             shift: timestep shift of the sampler in inference, positive (Wan: 3 to 12), however training draws its
                 sigmas. 1: no shift.
         """
         return getattr(self, self.stage_for_sigma(sigma, shift=shift))
 
     def group_by_stage(self, sigmas: Tensor, *, shift: float) -> dict[str, Tensor]:
-        """Which samples of a batch are in which stage, so that a mixed batch becomes at most three calls.
+        """The samples of a batch in each stage, so that a mixed batch takes at most three calls.
 
         Args:
-            sigmas: floating point [B], on any device; a GPU is synchronised with once. Each as in `for_sigma`.
+            sigmas: floating point [B], each as in `for_sigma`; on any device. Waits once for a GPU.
             shift: as in `for_sigma`.
 
-        Returns the stages that occur, in order of denoising, with the indices of their samples: int64, ascending,
-        on the device of `sigmas`. `getattr(schedule, stage)` is a stage's config.
+        Returns the indices of the samples in each stage that occurs, in order of denoising: int64, ascending, on the
+        device of `sigmas`. The config of a stage is `getattr(schedule, stage)`.
         """
         if not (isinstance(sigmas, Tensor) and sigmas.is_floating_point()):
             raise TypeError(f"sigmas: {shown(sigmas)} must be a floating-point tensor [B]")
@@ -118,15 +119,15 @@ class StepSchedule:
     def map_by_stage(
         self, fn: Callable[..., Tensor], sigmas: Tensor, *batched: Tensor, shift: float
     ) -> Tensor:
-        """Call `fn` once per stage of a batch and put its results back in the batch's order. Differentiable.
+        """Call `fn` once for each stage of a batch and return the results in the batch's order. Differentiable.
 
             attend = lambda config, q, k, v: attention(q, k, v, grid=grid, config=config)
             out = schedule.map_by_stage(attend, sigmas, q, k, v, shift=5.0)
 
         Args:
-            fn: called as fn(config, *parts) with b of the B samples; returns [b, ...], alike but for b.
+            fn: called as fn(config, *parts) with b of the B samples; returns [b, ...]. Results may differ in b only.
             sigmas, shift: as in `group_by_stage`, B at least 1.
-            batched: [B, ...] each. They are passed on as they are, uncopied, when all samples are in one stage.
+            batched: [B, ...] each. Passed on without a copy when all samples are in one stage.
 
         Returns [B, ...], of the dtype and device of fn's results.
         """
@@ -152,7 +153,7 @@ class StepSchedule:
         return out
 
     def explain(self, num_steps: int, grid: Sequence[int], heads: int = 1) -> str:
-        """A table for people: steps, tile, scales, window and density of each stage.
+        """A table to read: steps, tile, scales, window and density of each stage.
 
         Args:
             num_steps: as in `at`.
@@ -178,7 +179,7 @@ class StepSchedule:
 
 
 def _check_result(stage: str, result: Tensor, samples: int, like: Tensor) -> None:
-    """Raises TypeError or ValueError when a result of `map_by_stage`'s fn cannot be put in one batch with `like`."""
+    """Check that a result of `map_by_stage`'s fn fits in one batch with `like`. Raises TypeError or ValueError."""
     if not isinstance(result, Tensor):
         raise TypeError(f"fn: must return a tensor [b, ...], returned {type(result).__name__} for {stage}")
     got = tuple(result.shape), result.dtype, result.device
@@ -189,7 +190,7 @@ def _check_result(stage: str, result: Tensor, samples: int, like: Tensor) -> Non
 
 
 def _progress(name: str, sigma: float, shift: float) -> float:
-    """How far denoising is at a noise level, from 0 (pure noise) to 1 (clean), for a sampler with this shift."""
+    """The progress at a noise level, from 0 (pure noise) to 1 (clean), for a sampler with this shift."""
     rule = f"{name}: {shown(sigma)} must be a number from 0 (clean) to 1 (pure noise)"
     if not _is_real(sigma):
         raise TypeError(f"{rule}; a batch goes to group_by_stage as a tensor [B]")
@@ -224,7 +225,7 @@ def _is_real(value) -> bool:
 
 
 def _nearest(*values: float) -> str:
-    """Names the legal value nearest to a sigma, or to both of alpha; nothing is near to NaN."""
+    """Text that names the legal value nearest to a sigma, or to both of alpha; empty for NaN."""
     if any(x != x for x in values):
         return ""
     legal = sorted(float(min(max(x, 0), 1)) for x in values)

@@ -1,9 +1,9 @@
-"""For each head the sparsest window whose output stays near dense exact attention."""
+"""A search for the sparsest window of each head whose output stays near dense exact attention."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,7 +17,7 @@ from ..core.support import backend_for
 
 
 def legal_windows(geometry: TileGeometry, border: str) -> list[Triple]:
-    """All windows (tiles) of a geometry, sparsest first; the last one is the whole grid."""
+    """All windows (wt, wh, ww) of a geometry, in tiles, sparsest first. The last one is the whole grid."""
     return by_density(itertools.product(*([*range(1, n, 2), n] for n in geometry.tiles)), geometry, border)
 
 
@@ -34,29 +34,25 @@ def search(
 ) -> tuple[list[Triple], list[float]]:
     """For each head, the first of `candidates` whose output is near enough to dense exact attention.
 
-    The error of a head is the RMS of the difference over the RMS of the exact output, over tokens and channels; of
-    several samples in the batch the worst one counts. It has all in it that will happen in use: the window, and the
-    config's rounding. Exact is quant="none": on a GPU torch's SDPA in q's dtype, elsewhere fp32.
+    The error of a head is the RMS of the difference over the RMS of the exact output, over tokens and channels, for the
+    worst sample of the batch. It includes all that happens in use: the window, and the config's rounding. Exact
+    attention is quant="none": torch's SDPA in q's dtype on a GPU, fp32 elsewhere.
 
     Args:
         q, k, v, grid, tensor_layout: as in `attention`.
         config: everything but the window.
-        candidates: windows in tiles, sparsest first; a head that none of them suits gets the last.
+        candidates: windows in tiles, sparsest first. A head for which none is within the budget gets the last.
         budget: the largest error allowed.
 
-    Returns one window and its error per head. Raises ValueError when the exact output is not finite, and as
-    `attention` does.
+    Returns the window and the error of each head.
+    Raises ValueError when the exact output is not finite; otherwise as `attention`.
     """
     q, k, v = (to_heads_first(x, tensor_layout) for x in (q, k, v))
 
     def attend(config: AttentionConfig, heads: list[int]) -> Tensor:
-        part = q, k, v
-        if len(heads) < q.shape[1]:
-            part = tuple(x[:, heads] for x in part)
-        name, _ = backend_for(q, config)
-        backend = (
-            "reference" if name == "reference" else "auto"
-        )  # the command says so once: no warning besides
+        part = (q, k, v) if len(heads) == q.shape[1] else (x[:, heads] for x in (q, k, v))
+        # By name, the reference runs without the warning that "auto" gives: the caller has said that it is slow.
+        backend = "reference" if backend_for(q, config)[0] == "reference" else "auto"
         return attention(*part, grid=grid, config=config, tensor_layout="HND", backend=backend)
 
     left = list(range(q.shape[1]))
@@ -74,17 +70,18 @@ def search(
         left = [head for head in left if head not in found]
         if not left:
             break
-    windows, errors = zip(*(found[head] for head in range(q.shape[1])), strict=True)
-    return list(windows), list(errors)
+    best = [found[head] for head in range(q.shape[1])]
+    return [window for window, _ in best], [error for _, error in best]
 
 
 def _relative_errors(out: Tensor, exact: Tensor) -> Tensor:
-    """fp32 [heads]: RMS error of out [B, heads, L, D] relative to exact, the worst of the batch."""
+    """RMS error of out [B, heads, L, D] relative to exact, of the worst sample: fp32 [heads]."""
     exact = exact.float()
     norm = torch.linalg.vector_norm
     error, size = norm(out.float() - exact, dim=(2, 3)), norm(exact, dim=(2, 3))
-    return torch.where(error == 0, 0.0, error / size).amax(0)  # of a head that is all zero, too
+    return torch.where(error == 0, 0.0, error / size).amax(0)  # 0 for 0 / 0, of a head that is all zeros
 
 
-def by_density(windows, geometry: TileGeometry, border: str) -> list[Triple]:
+def by_density(windows: Iterable[Triple], geometry: TileGeometry, border: str) -> list[Triple]:
+    """Windows in tiles, sparsest first."""
     return sorted(windows, key=lambda window: (geometry.density(window, border), window))

@@ -1,4 +1,4 @@
-"""Windows as data: one for each denoising step, layer and head, from a file that a search has written."""
+"""Tables of windows, one for each denoising step, layer and head, and the files they are saved in."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ LayerWindows = tuple[tuple[Triple, ...], ...]
 
 @dataclass(frozen=True)
 class WindowTable:
-    """A window for every (step, layer, head) of one model at one size of video. Immutable, hashable.
+    """A window for every (step, layer, head) of one model at one video size. Immutable, hashable.
 
-    Where a `StepSchedule` has three stages for all layers and heads, this has one window for each. Both answer `at`.
+    A `StepSchedule` has three configs for all layers and heads; this has a window for each. Both have a method `at`.
 
     Attributes:
         grid: tokens (T, H, W) the windows were chosen for.
-        config: everything else of the attention: tile (which must be given), border, rounding. It has no window.
-        windows: triples of tiles (wt, wh, ww), `[num_steps][num_layers][heads]`; entries that cover their axis are cut
-            to it.
+        config: everything but the windows: tile (required), border, rounding.
+        windows: (wt, wh, ww) in tiles, `[num_steps][num_layers][heads]`. An entry larger than its axis becomes the
+            axis.
 
     Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value; so do
-    all methods. A window's place is named as `windows[step][layer][head]`.
+    all methods. The errors name a window as `windows[step][layer][head]`.
     """
 
     grid: Triple
@@ -68,12 +68,12 @@ class WindowTable:
         return len(self.windows[0][0])
 
     def at(self, *, step: int, layer: int, num_steps: int | None = None) -> AttentionConfig:
-        """The config of an inference step and a layer. Equal ones are the same object.
+        """The config of a layer in an inference step. Equal configs are the same object.
 
         Args:
             step: the sampler's step, from 0 (pure noise), as in `StepSchedule.at`.
             layer: index of the transformer block.
-            num_steps: the sampler's number of steps, if known: it must be the table's.
+            num_steps: of the sampler, if known; must be the table's.
         """
         if num_steps is not None and as_int("num_steps", num_steps, 1) != self.num_steps:
             raise ValueError(f"num_steps: {shown(num_steps)} is not the table's, {self.num_steps}")
@@ -82,7 +82,7 @@ class WindowTable:
 
     @cached_property
     def configs(self) -> tuple[tuple[AttentionConfig, ...], ...]:
-        """What `at` returns: `[num_steps][num_layers]`."""
+        """What `at` returns, `[num_steps][num_layers]`."""
         made: dict[tuple[Triple, ...], AttentionConfig] = {}
         for layers in self.windows:
             for heads in layers:
@@ -91,7 +91,7 @@ class WindowTable:
         return tuple(tuple(made[heads] for heads in layers) for layers in self.windows)
 
     def densities(self) -> list[list[float]]:
-        """Attended pairs over all pairs, mean over the heads: `[num_steps][num_layers]`."""
+        """Attended pairs over all pairs, mean over the heads, `[num_steps][num_layers]`."""
         geometry = tile_geometry(self.grid, self.config.tile)
         distinct = {window for layers in self.windows for heads in layers for window in heads}
         density = {window: geometry.density(window, self.config.border) for window in distinct}
@@ -101,7 +101,7 @@ class WindowTable:
         ]
 
     def save(self, path: str | Path) -> None:
-        """Write the table as JSON. Either the whole file is written or none of it."""
+        """Write the table as JSON. The file is written whole or not at all."""
         index: dict[Triple, int] = {}
         steps = [
             [[index.setdefault(w, len(index)) for w in heads] for heads in layers] for layers in self.windows
@@ -112,16 +112,16 @@ class WindowTable:
             "grid": self.grid,
             "config": rest,
             "windows": list(index),
-            "steps": steps,  # [step][layer][head]: a place in `windows`
+            "steps": steps,  # [step][layer][head], indices in "windows"
         }
         write_json(path, data)
 
     @classmethod
     def load(cls, path: str | Path) -> WindowTable:
-        """Read what `save` has written.
+        """Read a file that `save` wrote.
 
-        Raises ValueError, with the path, for a file of another form: an unknown, missing or repeated key, an index
-        without a window, a window that does not fit.
+        Raises ValueError, with the path, for any other content: an unknown, missing or repeated key, an index without a
+        window, a window that does not fit.
         """
         data = _read_object(path)
         try:
@@ -157,16 +157,16 @@ class WindowTable:
     ) -> WindowTable:
         """Read a mask_strategy JSON of FastVideo's Sliding Tile Attention.
 
-        The file is one object: "step_layer_head" -> [wt, wh, ww] in tiles, every key once. That is the form which
-        `dict_to_3d_list` and the SlidingTileAttention backend read as of FastVideo's commit 6c94883. FastVideo passes
-        over keys beyond the model's layers and heads, and leaves missing ones None; here both are errors. So is an
-        even window that does not cover its axis, which FastVideo's kernel takes for the next odd one.
+        The file is one object: "step_layer_head" -> [wt, wh, ww] in tiles, every key once. That is what
+        `dict_to_3d_list` and the SlidingTileAttention backend of FastVideo read (commit 6c94883). FastVideo ignores
+        keys beyond the model's layers and heads, and makes None of missing ones; here both are errors. So is an even
+        window that does not cover its axis, which FastVideo's kernel takes for the next odd one.
 
         Args:
             grid: tokens (T, H, W) of the video.
             num_steps, num_layers, heads: of sampler and model; the file must have exactly these.
-            config: tile and border in which the windows count, and the rounding; None: FastVideo's tile (6, 8, 8),
-                its border ("clamp"), FP8.
+            config: tile and border that the windows are meant for, and the rounding; None: FastVideo's tile (6, 8, 8)
+                and border ("clamp"), FP8.
 
         Raises ValueError, with the path, for an unknown, out-of-range, missing or repeated key and for a window that
         does not fit.
@@ -200,21 +200,20 @@ class WindowTable:
 
 
 def with_windows(config: AttentionConfig, heads: tuple[Triple, ...]) -> AttentionConfig:
-    """`config` with the window of each head, or with the one that all have."""
+    """`config` with the window of each head, or with a single one if all are equal."""
     return replace(config, window=heads if len(set(heads)) > 1 else heads[0])
 
 
 def write_json(path: str | Path, data: dict) -> None:
-    """Write `data` to a file that is replaced in one step, so that no reader and no interruption sees half of it."""
+    """Write `data` and replace the file in one step, so that neither a reader nor an interruption leaves half of it."""
     path = Path(path)
-    part = path.with_name(
-        f"{path.name}.{os.getpid()}-{threading.get_ident()}.part"
-    )  # two may write at a time
+    writer = f"{os.getpid()}-{threading.get_ident()}"  # several may write at a time
+    part = path.with_name(f"{path.name}.{writer}.part")
     try:
         part.write_text(json.dumps(data, allow_nan=False) + "\n")
         os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)  # it is there only when that failed
+        part.unlink(missing_ok=True)  # exists only after a failure
 
 
 def _read_object(path: str | Path) -> dict:
@@ -228,7 +227,10 @@ def _read_object(path: str | Path) -> dict:
 
     try:
         data = json.loads(Path(path).read_text(), object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:  # also of the encoding, and of what is nested too deep
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError also for the encoding, RecursionError for deep nesting
         raise ValueError(f"{path}: is not the JSON it should be: {error}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path}: must hold a JSON object, holds {type(data).__name__}")
@@ -258,7 +260,7 @@ def _window_of(windows: list[Triple], index: int) -> Triple:
 
 
 def _place(key: str, sizes: dict[str, int]) -> tuple[int, int, int]:
-    """(step, layer, head) of a FastVideo key."""
+    """The (step, layer, head) of a FastVideo key."""
     match = re.fullmatch(r"(\d+)_(\d+)_(\d+)", key, re.ASCII)
     if match is None:
         raise ValueError(f"key {shown(key)}: is unknown; a key is step_layer_head, for example '0_0_0'")
@@ -273,7 +275,7 @@ def _place(key: str, sizes: dict[str, int]) -> tuple[int, int, int]:
 
 
 def _checked(windows, grid: Triple, config: AttentionConfig) -> tuple:
-    """The windows as nested tuples, cut to their axes, once they are known to be legal and complete."""
+    """The windows as nested tuples, cut to their axes. Raises when one is not legal or a row is incomplete."""
     tiles = tile_geometry(grid, config.tile).tiles
 
     def fit(place: str, window) -> Triple:
