@@ -265,10 +265,10 @@ def test_the_op_is_the_attention(dtype):
         smooth_k=True,
     )
     assert torch.equal(out, fps.attention(q, k, v, config=own, **kwargs))
-    rounding = [2, 1, 1], "truncate", "fp8", [2, 2, 4], True
+    of_config = [2, 1, 1], [2, 2, 4], True, True, True  # tile, quant_tile, truncate, fp8, smooth_k
     torch.library.opcheck(
         torch.ops.fpsattention.attention_in_windows,
-        (q, k, v, windows, layer, *rounding),
+        (q, k, v, windows, layer, *of_config),
         kwargs | {"grid": list(grid)},
     )
 

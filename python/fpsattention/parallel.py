@@ -80,7 +80,7 @@ def ulysses_attention(
     options |= {"prefix_len": prefix_len, "suffix_len": suffix_len}
 
     result = attention(*(_to_heads(_as_nhd(x, tensor_layout), shares, group) for x in (q, k, v)), **options)
-    if not return_lse:
+    if isinstance(result, Tensor):
         return _as_nhd(_to_tokens(result, shares[rank], shares, group), tensor_layout)
     out, lse = result
     lse = lse.transpose(1, 2)[..., None]  # [B, L, H / P, 1]
@@ -131,14 +131,15 @@ def ring_attention(
     slab, config = _slab(grid, as_config(config), heads, ranks)
     options |= {"grid": slab, "config": config, "tensor_layout": tensor_layout, "return_lse": True}
 
-    merged = None
+    merged: tuple[Tensor, Tensor] | None = None
     for hop in range(ranks):
         # The transfer overlaps with attention: only the first read of a collective's result waits for it.
         following = [_from_previous(x, rank, ranks, group) for x in (k, v)] if hop < ranks - 1 else None
-        part = attention(q, k, v, **options)
-        merged = merge_states(*zip(merged, part, strict=True), tensor_layout) if merged else part
+        out, lse = attention(q, k, v, **options)
+        if merged is not None:
+            out, lse = merge_states((merged[0], out), (merged[1], lse), tensor_layout)
+        merged = out, lse
         k, v = following or (k, v)
-    out, lse = merged
     return (out.to(q.dtype), lse) if return_lse else out.to(q.dtype)
 
 
@@ -175,10 +176,10 @@ def merge_states(
                     f"{name}[{i}]: shape {shown(list(x.shape))}, heads first, on {x.device}, must be {list(shape)} on "
                     f"{first.device}, as of outs[0]"
                 )
-    lses = torch.stack(tuple(lses))
-    shift = lses.detach().amax(0)
+    stacked = torch.stack(tuple(lses))
+    shift = stacked.detach().amax(0)
     shift = shift.masked_fill(shift == -math.inf, 0.0)
-    weights = (lses - shift).exp()
+    weights = (stacked - shift).exp()
     total = weights.sum(0)
     unseen = total == 0
     total = total.masked_fill(unseen, 1.0)

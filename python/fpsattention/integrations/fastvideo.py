@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Collection
 from dataclasses import dataclass
 from importlib import metadata
+from typing import Any, cast
 
 from fastvideo.attention.backends.abstract import AttentionImpl
 from fastvideo.attention.layer import DistributedAttention
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from ..core.api import attention
 from ..core.checks import Triple, shown
+from ..core.config import AttentionConfig
 from ..core.support import check_backend
 from ..parallel import own_windows
 from ..schedules.schedule import StepSchedule
@@ -64,16 +66,16 @@ def enable(
     (VIDEO_SPARSE_ATTN) or have weights. During a forward: RuntimeError when a layer's attention has been replaced;
     ValueError when a layer's tokens are not those of the grid.
     """
-    transformer = getattr(transformer, "_orig_mod", transformer)
-    if host_class(transformer) is not WanTransformer3DModel:
+    model: Any = getattr(transformer, "_orig_mod", transformer)
+    if host_class(model) is not WanTransformer3DModel:
         raise ValueError(
-            f"transformer: is a {type(transformer).__name__}; it must be FastVideo's WanTransformer3DModel"
+            f"transformer: is a {type(model).__name__}; it must be FastVideo's WanTransformer3DModel"
         )
     if not isinstance(schedule, StepSchedule):
         raise TypeError(f"schedule: {shown(schedule)} must be a StepSchedule")
     schedule.for_sigma(1.0, shift=shift)  # raises if shift is not legal
     check_backend(backend)
-    layers = [block.attn1 for block in transformer.blocks]
+    layers = [block.attn1 for block in model.blocks]
     for i, layer in enumerate(layers):
         if type(layer) is not DistributedAttention or isinstance(layer.attn_impl, nn.Module):
             raise RuntimeError(
@@ -85,7 +87,7 @@ def enable(
                 f"transformer: FPSAttention is on in layer {i}; call remove() of the handle first"
             )
     dense = as_dense_layers(dense_layers, len(layers))
-    return Handle(transformer, schedule, shift, [x for i, x in enumerate(layers) if i not in dense], backend)
+    return Handle(model, schedule, shift, [x for i, x in enumerate(layers) if i not in dense], backend)
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class Handle:
     def _is_in(self, layer: DistributedAttention) -> bool:
         return isinstance(layer.attn_impl, FPSAttentionImpl) and layer.attn_impl.handle is self
 
-    def _forward_of(self, module: nn.Module, args: tuple, kwargs: dict) -> Forward:
+    def _forward_of(self, module: Any, args: tuple, kwargs: dict) -> Forward:
         for layer in self.layers:
             if not self._is_in(layer):
                 raise RuntimeError(
@@ -152,15 +154,16 @@ class FPSAttentionImpl(AttentionImpl):
         self.scale, self.heads = layer.softmax_scale, layer.num_heads
         self.handle = handle
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: Any) -> Tensor:
         """query, key, value: [B, L, H / P, D], all tokens of this process's heads. Returns the same shape."""
         handle = self.handle
         forward = handle.scope.current()
 
-        def attend(config, q, k, v):
+        def attend(config: AttentionConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             config = own_windows(config, self.heads, get_sp_parallel_rank(), get_sp_world_size())
-            return attention(
+            out = attention(
                 q, k, v, grid=forward.grid, config=config, scale=self.scale, backend=handle.backend
             )
+            return cast(Tensor, out)  # without return_lse it is no pair
 
         return handle.schedule.map_by_stage(attend, forward.sigmas, query, key, value, shift=handle.shift)

@@ -29,6 +29,7 @@ def step_configs(
 
     Raises ValueError when a dense step is not one of the sampler's; otherwise as `at` of the schedule or table.
     """
+    configs: Sequence[StepConfig]
     if isinstance(schedule, WindowTable):
         schedule.at(step=0, layer=0, num_steps=num_steps)  # raises if num_steps is not the table's
         configs = schedule.configs
@@ -43,7 +44,7 @@ def step_configs(
             f"dense_steps: {given} must be at most {most}, as the sampler has {num_steps} steps; nearest legal value "
             f"{most}"
         )
-    return tuple(None if i in dense_steps else config for i, config in enumerate(configs))
+    return tuple(None if i in dense_steps else configs[i] for i in range(num_steps))
 
 
 @lru_cache(maxsize=64)

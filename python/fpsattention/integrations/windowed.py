@@ -5,11 +5,13 @@ The ops of the core take windows as integers, which are constants of a graph. He
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
 from ..core.api import attention
-from ..core.checks import as_autocast
+from ..core.checks import Triple, as_autocast
 from ..core.config import AttentionConfig
 from ..schedules.windows import with_windows
 
@@ -28,12 +30,11 @@ def attention_in_windows(
     q: Tensor, k: Tensor, v: Tensor, *, windows: Tensor, layer: Tensor, config: AttentionConfig, **kwargs
 ) -> Tensor:
     """`attention` with `in_windows(config, windows, layer)`, as a single op for torch.compile. It has no gradient."""
-    rounding = config.border, config.quant, list(config.quant_tile or ()), config.smooth_k
-    kwargs["grid"] = list(kwargs["grid"])
     q, k, v = as_autocast(q, k, v)  # the op promises a result of their dtype
-    return torch.ops.fpsattention.attention_in_windows(
-        q, k, v, windows, layer, list(config.tile or ()), *rounding, **kwargs
-    )
+    tiles = list(config.tile or ()), list(config.quant_tile or ())
+    flags = config.border == "truncate", config.quant == "fp8", config.smooth_k
+    kwargs["grid"] = list(kwargs["grid"])
+    return torch.ops.fpsattention.attention_in_windows(q, k, v, windows, layer, *tiles, *flags, **kwargs)
 
 
 # Every call reads the windows on the CPU, so no CUDA graph can record it.
@@ -47,9 +48,9 @@ def _op(
     windows: Tensor,
     layer: Tensor,
     tile: list[int],
-    border: str,
-    quant: str,
     quant_tile: list[int],
+    truncate: bool,
+    fp8: bool,
     smooth_k: bool,
     grid: list[int],
     backend: str,
@@ -57,10 +58,33 @@ def _op(
     suffix_len: int = 0,
     suffix_valid: Tensor | None = None,
 ) -> Tensor:
-    config = AttentionConfig(tuple(tile) or None, None, border, quant, tuple(quant_tile) or None, smooth_k)
-    text = {"prefix_len": prefix_len, "suffix_len": suffix_len, "suffix_valid": suffix_valid}
-    out = attention(q, k, v, grid=grid, config=in_windows(config, windows, layer), backend=backend, **text)
-    return out.contiguous()
+    config = AttentionConfig(
+        tile=_triple(tile),
+        border="truncate" if truncate else "clamp",
+        quant="fp8" if fp8 else "none",
+        quant_tile=_triple(quant_tile),
+        smooth_k=smooth_k,
+    )
+    out = attention(
+        q,
+        k,
+        v,
+        grid=grid,
+        config=in_windows(config, windows, layer),
+        backend=backend,
+        prefix_len=prefix_len,
+        suffix_len=suffix_len,
+        suffix_valid=suffix_valid,
+    )
+    return cast(Tensor, out).contiguous()
+
+
+def _triple(values: list[int]) -> Triple | None:
+    """None for an empty list: an op takes no optional list."""
+    if not values:
+        return None
+    t, h, w = values
+    return t, h, w
 
 
 @_op.register_fake

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -53,7 +54,8 @@ def search(
         part = (q, k, v) if len(heads) == q.shape[1] else (x[:, heads] for x in (q, k, v))
         # By name, the reference runs without the warning that "auto" gives: the caller has said that it is slow.
         backend = "reference" if backend_for(q, config)[0] == "reference" else "auto"
-        return attention(*part, grid=grid, config=config, tensor_layout="HND", backend=backend)
+        out = attention(*part, grid=grid, config=config, tensor_layout="HND", backend=backend)
+        return cast(Tensor, out)  # without return_lse it is no pair
 
     left = list(range(q.shape[1]))
     exact = attend(AttentionConfig(tile=config.tile, quant="none"), left)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ...core.checks import Triple
 from ..fp8_linear import apply_all
 from ..hosts import host_class, patches
-from .processor import TRAIN_TIMESTEPS, Processor
+from .processor import TRAIN_TIMESTEPS, Attn, Processor
 
 
 class Wan(Processor):
@@ -34,14 +34,16 @@ class Wan(Processor):
     context_parallel = True
 
     @staticmethod
-    def layers(transformer: WanTransformer3DModel) -> list[nn.Module]:
+    def layers(transformer: Any) -> list[Attn]:
         return [block.attn1 for block in transformer.blocks]
 
     @staticmethod
-    def grid(config, inputs: dict[str, Any]) -> Triple:
+    def grid(config: Any, inputs: dict[str, Any]) -> Triple:
         return patches(inputs["hidden_states"].shape[2:], config.patch_size)
 
-    def self_attention(self, attn, hidden_states, encoder_hidden_states, image_rotary_emb) -> Tensor:
+    def self_attention(
+        self, attn: Attn, hidden_states: Tensor, encoder_hidden_states: Any, image_rotary_emb: Any
+    ) -> Tensor:
         if attn.fused_projections:
             q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
@@ -67,20 +69,23 @@ class LTXVideo(Processor):
     context_parallel = True
 
     @staticmethod
-    def layers(transformer: LTXVideoTransformer3DModel) -> list[nn.Module]:
+    def layers(transformer: Any) -> list[Attn]:
         return [block.attn1 for block in transformer.transformer_blocks]
 
     @staticmethod
-    def grid(config, inputs: dict[str, Any]) -> Triple:
-        grid = tuple(inputs.get(name) for name in ("num_frames", "height", "width"))
-        if None in grid:
+    def grid(config: Any, inputs: dict[str, Any]) -> Triple:
+        frames, height, width = (inputs.get(name) for name in ("num_frames", "height", "width"))
+        if frames is None or height is None or width is None:
             raise ValueError(
-                f"num_frames, height, width: {grid} must all be given to LTXVideoTransformer3DModel; without them its "
-                f"packed tokens have no grid (LTXConditionPipeline gives coordinates instead and is not supported)"
+                f"num_frames, height, width: {(frames, height, width)} must all be given to "
+                f"LTXVideoTransformer3DModel; without them its packed tokens have no grid (LTXConditionPipeline gives "
+                f"coordinates instead and is not supported)"
             )
-        return grid
+        return frames, height, width
 
-    def self_attention(self, attn, hidden_states, encoder_hidden_states, image_rotary_emb) -> Tensor:
+    def self_attention(
+        self, attn: Attn, hidden_states: Tensor, encoder_hidden_states: Any, image_rotary_emb: Any
+    ) -> Tensor:
         q, k, v = apply_all(hidden_states, attn.to_q, attn.to_k, attn.to_v)
         q = transformer_ltx.apply_rotary_emb(attn.norm_q(q), image_rotary_emb)
         k = transformer_ltx.apply_rotary_emb(attn.norm_k(k), image_rotary_emb)
@@ -95,17 +100,17 @@ class CogVideoX(Processor):
     unknown = ("attention_mask",)
 
     @staticmethod
-    def layers(transformer: CogVideoXTransformer3DModel) -> list[nn.Module]:
+    def layers(transformer: Any) -> list[Attn]:
         return [block.attn1 for block in transformer.transformer_blocks]
 
     @staticmethod
-    def grid(config, inputs: dict[str, Any]) -> Triple:
+    def grid(config: Any, inputs: dict[str, Any]) -> Triple:
         frames, _, height, width = inputs["hidden_states"].shape[1:]
         p = config.patch_size
         return patches((frames, height, width), (config.patch_size_t or 1, p, p))
 
     def self_attention(
-        self, attn, hidden_states, encoder_hidden_states, image_rotary_emb
+        self, attn: Attn, hidden_states: Tensor, encoder_hidden_states: Any, image_rotary_emb: Any
     ) -> tuple[Tensor, Tensor]:
         n_text = encoder_hidden_states.shape[1]
         x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
@@ -123,11 +128,11 @@ class HunyuanVideo(Processor):
     stock = HunyuanVideoAttnProcessor2_0
 
     @staticmethod
-    def layers(transformer: HunyuanVideoTransformer3DModel) -> list[nn.Module]:
+    def layers(transformer: Any) -> list[Attn]:
         return [x.attn for x in (*transformer.transformer_blocks, *transformer.single_transformer_blocks)]
 
     @staticmethod
-    def grid(config, inputs: dict[str, Any]) -> Triple:
+    def grid(config: Any, inputs: dict[str, Any]) -> Triple:
         p = config.patch_size
         return patches(inputs["hidden_states"].shape[2:], (config.patch_size_t, p, p))
 
@@ -137,7 +142,7 @@ class HunyuanVideo(Processor):
         return inputs["encoder_attention_mask"].sum(1, dtype=torch.int32)
 
     def self_attention(
-        self, attn, hidden_states, encoder_hidden_states, image_rotary_emb
+        self, attn: Attn, hidden_states: Tensor, encoder_hidden_states: Any, image_rotary_emb: Any
     ) -> tuple[Tensor, Tensor]:
         n_video, n_text = hidden_states.shape[1], encoder_hidden_states.shape[1]
         rotate = partial(apply_rotary_emb, freqs_cis=image_rotary_emb, sequence_dim=1)
@@ -148,8 +153,8 @@ class HunyuanVideo(Processor):
         else:
             x = hidden_states
             q, k, v = _video_qkv(attn, x)
-            text = _text_qkv(attn, encoder_hidden_states)
-            q, k, v = (torch.cat(pair, dim=1) for pair in zip((rotate(q), rotate(k), v), text, strict=True))
+            of_text = _text_qkv(attn, encoder_hidden_states)
+            q, k, v = (torch.cat(x, dim=1) for x in zip((rotate(q), rotate(k), v), of_text, strict=True))
         out = self.attend(q, k, v, suffix_len=n_text)
         video, text = out[:, :n_video], out[:, n_video:]
         if attn.to_out is not None:
@@ -166,11 +171,11 @@ class Mochi(Processor):
     symbolic_dims = ()  # the host makes positions by torch.linspace, whose length is a constant
 
     @staticmethod
-    def layers(transformer: MochiTransformer3DModel) -> list[nn.Module]:
+    def layers(transformer: Any) -> list[Attn]:
         return [block.attn1 for block in transformer.transformer_blocks]
 
     @staticmethod
-    def grid(config, inputs: dict[str, Any]) -> Triple:
+    def grid(config: Any, inputs: dict[str, Any]) -> Triple:
         return patches(inputs["hidden_states"].shape[2:], (1, config.patch_size, config.patch_size))
 
     @staticmethod
@@ -188,13 +193,13 @@ class Mochi(Processor):
         return 1 - timestep / TRAIN_TIMESTEPS
 
     def self_attention(
-        self, attn, hidden_states, encoder_hidden_states, image_rotary_emb
+        self, attn: Attn, hidden_states: Tensor, encoder_hidden_states: Any, image_rotary_emb: Any
     ) -> tuple[Tensor, Tensor]:
         x, n_video = hidden_states, hidden_states.shape[1]
         q, k, v = _video_qkv(attn, x)
         q, k = _rotate(q, *image_rotary_emb), _rotate(k, *image_rotary_emb)
-        text = _text_qkv(attn, encoder_hidden_states)
-        q, k, v = (torch.cat(pair, dim=1) for pair in zip((q, k, v), text, strict=True))
+        of_text = _text_qkv(attn, encoder_hidden_states)
+        q, k, v = (torch.cat(x, dim=1) for x in zip((q, k, v), of_text, strict=True))
         out = self.attend(q, k, v, suffix_len=encoder_hidden_states.shape[1])
         video, text = _project_out(attn, out[:, :n_video]), out[:, n_video:]
         if not attn.context_pre_only:
@@ -216,17 +221,17 @@ def model_of(transformer: nn.Module) -> type[Processor] | None:
     return MODELS.get(host_class(transformer))
 
 
-def _split_heads(attn, *xs: Tensor) -> list[Tensor]:
+def _split_heads(attn: Attn, *xs: Tensor) -> list[Tensor]:
     return [x.unflatten(2, (attn.heads, -1)) for x in xs]
 
 
-def _video_qkv(attn, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _video_qkv(attn: Attn, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Normalised Q, K, V of the video's tokens, and of text that shares their weights, [B, L, H, D]."""
     q, k, v = _split_heads(attn, *apply_all(x, attn.to_q, attn.to_k, attn.to_v))
     return q if attn.norm_q is None else attn.norm_q(q), k if attn.norm_k is None else attn.norm_k(k), v
 
 
-def _text_qkv(attn, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _text_qkv(attn: Attn, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Normalised Q, K, V of text tokens that have weights of their own, [B, L, H, D]."""
     q, k, v = _split_heads(attn, *apply_all(x, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
     q = q if attn.norm_added_q is None else attn.norm_added_q(q)
@@ -253,6 +258,6 @@ def _axis_tables(cos: Tensor, sin: Tensor, grid: Triple) -> list[Tensor]:
     return [torch.stack(pair, dim=-1) for pair in zip(by_axis(cos), by_axis(sin), strict=True)]
 
 
-def _project_out(attn, x: Tensor) -> Tensor:
+def _project_out(attn: Attn, x: Tensor) -> Tensor:
     linear, dropout = attn.to_out
     return dropout(linear(x))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,6 +27,9 @@ from ..scope import Scope
 from ..windowed import attention_in_windows, in_windows
 
 TRAIN_TIMESTEPS = 1000  # num_train_timesteps of all these models' schedulers
+
+Attn = Any
+"""A self-attention module of the host. Those of the models have no class in common."""
 
 Parts = tuple[tuple[AttentionConfig, Tensor | None], ...]
 """Configs, each with the indices of the samples that it is for (int64; None: all samples)."""
@@ -85,7 +88,7 @@ class Processor(ABC):
 
     @staticmethod
     @abstractmethod
-    def layers(transformer: nn.Module) -> list[nn.Module]:
+    def layers(transformer: Any) -> list[Attn]:
         """The self-attention modules of a transformer, in the order they run in."""
 
     @staticmethod
@@ -106,16 +109,21 @@ class Processor(ABC):
     @abstractmethod
     def self_attention(
         self,
-        attn: nn.Module,
+        attn: Attn,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None,
+        encoder_hidden_states: Any,
         image_rotary_emb: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """What the layer returns, from the arguments of `__call__`."""
 
     # The host passes on by keyword only what this signature names.
     def __call__(
-        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
+        self,
+        attn: Attn,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         if self.scope.current().parts is None:
             return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
@@ -128,21 +136,21 @@ class Processor(ABC):
         return self.self_attention(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
 
     @property
-    def _attention_backend(self):
+    def _attention_backend(self) -> Any:
         """The host's choice of attention kernel (`set_attention_backend`) holds for the dense steps."""
         return self.replaced._attention_backend
 
     @_attention_backend.setter
-    def _attention_backend(self, value):
+    def _attention_backend(self, value: Any) -> None:
         self.replaced._attention_backend = value
 
     @property
-    def _parallel_config(self):
+    def _parallel_config(self) -> Any:
         """How the host splits tokens among processes (`enable_parallelism`) holds for the dense steps too."""
         return self.replaced._parallel_config
 
     @_parallel_config.setter
-    def _parallel_config(self, value):
+    def _parallel_config(self, value: Any) -> None:
         self.replaced._parallel_config = value
 
     def fuses(self, norms: Sequence[nn.Module], *qkv: Tensor) -> bool:
@@ -159,7 +167,7 @@ class Processor(ABC):
             return False
         if any(map(has_hooks, norms)):
             return False
-        return all(config.quant == "fp8" and not config.smooth_k for config, _ in forward.parts)
+        return all(config.quant == "fp8" and not config.smooth_k for config, _ in forward.parts or ())
 
     def attend(
         self,
@@ -192,26 +200,40 @@ class Processor(ABC):
             kwargs["group"] = forward.group
         if prefix_len or suffix_len:
             kwargs |= {"prefix_len": prefix_len, "suffix_len": suffix_len}
-        outs = []
-        for config, rows in forward.parts:
-            # The host may have moved its inputs to another device since the hook saw them.
-            rows = None if rows is None else rows.to(q.device)
-            part = (q, k, v) if rows is None else [x[rows] for x in (q, k, v)]
-            if forward.text_valid is not None:
-                valid = forward.text_valid.to(q.device)
-                kwargs["suffix_valid"] = valid if rows is None else valid[rows]
-            run = attention if alone else ulysses_attention
-            if forward.windows is not None and torch.compiler.is_compiling():
-                if not alone:
-                    raise RuntimeError(
-                        "a WindowTable under both torch.compile and context parallelism: switch one of the two off, or "
-                        "give a StepSchedule"
-                    )
-                run = partial(attention_in_windows, windows=forward.windows, layer=self.layer)
-            elif forward.windows is not None:
-                config = in_windows(config, forward.windows, self.layer)
-            if prologue is not None:
-                part = (norm_rope_quantize(*part, config=config, **kwargs, **prologue),)
-            outs.append(run(*part, config=config, **kwargs))
-        out = outs[0] if len(outs) == 1 else torch.cat(outs)[forward.order.to(q.device)]
+        outs = [self._attend_part(part, forward, (q, k, v), kwargs, prologue) for part in forward.parts or ()]
+        out = outs[0] if forward.order is None else torch.cat(outs)[forward.order.to(q.device)]
         return out.flatten(2)
+
+    def _attend_part(
+        self,
+        part: tuple[AttentionConfig, Tensor | None],
+        forward: Forward,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        kwargs: dict[str, Any],
+        prologue: dict[str, Any] | None,
+    ) -> Tensor:
+        """`attend` for the samples of one part, of which `kwargs` are the keywords of `attention`."""
+        config, rows = part
+        q, k, v = qkv
+        # The host may have moved its inputs to another device since the hook saw them.
+        if rows is not None:
+            rows = rows.to(q.device)
+            q, k, v = q[rows], k[rows], v[rows]
+        if forward.text_valid is not None:
+            valid = forward.text_valid.to(q.device)
+            kwargs = kwargs | {"suffix_valid": valid if rows is None else valid[rows]}
+        run: Callable[..., Any] = attention if forward.group is None else ulysses_attention
+        if forward.windows is not None and torch.compiler.is_compiling():
+            if forward.group is not None:
+                raise RuntimeError(
+                    "a WindowTable under both torch.compile and context parallelism: switch one of the two off, or "
+                    "give a StepSchedule"
+                )
+            run = partial(attention_in_windows, windows=forward.windows, layer=self.layer)
+        elif forward.windows is not None:
+            config = in_windows(config, forward.windows, self.layer)
+        if prologue is not None:
+            return run(
+                norm_rope_quantize(q, k, v, config=config, **kwargs, **prologue), config=config, **kwargs
+            )
+        return run(q, k, v, config=config, **kwargs)

@@ -86,7 +86,7 @@ def rows_of(
             patched.name,
             tuple(steps),
             layers,
-            of_layers and tuple(x.resolve(grid, patched.heads) for x in of_layers),
+            None if of_layers is None else tuple(x.resolve(grid, patched.heads) for x in of_layers),
         )
         for of_layers, steps in steps_of.items()
         if layers

@@ -46,7 +46,7 @@ class PatchedTransformer:
             raise ValueError(f"model: {name} is a {type(transformer).__name__}; it must be one of {known}")
         self.model = model
         self.layers = model.layers(transformer)
-        self.heads = self.layers[0].heads
+        self.heads: int = self.layers[0].heads
         check_schedule(clock.schedule, name, num_layers=len(self.layers), heads=self.heads)
         self.dense_layers = as_dense_layers(dense_layers, len(self.layers))
         self.signature = inspect.signature(type(transformer).forward)
@@ -83,7 +83,7 @@ class PatchedTransformer:
         if self.hooks is not None:
             self.hooks.remove()
 
-    def forward_of(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Forward:
+    def forward_of(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Forward:
         """What the layers need to know of a forward with these arguments."""
         for i, processor in self.processors.items():
             if self.layers[i].processor is not processor:
@@ -118,7 +118,7 @@ class PatchedTransformer:
     def _count_graphs(self, grid: Triple, parts: Parts | None) -> None:
         """Warn once when torch.compile needs more graphs than it keeps."""
         size = self.sizes_change if self.model.symbolic_dims else grid
-        configs = parts and tuple(config for config, _ in parts)
+        configs = None if parts is None else tuple(config for config, _ in parts)
         graph = (size, configs, torch.is_grad_enabled())
         limit = torch._dynamo.config.recompile_limit
         if graph not in self.graphs and len(self.graphs) == limit:
@@ -142,7 +142,7 @@ class PatchedTransformer:
             )
         return valid.expand(batch)
 
-    def _group(self, module: nn.Module) -> ProcessGroup | None:
+    def _group(self, module: Any) -> ProcessGroup | None:
         """The processes among which the host has split the tokens; None if it has not."""
         if module._parallel_config is None:
             return None
