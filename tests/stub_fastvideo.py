@@ -50,7 +50,7 @@ class DistributedAttention(nn.Module):
         self.attn_impl = SDPAImpl(self.softmax_scale)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Where several processes trade tokens for heads and back, here one leaves the others' heads at zero."""
+        """FastVideo's processes exchange tokens for heads and back. Here the heads of other processes stay zero."""
         own = torch.arange(self.num_heads, device=q.device).chunk(self.place.size)[self.place.rank]
         qkv = self.attn_impl.preprocess_qkv(torch.cat([q, k, v])[:, :, own], None)
         out = self.attn_impl.forward(*qkv.chunk(3), None)
@@ -91,7 +91,7 @@ class WanTransformer3DModel(nn.Module):
 
 
 def install(monkeypatch, version: str = "0.2.1") -> Place:
-    """Lets FastVideo be imported, as if it were installed, until the test ends."""
+    """Make FastVideo importable, as if it were installed, until the test ends."""
     place = Place()
     monkeypatch.setattr(DistributedAttention, "place", place)
     parts = {

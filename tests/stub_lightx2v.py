@@ -43,7 +43,7 @@ class TorchSDPAWeight(AttnWeightTemplate):
 
 
 def install(monkeypatch) -> Register:
-    """Lets LightX2V be imported, as if it were installed, until the test ends."""
+    """Make LightX2V importable, as if it were installed, until the test ends."""
     registry = Register(torch_sdpa=TorchSDPAWeight)
     for name in ("", ".utils", ".common", ".common.ops", ".common.ops.attn"):
         monkeypatch.setitem(sys.modules, f"lightx2v{name}", ModuleType(f"lightx2v{name}"))

@@ -48,14 +48,14 @@ def model(request) -> tiny.Tiny:
 
 @pytest.fixture
 def wan() -> tiny.Tiny:
-    """A pipeline without a VAE, which leaves the transformer's share of the time."""
+    """A pipeline without a VAE, to save time."""
     x = tiny.wan(vae=None)
     x.kwargs["output_type"] = "latent"
     return x
 
 
 class Recorder:
-    """How often each (transformer, step, layer, config) ran; without a config it was the host's own attention."""
+    """Counts how often each (transformer, step, layer, config) ran. A config of None is the host's own attention."""
 
     def __init__(self, model: tiny.Tiny, monkeypatch):
         self.ran: Counter = Counter()
@@ -164,9 +164,7 @@ def test_each_step_and_layer_runs_what_the_report_says(model, monkeypatch):
     assert set(reported) == {ran[:3] for ran in recorder.ran}
     for name, step, layer, config in recorder.ran:
         assert reported[name, step, layer] == (config and config.resolve(model.grid, 2))
-    assert (
-        ours - stock
-    ).abs().max() > 1e-3 * stock.abs().max()  # the host's own attention everywhere would not do
+    assert (ours - stock).abs().max() > 1e-3 * stock.abs().max()  # not the host's own attention everywhere
 
 
 def test_report(wan):
@@ -202,7 +200,7 @@ def test_report(wan):
     ids=["unipc", "heun", "euler"],
 )
 def test_step_of_any_scheduler(wan, monkeypatch, scheduler):
-    """Heun's visits every noise level twice, to end one step and to begin the next, but for the first."""
+    """Heun's visits every noise level but the first twice: at the end of a step and at the start of the next."""
     wan.pipe.scheduler = scheduler
     recorder = Recorder(wan, monkeypatch)
     enable(wan.pipe, STAGES)
@@ -265,7 +263,7 @@ def test_timestep_rounded_to_that_of_its_neighbour(wan, monkeypatch):
 
 
 def test_transformer_alone_goes_by_noise_level():
-    """Samples of a batch in different stages, out of order, each as if it were alone; gradients too."""
+    """Samples of a batch are in different stages, out of order. Each gets what it gets alone; gradients too."""
     transformer = tiny.wan_transformer()
     enable(transformer, STAGES, shift=3.0)
     x = inputs(5)
@@ -293,9 +291,9 @@ def test_noise_level_of_mochi_runs_backwards():
 
 
 def test_norm_and_rotation_are_fused_where_nobody_else_needs_them(monkeypatch):
-    """FP8 layers of a Wan forward without gradients go through `norm_rope_quantize`, to the same end but for a code
-    here and there. With a gradient, of a norm's weight alone too, under autocast, unrounded, and where a norm has hooks
-    (its weight may be elsewhere until they run) they do not.
+    """FP8 layers of a Wan forward without gradients go through `norm_rope_quantize`; the result is the same but for a
+    few codes. They do not go through it with a gradient (even of a norm's weight alone), under autocast, unrounded, or
+    when a norm has hooks (which may have to fetch its weight first).
     """
     transformer = tiny.wan_transformer()
     for layer in models.Wan.layers(transformer):
@@ -342,7 +340,7 @@ def test_norm_and_rotation_are_fused_where_nobody_else_needs_them(monkeypatch):
 
 
 def test_autocast():
-    """float32 weights, bfloat16 arithmetic: the usual training. The difference is bfloat16's."""
+    """float32 weights and bfloat16 arithmetic, as in training. The difference is within bfloat16's rounding."""
     transformer = tiny.wan_transformer()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         stock = transformer(**inputs(), timestep=torch.tensor([500.0])).sample
@@ -375,7 +373,7 @@ WAYS_TO_COMPILE = pytest.mark.parametrize(
 
 
 def compile_transformer(pipe, how: str, fullgraph: bool = True) -> CompileCounter:
-    """Counts the graphs."""
+    """Compile; returns the counter of graphs."""
     torch.compiler.reset()
     counter = CompileCounter()
     options = {"backend": counter, "fullgraph": fullgraph}
@@ -424,8 +422,8 @@ def test_one_graph_per_stage_of_the_other_models(name):
     ],
 )
 def test_two_graphs_per_stage_whatever_the_sizes(name, how):
-    """Sizes that differ on one axis after the other, three stages and dense steps: eight graphs, as many as torch keeps
-    by default. Beyond them it would give an error with fullgraph, and run eagerly without.
+    """Sizes that differ on one axis after another, three stages and dense steps take eight graphs, which torch keeps by
+    default. One more would be an error with fullgraph, and run eagerly without.
     """
     sizes = [(9, 64, 96), (17, 64, 96), (17, 96, 64), (9, 64, 128)]
     model = tiny.MODELS[name]()
@@ -444,7 +442,7 @@ def test_two_graphs_per_stage_whatever_the_sizes(name, how):
 
 @pytest.mark.parametrize("how", ["module.compile", "torch.compile", "compile_repeated_blocks"])
 def test_more_graphs_than_torch_keeps(wan, how):
-    """Said once, and not only in torch's log."""
+    """There is one warning, besides torch's log."""
     compile_transformer(wan.pipe, how, fullgraph=False)
     enable(wan.pipe, fps.StepSchedule(NARROW, EXACT, WIDE, alpha=(0.4, 0.8)))
     message = r"needs graph 3 .* keeps 2; .* set torch\._dynamo\.config\.recompile_limit = 8"
@@ -502,7 +500,7 @@ def test_unknown_backend(wan):
 
 
 def test_deep_copy_is_enabled_too(wan):
-    """With stages of its own, also after a forward in which gradients were on."""
+    """The copy has forwards of its own, even after one with gradients."""
     transformer = wan.pipe.transformer
     handle = enable(transformer, STAGES, shift=1.0)
     transformer(**inputs(), timestep=torch.tensor([990.0]))
@@ -553,7 +551,7 @@ def test_sharded_first(wan, tmp_path):
 
 
 def test_report_of_two_transformers():
-    """Each runs its side of the boundary; before a run nobody knows where that is."""
+    """Each runs its side of the boundary, which is known after a run."""
     model = tiny.wan22()
     handle = enable(model.pipe, STAGES, dense_layers=[0])
     before = handle.report(grid=model.grid, num_steps=5)
@@ -646,7 +644,7 @@ def test_timestep_that_is_none_of_the_schedulers(wan):
 
 
 def test_another_pipeline_runs_the_transformer(wan):
-    """Before the enabled one has run its scheduler has a thousand timesteps; the message lists none of them."""
+    """The scheduler of a pipeline that has not run has a thousand timesteps; the message does not list them."""
     enable(wan.pipe, STAGES)
     wan.pipe.scheduler = tiny.flow(1.0)
     other = diffusers.WanPipeline(
@@ -676,7 +674,7 @@ def test_call_that_skips_the_hooks(wan):
 
 
 def test_tokens_that_are_no_grid(wan, monkeypatch):
-    """As if the host had begun to cut its patches in another way."""
+    """As if the host cut its patches in another way."""
     enable(wan.pipe, STAGES)
     monkeypatch.setattr(models.Wan, "grid", staticmethod(lambda config, inputs: (3, 4, 5)))
     with pytest.raises(RuntimeError, match=r"grid \(3, 4, 5\), but a layer got 72 tokens"):
@@ -706,7 +704,7 @@ def test_mochi_with_a_hole_in_its_text():
 
 
 def test_prompt_of_another_length():
-    """Valid text tokens are those of this call, not of the one before: HunyuanVideo's are 7 of 11, then 3."""
+    """Valid text tokens are those of this call, not of the previous one: HunyuanVideo's are 7 of 11, then 3."""
     model = tiny.hunyuan()
     stocks = []
     for valid in (7, 3):

@@ -33,7 +33,7 @@ pytestmark = [
 
 
 def windows_of(steps: int = tiny.STEPS) -> list:
-    """[steps][LAYERS][HEADS], each layer of each step unlike all others; those of the first and last are uniform."""
+    """[steps][LAYERS][HEADS]. Every layer of every step differs; heads are alike in the first and the last of all."""
     stride = (len(PAIRS) - 1) // (steps * LAYERS - 1)
     pairs = PAIRS[: stride * steps * LAYERS : stride]
     assert len(set(pairs)) == steps * LAYERS and pairs[0][0] == pairs[0][1]
@@ -220,7 +220,7 @@ def test_timestep_rounded_to_that_of_its_neighbour(wan, monkeypatch, second_orde
 
 @WAYS_TO_COMPILE
 def test_one_graph_for_all_windows_under_compile(wan, how):
-    """20 layers of steps have windows of their own; one step keeps the host's own attention, in a graph of its own."""
+    """All layers of all steps have different windows and one graph; the dense step has a graph of its own."""
     table = table_of(steps=10)
     handle = enable(wan.pipe, table, dense_steps=1)
     expected = wan.run(steps=10)
@@ -247,7 +247,7 @@ def test_one_graph_of_models_with_text(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_op_is_the_attention(dtype):
-    """Every part of the config goes through it, and text; what it tells the compiler of its result is true."""
+    """It passes on text and every field of the config, and its fake result has the shape of the real one."""
     grid = (2, 4, 4)
     q, k, v = torch.randn(3, 1, 32 + 5, HEADS, 16, generator=tiny.noise()).to(dtype).unbind()
     windows = torch.tensor([[[1, 1, 1], [1, 1, 1]], [[1, 1, 3], [1, 3, 1]]])  # of two layers
@@ -274,7 +274,7 @@ def test_the_op_is_the_attention(dtype):
 
 
 def test_gradient(wan):
-    """There is one without compiling, and an error with."""
+    """Without compiling there is one; compiled it is an error."""
     transformer = wan.pipe.transformer
     enable(wan.pipe, table_of())
     wan.pipe.scheduler.set_timesteps(tiny.STEPS)

@@ -72,7 +72,7 @@ def test_each_sample_runs_the_stage_of_its_noise_level(fastvideo, model):
     assert far(mixed[1:2], stock) and far(mixed[:1], stock) and far(mixed[1:2], mixed[:1])
     handle.remove()
     fastvideo.enable(model, STAGES, shift=1.0)
-    handle.remove()  # of the layers it no longer has
+    handle.remove()  # whose layers are gone
     assert far(run(model, EARLY), mixed[1:2]), "the last layer was dense"
     assert far(run(model, EARLY), stock)
 
@@ -175,7 +175,7 @@ def test_no_silent_fallback(fastvideo, model):
         run(model, MID)
     handle.remove()
     run(model, MID)
-    model.patch_size = (1, 2, 1)  # as if the host had begun to cut its patches in another way
+    model.patch_size = (1, 2, 1)  # as if the host cut its patches in another way
     fastvideo.enable(model, STAGES, shift=1.0)
     with pytest.raises(ValueError, match=r"q: has 72 tokens .* grid \(3, 4, 12\) has 144"):
         run(model, MID)

@@ -1,4 +1,4 @@
-"""What a forward runs belongs to that forward: recomputed, interleaved, nested, in threads, sharded and compiled."""
+"""Layers run as their own forward says: recomputed, interleaved, nested, in threads, sharded and compiled."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def wrap(model: nn.Module, **kwargs) -> None:
 
 
 def own(model: nn.Module, **kwargs) -> None:
-    """The host's: diffusers' method, the attributes that it sets in FastVideo's models."""
+    """The host's own checkpointing: the method of diffusers, or the attributes that FastVideo sets."""
 
     def checkpoint_func(function, *args):
         return checkpoint(function, *args, **kwargs)
@@ -101,7 +101,7 @@ WAYS_TO_CHECKPOINT = {
 
 
 def gradient(step, model: nn.Module, timesteps=(EARLY, MID), between=lambda: None) -> torch.Tensor:
-    """Of the sum over forwards at these timesteps, all before the backward, in the input."""
+    """The gradient in the input of the summed losses of forwards at these timesteps, all before the backward."""
     hidden = latents().requires_grad_()
     loss = sum(step(model, t, hidden).square().sum() for t in timesteps)
     between()
@@ -116,7 +116,7 @@ def assert_same(x: torch.Tensor, y: torch.Tensor) -> None:
 @pytest.mark.parametrize("enabled", ["first", "last"])
 @pytest.mark.parametrize("how", WAYS_TO_CHECKPOINT)
 def test_recomputed_as_it_ran(host, how, enabled):
-    """Two forwards in different stages, and one without gradients in a third, then the backward of both."""
+    """Two forwards in different stages and one without gradients in a third; then the backward of both."""
     new, put_in, step = host
     plain = new().train()
     put_in(plain)
@@ -139,7 +139,7 @@ def test_recomputed_as_it_ran(host, how, enabled):
 
 @pytest.mark.parametrize("name", ["ltx", "hunyuan", "cogvideox", "mochi"])
 def test_recomputed_as_it_ran_in_the_other_models(name):
-    """Text counts too are those of their own forward: HunyuanVideo's and Mochi's samples have other prompts."""
+    """Text counts belong to their forward too: HunyuanVideo's and Mochi's two forwards have different prompts."""
     model = tiny.MODELS[name]()
     transformer, calls = model.pipe.transformer, []
     hook = transformer.register_forward_pre_hook(
@@ -166,7 +166,7 @@ def test_recomputed_as_it_ran_in_the_other_models(name):
 
 
 def test_backward_inside_another_forward(host):
-    """The recomputation takes neither the stage of the forward it interrupts nor leaves its own behind."""
+    """A recomputation neither takes the stage of the forward that it interrupts nor changes it."""
     new, put_in, step = host
     model = new().train()
     put_in(model)
@@ -204,7 +204,7 @@ def test_forward_inside_another_forward(host):
 
 
 def test_two_threads(host):
-    """Both are in the same transformer at once: each waits for the other before its second block."""
+    """Both are in one transformer at the same time: each waits for the other before its second block."""
     new, put_in, step = host
     model = new()
     put_in(model)
@@ -228,7 +228,7 @@ def test_two_threads(host):
 
 @pytest.mark.parametrize("under_way", [False, True])
 def test_a_checkpoint_that_is_not_known_is_an_error(host, under_way):
-    """Never the stage of another forward, even if one of the same transformer is under way."""
+    """It never takes the stage of another forward, even if one of the same transformer is under way."""
     new, put_in, step = host
     model = new().train()
     put_in(model)
@@ -256,7 +256,7 @@ def test_a_forward_that_fails_leaves_nothing_behind(host):
 
 
 def test_removed(host):
-    """Checkpoint functions are those of before, and copies made in between keep theirs."""
+    """Checkpoint functions are the original ones again; copies made in between keep ours."""
     new, put_in, step = host
     model = new().train()
     stock = gradient(step, model)
@@ -302,7 +302,7 @@ COMPILED = {
 @pytest.mark.parametrize("how", ["own", "wrapper"])
 @pytest.mark.parametrize("what", COMPILED)
 def test_compiled(what, how):
-    """A graph recomputes by itself; a checkpoint around compiled blocks is carried."""
+    """A graph recomputes by itself; a checkpoint around compiled blocks is bound to its forward."""
     plain = tiny.wan_transformer().train()
     enable(plain, STAGES, shift=1.0)
     expected = gradient(diffusers_step, plain)
@@ -315,7 +315,7 @@ def test_compiled(what, how):
 
 
 def test_scope_of_a_thread():
-    """What is bound in one thread runs in another; a copy of the scope is in no forward."""
+    """A function bound in one thread runs in another; a copy of the scope is in no forward."""
     scope = Scope()
     scope.enter("outer")
     scope.enter("inner")
@@ -335,6 +335,6 @@ def test_scope_of_a_thread():
     scope.leave()
     assert scope.current() == "outer" and bound() == "inner" and scope.current() == "outer"
     scope.leave()
-    scope.leave()  # one too many is no error: a forward that failed before it was entered
+    scope.leave()  # once too often is no error: a forward can fail before it is entered
     with pytest.raises(RuntimeError, match="outside of its transformer's forward"):
         scope.current()

@@ -91,7 +91,7 @@ def test_gelu_is_the_hosts(name):
 
 
 def check_both(device: str, first: str, backend: str, compiled: bool = False):
-    """With `enable` as well, the output is as far from BF16's as with torchao's own layers."""
+    """Together with `enable`, the output is as far from BF16's as with torchao's own layers."""
     config = fps.AttentionConfig((1, 2, 2), (3, 1, 3))
     schedule = fps.StepSchedule(config, config, config)
     inputs = {
@@ -131,7 +131,7 @@ def test_a_transformer_with_both(first):
 
 
 def test_projections_of_the_same_tokens_share_their_rounding():
-    """Compiled there is one tensor of E4M3 for three products, and each gives what it gives alone."""
+    """Compiled, three products share one E4M3 tensor, and each gives what it gives alone."""
     transformer = transformer_of("wan")
     use_fp8_linears(transformer)
     attn = transformer.blocks[0].attn1
@@ -148,7 +148,7 @@ def test_projections_of_the_same_tokens_share_their_rounding():
 
 
 def test_hooks_of_a_projection_run():
-    """They may bring weights that were offloaded."""
+    """Hooks may fetch offloaded weights."""
     transformer = transformer_of("wan")
     use_fp8_linears(transformer)
     attn, calls = transformer.blocks[0].attn1, []
@@ -197,7 +197,7 @@ def test_bad_arguments():
     with pytest.raises(
         ValueError, match=r"ff\.net\.0\.proj is \[682, 128\]; FP8 products need multiples of 16"
     ):
-        use_fp8_linears(transformer_of("mochi"))  # sizes of a full model are such multiples
+        use_fp8_linears(transformer_of("mochi"))  # a full model's sizes are multiples of 16
     transformer = transformer_of("wan")
     use_fp8_linears(transformer)
     with pytest.raises(
@@ -207,7 +207,7 @@ def test_bad_arguments():
 
 
 class LoraLinear(nn.Module):
-    """peft's layer, by the names of its parts."""
+    """Has the parts of peft's layer, with their names."""
 
     def __init__(self, base: nn.Linear, rank: int):
         super().__init__()
@@ -218,7 +218,7 @@ class LoraLinear(nn.Module):
 
 
 def test_an_adapter_too_narrow():
-    """LoRA of rank 8: the message says what it is, and how to merge it."""
+    """LoRA of rank 8: the message says that it is an adapter, and how to merge it."""
     transformer = transformer_of("wan")
     attn = transformer.blocks[0].attn1
     attn.to_q = LoraLinear(attn.to_q, 8)

@@ -39,7 +39,7 @@ def qkv() -> list[torch.Tensor]:
 
 
 def call(layer, qkv, *, step=0, block=1, **kwargs):
-    """As a block of Wan calls its self_attn_1."""
+    """Call a layer as a Wan block calls its self_attn_1."""
     cu_seqlens = torch.tensor([0, 72], dtype=torch.int32)
     given = {
         "cu_seqlens_q": cu_seqlens,
@@ -78,7 +78,7 @@ def test_each_step_and_block_runs_what_the_schedule_says(register, registry, qkv
 
 
 def test_forwards_in_flight(register, registry, qkv):
-    """A layer keeps nothing between calls: two schedulers at other steps, in threads that take turns."""
+    """A layer keeps no state between calls: two schedulers are at different steps, in threads that take turns."""
     register(STAGES)
     layer = registry["fps_attn"]()
     expected = {step: call(layer, qkv, step=step) for step in (0, 4)}
@@ -100,7 +100,7 @@ def test_forwards_in_flight(register, registry, qkv):
 
 
 def test_no_gradient(register, registry, qkv):
-    """A recomputation would read the scheduler anew, at a later step."""
+    """A recomputation would read the scheduler at a later step."""
     register(STAGES)
     layer = registry["fps_attn"]()
     q, k, v = qkv
@@ -137,7 +137,7 @@ def test_each_step_and_block_runs_the_windows_of_a_table(register, registry, qkv
     ],
 )
 def test_table_of_another_run(register, qkv, grid, steps, heads, error):
-    """All windows are alike, so that the config would fit any number of heads."""
+    """All windows are equal, so the config alone would fit any number of heads."""
     table = fps.WindowTable(grid, NO_WINDOW, [[[(1, 1, 1)] * heads] * 4] * steps)
     with pytest.raises(ValueError, match=error):
         call(register(table)(), qkv)

@@ -1,4 +1,4 @@
-"""fpsattention.parallel over 2 and 4 processes on gloo, held against one process."""
+"""fpsattention.parallel on 2 and 4 processes with gloo, compared with one process."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def pools(tmp_path_factory):
-    """Of 2 and of 4 processes, started when they are first asked for."""
+    """Returns the pool of 2 or of 4 processes; each is started when it is first used."""
     made: dict[int, Processes] = {}
 
     def get(size: int) -> Processes:
@@ -107,13 +107,13 @@ def shares_of(tensors, group=None) -> list[torch.Tensor]:
     return [*(share_of(x, group) for x in nhd), share_of(dlse, group, 2)]
 
 
-# What the processes run; they return what differs, so that a process's assertion is a test's.
+# Functions that the processes run. They return what the tests assert.
 
 
 def ulysses_against_one(config, layout, dtype, text, counts, groups=1) -> list[tuple[bool, float]]:
-    """Of out, lse and the gradients of q, k, v: whether they are what one process makes of as many heads at a time, bit
-    for bit, and how far from what it makes of all, relative to the largest. (How many matrices are multiplied at once
-    may change the last bit of each.)
+    """For out, lse and the gradients of q, k, v: (whether they equal, bit for bit, those of one process that attends
+    the same heads at a time; the largest difference from one process with all heads, over the largest value). The
+    number of matrices multiplied at once may change the last bit of each.
     """
     size = dist.get_world_size() // groups
     made = [dist.new_group(range(i * size, (i + 1) * size)) for i in range(groups)] if groups > 1 else [None]
@@ -141,8 +141,8 @@ def ulysses_against_one(config, layout, dtype, text, counts, groups=1) -> list[t
 
 
 def ring_errors(config, layout, dtype, alone=False) -> list[tuple[float, float]]:
-    """Of out, lse and the gradients: relative RMS errors of the ring, or of a ring for each process alone, and of one
-    process, against exact attention.
+    """For out, lse and the gradients: relative RMS errors against exact attention, of the ring and of one process. With
+    `alone` each process is a ring of its own.
     """
     groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())] if alone else None
     group = groups[dist.get_rank()] if alone else None
@@ -183,8 +183,8 @@ def outsiders_message() -> str | None:
 def opaque(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: list[int], tile: list[int], windows: list[int]
 ) -> torch.Tensor:
-    """Stands for the attention, as one op does on the sm90 backend; tracing the reference would break the graph."""
-    assert type(q) is type(k) is type(v) is torch.Tensor  # what the kernels take pointers of
+    """Attention as a single op, as on the sm90 backend: tracing the reference would break the graph."""
+    assert type(q) is type(k) is type(v) is torch.Tensor  # the kernels take their pointers
     triples = [windows[i : i + 3] for i in range(0, len(windows), 3)]
     config = fps.AttentionConfig(tile, triples or None, quant="none")
     return fps.attention(q, k, v, grid=grid, config=config).contiguous()  # as the fake promises
@@ -233,7 +233,7 @@ def share_tokens(transformer, **options) -> None:
 
 
 def gather_unequal(x: torch.Tensor, dim: int, group) -> torch.Tensor:
-    """In place of the host's, which asks of gloo what only NCCL does: to gather tensors of different sizes."""
+    """Replaces the host's, which gathers tensors of different sizes: NCCL can, gloo cannot."""
     parts = [None] * dist.get_world_size(group)
     dist.all_gather_object(parts, x, group)
     return torch.cat(parts, dim)
@@ -265,8 +265,8 @@ def pipeline_against_one(first: str, height: int) -> tuple[float, float, int]:
 
 
 def ltx_against_one(in_pairs: bool) -> tuple[float, float]:
-    """(largest difference, largest value) of a forward that all processes or every two share. In the pipeline, and in a
-    backward, the host's own parallel cross-attention fails, over the text's mask and its length.
+    """(largest difference, largest value) of a forward whose tokens all processes or each pair of them share. Without
+    pipeline and backward: there the host's own parallel cross-attention fails, over the text's mask and length.
     """
     import tiny_diffusers as tiny
     from fpsattention.integrations.diffusers import enable
@@ -371,7 +371,7 @@ def test_ring_unrounded_is_one_process(processes, name, layout):
 
 
 def test_a_ring_of_one_process(two):
-    """Any tile will do where there are no slabs."""
+    """Any tile is legal where there is one slab."""
     config = fps.AttentionConfig((3, 2, 2), (2, 3, 3), quant="none")
     for errors in two.run(ring_errors, config, "NHD", torch.float32, True):
         assert max(ours for ours, _ in errors) < 1e-6
@@ -379,7 +379,7 @@ def test_a_ring_of_one_process(two):
 
 @pytest.mark.parametrize("name", RING)
 def test_rounding_in_a_ring_is_no_worse_than_in_one_process(processes, name):
-    """V's scales, K's mean and a coarse tile's scales are those of a slab, so the codes are others."""
+    """Codes differ: V's scales, K's mean and the scales of coarse tiles come from a slab."""
     for errors in processes.run(ring_errors, RING[name], "NHD", torch.bfloat16):
         for ours, one in errors:
             assert ours < 1.1 * one
@@ -456,7 +456,7 @@ def test_a_process_outside_of_the_group(four):
 
 
 def attention_of_parts(q, k, v, parts):
-    """(outs, lses), HND: the same queries over each of the parts of the keys; an empty part has none."""
+    """(outs, lses), HND: the same queries over each part of the keys. A part may be empty."""
     outs, lses = [], []
     for part in parts:
         scores = q @ k[:, :, part].mT
@@ -528,8 +528,8 @@ def test_one_graph_under_compile(two):
 
 @pytest.mark.parametrize("first, height", [("enable", 64), ("enable_parallelism", 64), ("enable", 48)])
 def test_diffusers_pipeline(processes, first, height):
-    """Windows of each head, FP8, and the host's own attention in a step and in a layer. 54 tokens of the lower video do
-    not divide by 4.
+    """Windows for each head, FP8, and the host's own attention in one step and one layer. Height 48 makes 54 tokens,
+    which 4 does not divide.
     """
     for error, size, steps in processes.run(pipeline_against_one, first, height):
         assert error < 1e-4 * size
@@ -568,7 +568,7 @@ def test_example(processes):
     """examples/many_gpus.py: attention, and training under FSDP2."""
     for ulysses, ring, training in processes.run(example_differences):
         assert ulysses < 1e-5
-        assert 0 < ring < 0.1  # other roundings to FP8
+        assert 0 < ring < 0.1  # FP8 rounds otherwise
         assert training < 1e-2
 
 

@@ -44,7 +44,7 @@ def flow_match_table(num_steps, shift):
 
 
 def wan_table(num_steps, shift):
-    """float32 [num_steps], Wan's samplers (UniPC, DPM++): the same walk, but from 0.999."""
+    """float32 [num_steps], those of Wan's samplers (UniPC, DPM++): as above, but from 0.999."""
     return shifted((1 - torch.linspace(1 / 1000, 1, num_steps + 1, dtype=torch.float64))[:-1], shift).float()
 
 

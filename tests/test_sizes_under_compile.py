@@ -1,7 +1,6 @@
-"""Sizes that change under torch.compile: symbols, as those of torch's own operations, and few graphs.
+"""Changing sizes under torch.compile: they become symbols, as with torch's own operations, and graphs stay few.
 
-The ops of the Hopper kernels are computed by the reference here, so that what torch.compile sees of them is seen
-without a GPU.
+Here the reference computes the ops of the Hopper kernels, so that no GPU is needed to see what torch.compile sees.
 """
 
 from __future__ import annotations
@@ -94,7 +93,7 @@ def test_a_size_marked_dynamic_is_one_graph(kernels_on_cpu):
 
 
 def test_a_planned_tile_is_of_one_size(kernels_on_cpu):
-    """Without a tile each grid has its own, so it has its own graph."""
+    """Without a given tile each grid has a tile, and so a graph, of its own."""
     counter = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, backend=counter)
@@ -109,7 +108,7 @@ def test_a_planned_tile_is_of_one_size(kernels_on_cpu):
 
 @pytest.mark.parametrize("config", [TILED, SMOOTHED, PLANNED], ids=["tiled", "smoothed", "planned"])
 def test_shapes_that_are_promised(kernels_on_cpu, config):
-    """Of every result, operands for the backward included, by torch's own check with symbolic sizes."""
+    """Every result has the promised shape, operands for the backward included, by torch's own check."""
     for grid, prefix_len, suffix_len in ((GRIDS[2], 0, 0), (GRIDS[4], 3, 150)):
         sizes = list(grid), prefix_len, suffix_len
         call = *qkv(grid, prefix_len + suffix_len), None, None, *sizes, config.spec, 0.125, "NHD", False
@@ -134,7 +133,7 @@ def test_errors_name_their_argument(kernels_on_cpu):
 
 
 def test_auto_says_what_runs_while_it_traces():
-    """The notice of the slow path is no part of the graph."""
+    """The warning about the slow path is not part of the graph."""
     api._warn_once.cache_clear()
     compiled = torch.compile(fps.attention, fullgraph=True, backend="aot_eager")
     x = qkv(GRIDS[0])

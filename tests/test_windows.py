@@ -1,4 +1,4 @@
-"""Windows as data: the table, its file, FastVideo's file, and everything that is refused."""
+"""Tables of windows: the table, its file, FastVideo's file, and all that is refused."""
 
 import json
 
@@ -216,7 +216,7 @@ def test_a_mask_strategy_of_fastvideo_is_read(table, tmp_path):
 
 
 def test_steps_layers_and_heads_keep_their_order(tmp_path):
-    """Each place has a window of its own, so that any two that change places show."""
+    """Every entry has a different window, so that any exchange of two shows."""
     candidates = [(t, h, w) for t in (1, 3, 5) for h in (1, 3, 5, 6) for w in (1, 3)]
     places = [(s, i, h) for s in range(2) for i in range(3) for h in range(4)]
     file = {"_".join(map(str, place)): window for place, window in zip(places, candidates, strict=True)}

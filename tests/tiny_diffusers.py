@@ -19,7 +19,7 @@ class Tiny:
     """A pipeline and what to expect of it.
 
     Attributes:
-        kwargs: of a call of the pipeline, besides what `run` gives.
+        kwargs: for a call of the pipeline, in addition to those of `run`.
         grid: tokens (T, H, W).
         layers: self-attention layers of each transformer.
         passes: forwards of a transformer in a step, with guidance.
@@ -80,7 +80,7 @@ def wan_vae() -> diffusers.AutoencoderKLWan:
 
 
 def wan(**kwargs) -> Tiny:
-    """Decodes its latents; the others do not, as the VAE is none of our business."""
+    """Decodes its latents; the other pipelines here do not, as we change nothing in the VAE."""
     parts = {"tokenizer": None, "text_encoder": None, "scheduler": flow(), "transformer": wan_transformer()}
     pipe = diffusers.WanPipeline(**parts | {"vae": wan_vae()} | kwargs)
     return Tiny(
@@ -104,7 +104,7 @@ def wan_ti2v() -> Tiny:
 
 
 def wan_i2v() -> Tiny:
-    """Cross-attention to an image's embedding as well; the host wants 512 text tokens then."""
+    """Has cross-attention to an image's embedding as well, for which the host needs 512 text tokens."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 24, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
     encoder = CLIPVisionModel(CLIPVisionConfig(image_size=32, patch_size=16, **sizes)).eval()
