@@ -358,7 +358,7 @@ def test_sm90_devices(monkeypatch, capability):
     with FakeTensorMode():
         q = tensor(device="cuda")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: divmod(capability, 10))
+        monkeypatch.setattr(support, "_capability", lambda index: divmod(capability, 10))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
         with pytest.raises(RuntimeError, match=says('backend="sm90"', "Hopper", "9.0", f"{capability / 10}")):
             attend(q, backend="sm90")

@@ -26,15 +26,13 @@ def gpu(monkeypatch):
     """Pretends that there is one, of this capability; `rocm`: that torch is built for AMD's."""
 
     def pretend(capability, rocm=None):
-        support._capability.cache_clear()
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.version, "hip", rocm)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        monkeypatch.setattr(support, "_capability", lambda _: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
 
-    yield pretend
-    support._capability.cache_clear()
+    return pretend
 
 
 def test_a_hopper_gpu(gpu):

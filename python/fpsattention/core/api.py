@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -14,29 +16,23 @@ from torch import Tensor
 
 from . import checks, ops, reference, reference_op  # noqa: F401  ops and reference_op register torch.ops.fpsattention
 from .checks import as_grid, shown
-from .config import AttentionConfig, ResolvedConfig, as_config
+from .config import AttentionConfig, as_config
 from .support import backend_for
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedQKV:
-    """Q, K and V rounded to FP8 by `quantize_qkv`, for one or more calls of `attention`, which refuses one whose fields
-    were replaced. An object equals itself alone.
+    """Q, K and V rounded to FP8 by `quantize_qkv`, for one or more calls of `attention`.
+
+    `attention` refuses an object whose fields were replaced. Objects compare by identity.
 
     Attributes:
         operands: on the sm90 backend the packed operands, one uint8 tensor; on the reference backend Q, K and V
-            themselves, which it rounds again in every call: leave them as they are.
-        grid: tokens (T, H, W), as in the `quantize_qkv` call.
-        config: that of the call.
-        scale: that of the call, or what None stood for.
-        tensor_layout: that of the call.
-        dtype: of Q, K, V, and so of the output.
-        shape: of Q, K, V, and so of the output.
+            themselves, which every call rounds anew: do not change them.
+        grid, config, tensor_layout, prefix_len, suffix_len, prefix_valid, suffix_valid: as given to `quantize_qkv`.
+        scale: as given, or D ** -0.5.
+        dtype, shape: of Q, K, V, and of the output.
         backend: "sm90" or "reference".
-        prefix_len: that of the call.
-        suffix_len: that of the call.
-        prefix_valid: that of the call.
-        suffix_valid: that of the call.
     """
 
     operands: tuple[Tensor, ...]
@@ -51,12 +47,12 @@ class QuantizedQKV:
     suffix_len: int = 0
     prefix_valid: Tensor | None = None
     suffix_valid: Tensor | None = None
-    made_with: tuple = field(default=(), repr=False)  # all other fields, as they were
+    made_with: tuple = field(default=(), repr=False)  # all other fields, as they were made
 
     @classmethod
-    def of(cls, *fields) -> QuantizedQKV:
-        """What a quantisation has made: the fields in their order, but for the last."""
-        return cls(*fields, made_with=fields)
+    def of(cls, *values) -> QuantizedQKV:
+        """An object with these values of its fields, in their order; `made_with` keeps them."""
+        return cls(*values, values)  # type: ignore[call-arg]  # mypy counts the values as one more
 
 
 def quantize_qkv(
@@ -76,10 +72,9 @@ def quantize_qkv(
 ) -> QuantizedQKV:
     """Round Q, K, V to FP8 once (arXiv 2506.04648, section 3.1); `attention` accepts the result in their place.
 
-    It pays when the same Q, K, V are attended under several windows. What rounding depends on is fixed here: tile,
-    quant_tile and smooth_k, and the text tokens; window and border may differ from call to call.
-
-    It gives no gradient: hand Q, K, V themselves to `attention` for that.
+    It pays when the same Q, K, V are attended under several windows. Tile, quant_tile, smooth_k and the text tokens are
+    fixed here; window and border may differ from call to call. The result has no gradient: for one, pass Q, K, V
+    themselves to `attention`.
 
     Args and errors are those of `attention`; config.quant must be "fp8".
     """
@@ -89,15 +84,14 @@ def quantize_qkv(
     lengths, counts = (prefix_len, suffix_len), (prefix_valid, suffix_valid)
     name, scale = set_up(q, k, v, grid, config, scale, tensor_layout, backend, *lengths, *counts)
     check_window(q, grid, config, tensor_layout, prefix_len, suffix_len)
-    operands: tuple[Tensor, ...] = (q.detach(), k.detach(), v.detach())
-    if name == "sm90":
-        if ops.is_watched(q, k, v):
-            rest = list(grid), *lengths, config.spec, scale, tensor_layout
-            packed = ops.quantize(*operands, *counts, *rest)
-        else:
-            call = _call_of(q, grid, config, scale, tensor_layout, *lengths)
-            packed = ops.launch_quantize(call, *operands, *counts)
-        operands = (packed,)
+    q, k, v = q.detach(), k.detach(), v.detach()
+    operands: tuple[Tensor, ...] = q, k, v
+    if name == "sm90" and ops.is_watched(q, k, v):
+        rest = list(grid), *lengths, config.spec, scale, tensor_layout
+        operands = (ops.quantize(q, k, v, *counts, *rest),)
+    elif name == "sm90":
+        call = _call_of(q.shape, q.dtype, grid, config, scale, tensor_layout, *lengths)
+        operands = (ops.launch_quantize(call, q, k, v, *counts),)
     about = tuple(grid), config, scale, tensor_layout, q.dtype, tuple(q.shape), name
     return QuantizedQKV.of(operands, *about, *lengths, *counts)
 
@@ -118,45 +112,39 @@ def attention(
     suffix_valid: Tensor | None = None,
     backend: str = "auto",
     deterministic: bool | None = None,
-    **unsupported,
+    **unsupported: NoReturn,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over a 3D grid of video tokens, in FP8 and under a sliding window of tiles.
 
-    The arithmetic is that of `fpsattention.reference.emulated_attention` (arXiv 2506.04648, sections 3.1 and 3.2; the
-    window with border="clamp" is that of arXiv 2502.04507). The same call gives the same bits every time.
+    `fpsattention.reference.emulated_attention` defines the arithmetic (arXiv 2506.04648, sections 3.1 and 3.2;
+    border="clamp" is that of arXiv 2502.04507). The same call gives the same bits every time. It is differentiable
+    once in q, k and v, from out and lse, straight through the roundings (`fpsattention.reference.emulated_backward`).
 
-    Differentiable once in q, k and v, out and lse, by the straight-through estimator at the roundings. For its backward
-    the Hopper kernel saves the FP8 operands, out and lse; the scores are computed anew
-    (`fpsattention.reference.emulated_backward` has the arithmetic).
-
-    Text tokens may lie before the video's (the prefix) and after them (the suffix): every query sees
-    their keys, and their queries see every key, whatever the window. Where a sample has fewer than its section holds,
-    say how many: the others are never read, their out is 0, their lse -inf and their gradients 0.
+    Text tokens may lie before the video's (the prefix) and after them (the suffix). Every query sees their keys, and
+    their queries see every key, whatever the window.
 
     Args:
         q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), L = prefix_len + T * H * W + suffix_len tokens in this
-            order, the video's in raster order, w fastest. The Hopper kernel takes bf16 and fp16, D 64 and 128, any
-            strides with D contiguous and rows on 16 bytes. Under autocast they are cast to its dtype first, as in
-            torch's scaled_dot_product_attention. NaN or Inf spreads over all that shares its scale: in q it makes the
-            rows of its tile (or quant_tile) non-finite, in k the rows that attend its tile, in v its channel in all
-            rows of the head; in k under smooth_k all rows of the head. Or one `QuantizedQKV` as q, which brings grid,
-            scale, layout, text tokens and backend with it; its config holds unless another one is given, which may
-            differ in window and border.
+            order, the video's in raster order, w fastest. The Hopper kernel takes bf16 and fp16, D 64 and 128, D
+            contiguous, rows on 16 bytes. Autocast applies as to torch's scaled_dot_product_attention. NaN or Inf
+            spreads to all that shares its scale: in q to the rows of its tile (or quant_tile), in k to the rows that
+            attend its tile, in v to its channel in all rows of the head; in k under smooth_k to the whole head.
+            Or q is one `QuantizedQKV`: it brings all arguments but config, which may change window and border.
         grid: tokens (T, H, W) after patchifying.
         config: tile, window and rounding; None: FP8, dense, the planned tile.
         return_lse: also return the log-sum-exp of the scores, fp32 [B, H, L], natural logarithm.
         scale: of the scores before softmax, positive; None: D ** -0.5.
         tensor_layout: "NHD" or "HND"; None: "NHD".
         prefix_len, suffix_len: text tokens of every sample, at least 0.
-        prefix_valid, suffix_valid: int32 [B] on q's device, how many of the section's tokens are valid in each sample,
-            the first ones, from 0 to its length; None: all. Out of range they are a ValueError on the CPU outside
-            torch.compile; on a GPU, where looking would stop the device, they are clamped.
-        backend: "sm90" runs on a Hopper GPU or raises RuntimeError; "reference" runs plain torch anywhere; "auto" takes
-            the former where it can, else the latter, and warns once why (FPSATTENTION_STRICT=1 makes that a
-            RuntimeError). See `backend_for`.
-        deterministic: whether the Hopper kernel's backward gives the same bits every time, which takes longer; without
-            it the last bits of q's gradient may differ. None: what `torch.use_deterministic_algorithms` asks for.
-        unsupported: nothing; attn_mask, is_causal, dropout_p and enable_gqa are refused by name.
+        prefix_valid, suffix_valid: int32 [B] on q's device, valid tokens of the section in each sample, the first ones;
+            None: all. Invalid tokens are never read; their out is 0, their lse -inf, their gradients 0. A count outside
+            0 to the section's length is a ValueError on the CPU outside torch.compile, elsewhere it is clamped.
+        backend: "sm90" runs the Hopper kernel or raises RuntimeError; "reference" runs plain torch anywhere; "auto"
+            runs the former where it can, else the latter with one warning that says why (an error under
+            FPSATTENTION_STRICT=1). See `backend_for`.
+        deterministic: the Hopper kernel's backward gives the same bits every time, and takes longer; else the last bits
+            of q's gradient may differ. None: as `torch.use_deterministic_algorithms` says.
+        unsupported: attn_mask, is_causal, dropout_p and enable_gqa are refused with advice.
 
     Returns out, like q in shape, dtype and layout; with return_lse, (out, lse).
     Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value; RuntimeError
@@ -167,53 +155,60 @@ def attention(
         _refuse(next(iter(unsupported)))
     if deterministic is not None and not isinstance(deterministic, bool):
         raise TypeError(f"deterministic: {shown(deterministic)} must be True, False or None")
-    if isinstance(q, QuantizedQKV):
-        given = {"k": k, "v": v, "grid": grid, "scale": scale, "tensor_layout": tensor_layout}
-        lengths = {"prefix_len": prefix_len, "suffix_len": suffix_len}
-        given |= {name: None if _equal(n, 0) else n for name, n in lengths.items()}  # 0: not said
-        given |= {"prefix_valid": prefix_valid, "suffix_valid": suffix_valid}
-        given |= {"deterministic": deterministic, "backend": None if backend == "auto" else backend}
-        _check_repeated(q, given)
-        _check_untouched(q)
-        out, lse = _attend(q, q.config if config is None else _same_rounding(as_config(config), q))
-        return (out, lse) if return_lse else out
-    if grid is None:
-        raise TypeError("grid: is missing; give the tokens (T, H, W)")
-    config = as_config(config)
-    q, k, v = checks.as_autocast(q, k, v)
-    tensor_layout = "NHD" if tensor_layout is None else tensor_layout
     lengths, counts = (prefix_len, suffix_len), (prefix_valid, suffix_valid)
-    name, scale = set_up(q, k, v, grid, config, scale, tensor_layout, backend, *lengths, *counts)
-    keywords = {
-        "grid": grid,
-        "config": config,
-        "scale": scale,
-        "tensor_layout": tensor_layout,
-        "prefix_len": prefix_len,
-        "suffix_len": suffix_len,
-        "prefix_valid": prefix_valid,
-        "suffix_valid": suffix_valid,
-    }
+    given = _Given(grid, config, scale, tensor_layout, *lengths, *counts, backend, deterministic)
+    if isinstance(q, QuantizedQKV):
+        results = _attend_quantized(q, k, v, given)
+    else:
+        results = _attend(q, k, v, given, return_lse)
+    return results if return_lse else results[0]
+
+
+class _Given(NamedTuple):
+    """Arguments of `attention` beside the tensors, as given."""
+
+    grid: Sequence[int] | None
+    config: AttentionConfig | None
+    scale: float | None
+    tensor_layout: str | None
+    prefix_len: int
+    suffix_len: int
+    prefix_valid: Tensor | None
+    suffix_valid: Tensor | None
+    backend: str
+    deterministic: bool | None
+
+
+def _attend(q: Tensor, k, v, given: _Given, with_lse: bool) -> tuple[Tensor, Tensor]:
+    """(out, lse); without `with_lse`, lse may be out."""
+    if given.grid is None:
+        raise TypeError("grid: is missing; give the tokens (T, H, W)")
+    config = as_config(given.config)
+    q, k, v = checks.as_autocast(q, k, v)
+    layout = "NHD" if given.tensor_layout is None else given.tensor_layout
+    lengths, counts = (given.prefix_len, given.suffix_len), (given.prefix_valid, given.suffix_valid)
+    name, scale = set_up(q, k, v, given.grid, config, given.scale, layout, given.backend, *lengths, *counts)
     if name == "sm90":
+        if not ops.is_watched(q, k, v):
+            call = _call_of(q.shape, q.dtype, given.grid, config, scale, layout, *lengths)
+            return ops.launch_attention(call, q, k, v, *counts)[:2]
+        deterministic = given.deterministic
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
-        if ops.is_watched(q, k, v):
-            rest = list(grid), *lengths, config.spec, scale, tensor_layout, deterministic
-            out, lse, _ = ops.attention(q, k, v, *counts, *rest)
-        else:
-            call = _call_of(q, grid, config, scale, tensor_layout, *lengths)
-            out, lse, _ = ops.launch_attention(call, q, k, v, *counts)
-    elif config.quant == "fp8":
-        out, lse = reference.emulated_attention(q, k, v, **keywords)
-    elif name == "torch":
-        heads = checks.to_heads_first(q, tensor_layout).shape[1]
-        out, lse = _unquantized(q, k, v, config.resolve(grid, heads, *lengths), return_lse, keywords)
-    else:
-        out, lse = _exact(q, k, v, keywords)
-    return (out, lse) if return_lse else out
+        rest = list(given.grid), *lengths, config.spec, scale, layout, deterministic
+        return ops.attention(q, k, v, *counts, *rest)[:2]
+    about: dict[str, Any] = {"grid": given.grid, "config": config, "scale": scale, "tensor_layout": layout}
+    about |= dict(
+        zip(("prefix_len", "suffix_len", "prefix_valid", "suffix_valid"), lengths + counts, strict=True)
+    )
+    if config.quant == "fp8":
+        return reference.emulated_attention(q, k, v, **about)
+    if name == "torch":
+        return _unquantized(q, k, v, with_lse, about)
+    return _exact(q, k, v, about)
 
 
-# Arguments of torch's scaled_dot_product_attention that attention has not, and what to do.
+# Arguments that torch's scaled_dot_product_attention has and `attention` has not, with advice.
 _SDPA_ONLY = {
     "attn_mask": "config's window says what is attended, prefix_valid and suffix_valid which text tokens count",
     "is_causal": "every token of a video attends to both sides; for a causal mask call torch's function",
@@ -231,7 +226,7 @@ def _refuse(name: str) -> None:
 
 
 def set_up(q, k, v, grid, config, scale, tensor_layout, backend, *text) -> tuple[str, float]:
-    """(what runs, scale) of a call whose arguments have been checked, with a notice where that is the slow path."""
+    """Check the arguments of a call. Returns (name of the backend, scale); warns where "auto" takes the slow path."""
     checks.check_inputs(q, k, v, grid, tensor_layout, *text)
     scale = checks.as_scale(scale, q.shape[3])
     name, reason = backend_for(q, config, backend)
@@ -240,10 +235,12 @@ def set_up(q, k, v, grid, config, scale, tensor_layout, backend, *text) -> tuple
     return name, scale
 
 
-def _attend(quantized: QuantizedQKV, config: AttentionConfig) -> tuple[Tensor, Tensor]:
-    """(out, lse) of rounded operands under the config's window."""
-    x = quantized
-    text = {name: getattr(x, name) for name in ("prefix_len", "suffix_len", "prefix_valid", "suffix_valid")}
+def _attend_quantized(x: QuantizedQKV, k, v, given: _Given) -> tuple[Tensor, Tensor]:
+    """(out, lse) of rounded operands, under the windows of another config if one is given."""
+    _check_repeated(x, k, v, given)
+    _check_untouched(x)
+    config = x.config if given.config is None else _same_rounding(as_config(given.config), x)
+    lengths, counts = (x.prefix_len, x.suffix_len), (x.prefix_valid, x.suffix_valid)
     if x.backend == "reference":
         return reference.emulated_attention(
             *x.operands,
@@ -251,38 +248,41 @@ def _attend(quantized: QuantizedQKV, config: AttentionConfig) -> tuple[Tensor, T
             config=config,
             scale=x.scale,
             tensor_layout=x.tensor_layout,
-            **text,
+            prefix_len=x.prefix_len,
+            suffix_len=x.suffix_len,
+            prefix_valid=x.prefix_valid,
+            suffix_valid=x.suffix_valid,
         )
-    (packed,), counts = x.operands, (x.prefix_valid, x.suffix_valid)
-    batch, second, third, head_dim = x.shape
-    heads = third if x.tensor_layout == "NHD" else second
+    (packed,) = x.operands
     if ops.is_watched(packed):
-        rest = list(x.grid), x.prefix_len, x.suffix_len, config.spec, x.scale, x.tensor_layout
+        batch, second, third, head_dim = x.shape
+        heads = third if x.tensor_layout == "NHD" else second
+        rest = list(x.grid), *lengths, config.spec, x.scale, x.tensor_layout
         return ops.attend(packed, *counts, *rest, batch, heads, head_dim, x.dtype)
-    sizes = x.grid, x.prefix_len, x.suffix_len, batch, heads, head_dim, x.dtype, x.scale, x.tensor_layout
-    return ops.launch_attend(ops.call_of(config, *sizes), packed, *counts)
+    call = _call_of(x.shape, x.dtype, x.grid, config, x.scale, x.tensor_layout, *lengths)
+    return ops.launch_attend(call, packed, *counts)
 
 
 def _call_of(
-    q: Tensor, grid, config: AttentionConfig, scale: float, tensor_layout: str, *lengths
+    shape, dtype, grid, config: AttentionConfig, scale: float, layout: str, *lengths: int
 ) -> ops.Call:
-    """The resolved call of q, k, v like q."""
-    batch, second, third, head_dim = q.shape
-    heads = third if tensor_layout == "NHD" else second
-    sizes = tuple(grid), *lengths, batch, heads, head_dim, q.dtype, scale, tensor_layout
-    return ops.call_of(config, *sizes)
+    """The resolved call of q, k, v of this shape."""
+    batch, second, third, head_dim = shape
+    heads = third if layout == "NHD" else second
+    return ops.call_of(config, tuple(grid), *lengths, batch, heads, head_dim, dtype, scale, layout)
 
 
-def _check_repeated(quantized: QuantizedQKV, given: dict) -> None:
-    """Arguments beside a `QuantizedQKV` must be left out, or say what it says."""
-    for name, value in given.items():
-        if value is None:
+def _check_repeated(quantized: QuantizedQKV, k, v, given: _Given) -> None:
+    """Raises unless arguments beside a `QuantizedQKV` are left out, or say what it says."""
+    for name, value in {"k": k, "v": v, **given._asdict()}.items():
+        unsaid = {"prefix_len": 0, "suffix_len": 0, "backend": "auto"}.get(name)
+        if name == "config" or value is None or (unsaid is not None and _equal(value, unsaid)):
             continue
         if name in ("k", "v", "prefix_valid", "suffix_valid"):
             raise TypeError(f"{name}: is part of the QuantizedQKV given as q; leave it out")
         if name == "deterministic":
             raise TypeError(
-                "deterministic: is of the backward, and quantised Q, K, V have none; leave it out"
+                "deterministic: concerns the backward, and quantised Q, K, V have none; leave it out"
             )
         own = getattr(quantized, name)
         if not _equal(as_grid(value) if name == "grid" else value, own):
@@ -297,8 +297,8 @@ def _equal(value, own) -> bool:
 
 
 def _check_untouched(quantized: QuantizedQKV) -> None:
-    """Raises ValueError when a field is not what it was: the operands belong to one grid, tile, scale and backend."""
-    if torch.compiler.is_compiling():  # it was made in the same graph
+    """Raises ValueError when a field was replaced: the operands belong to one grid, tile, scale and backend."""
+    if torch.compiler.is_compiling():  # the object was made in the same graph
         return
     names = [x.name for x in fields(quantized) if x.name != "made_with"]
     if len(quantized.made_with) != len(names):
@@ -314,6 +314,7 @@ def _check_untouched(quantized: QuantizedQKV) -> None:
 
 
 def _same_rounding(config: AttentionConfig, quantized: QuantizedQKV) -> AttentionConfig:
+    """The config, with the operands' tile if it has none. Raises ValueError unless it rounds as the operands were."""
     own = quantized.config
     if config.tile is None:
         config = replace(config, tile=own.tile)
@@ -330,9 +331,9 @@ def _same_rounding(config: AttentionConfig, quantized: QuantizedQKV) -> Attentio
     return config
 
 
-@torch.compiler.assume_constant_result  # torch.compile runs it while it traces, and leaves it out of the graph
+@torch.compiler.assume_constant_result  # torch.compile runs it while tracing and leaves it out of the graph
 def _notice(reason: str) -> None:
-    """Say that the slow path runs; an error in strict mode."""
+    """Warn once that the slow path runs. Raises RuntimeError in strict mode."""
     message = f"fpsattention runs its reference instead of the Hopper kernel, slowly: {reason}"
     strict = os.environ.get("FPSATTENTION_STRICT", "0")
     if strict not in ("", "0", "1"):
@@ -344,8 +345,10 @@ def _notice(reason: str) -> None:
 
 @cache
 def _warn_once(message: str) -> None:
-    # Past _notice, what calls that, and the public function: the caller's line.
-    warnings.warn(message, stacklevel=5)
+    package, frame, level = __name__.partition(".")[0], sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] == package:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)  # names the line that calls this package
 
 
 def check_rounding(config: AttentionConfig, inputs: dict, instead: str) -> None:
@@ -361,31 +364,31 @@ def check_rounding(config: AttentionConfig, inputs: dict, instead: str) -> None:
 
 
 def check_window(q, grid, config: AttentionConfig, tensor_layout: str, prefix_len=0, suffix_len=0) -> None:
-    """Raises ValueError, ahead of `attention`, when the window does not fit the grid or the heads."""
-    if not torch.compiler.is_compiling():  # a graph has the check in `attention`
+    """Raises ValueError when the window does not fit the grid or the heads."""
+    if not torch.compiler.is_compiling():  # a graph checks it in `attention`
         config.resolve(grid, checks.to_heads_first(q, tensor_layout).shape[1], prefix_len, suffix_len)
 
 
-def _unquantized(
-    q, k, v, resolved: ResolvedConfig, return_lse: bool, call: dict
-) -> tuple[Tensor, Tensor | None]:
-    """quant="none" on a GPU: torch's SDPA where it can say all that is asked, else FlexAttention."""
-    scale, tensor_layout = call["scale"], call["tensor_layout"]
-    counts = call["prefix_valid"], call["suffix_valid"]
+def _unquantized(q, k, v, with_lse: bool, about: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """quant="none" on a GPU: torch's SDPA where it can do all that is asked, else FlexAttention."""
+    scale, layout = about["scale"], about["tensor_layout"]
+    counts = about["prefix_valid"], about["suffix_valid"]
+    heads = q.shape[2 if layout == "NHD" else 1]
+    resolved = about["config"].resolve(about["grid"], heads, about["prefix_len"], about["suffix_len"])
     everything = resolved.windows == (resolved.geometry.tiles,) and counts == (None, None)
-    if everything and not return_lse:
-        heads_first = [checks.to_heads_first(x, tensor_layout) for x in (q, k, v)]
-        out = F.scaled_dot_product_attention(*heads_first, scale=scale)
-        return checks.to_heads_first(out, tensor_layout), None
+    if everything and not with_lse:
+        q, k, v = (checks.to_heads_first(x, layout) for x in (q, k, v))
+        out = checks.to_heads_first(F.scaled_dot_product_attention(q, k, v, scale=scale), layout)
+        return out, out
     if checks.dispatches(q):  # FlexAttention's lists of blocks have values
-        return _exact(q, k, v, call)
+        return _exact(q, k, v, about)
     from .flex import flex_attention  # brings torch's compiler, which takes a second to import
 
-    return flex_attention(q, k, v, resolved, scale, tensor_layout, *counts)
+    return flex_attention(q, k, v, resolved, scale, layout, *counts)
 
 
-def _exact(q, k, v, call: dict) -> tuple[Tensor, Tensor]:
+def _exact(q, k, v, about: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The reference without rounding, in fp32 at least."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    out, lse = reference.exact_attention(q, k, v, **call, dtype=dtype)
+    out, lse = reference.exact_attention(q, k, v, **about, dtype=dtype)
     return out.to(q.dtype), lse.float()

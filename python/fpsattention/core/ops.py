@@ -50,7 +50,7 @@ class Sections(NamedTuple):
     @classmethod
     def of(cls, heads: int, head_dim: int, tokens: int, rows: int, bricks: int, smooth_k: bool) -> Sections:
         """Sections of `heads` heads in all samples, each of `rows` rows in slots. Sizes may be symbols."""
-        offset, offsets = 0, []
+        offset, offsets = 0, list[int]()
         for per_head, alone in (
             (rows // _C.QUERY_BLOCK * _C.q_block_bytes(head_dim), 0),
             (rows // _C.BLOCK * _C.kv_block_bytes(head_dim), 0),
@@ -64,7 +64,7 @@ class Sections(NamedTuple):
         ):
             offsets.append(offset)
             offset = offset + heads * per_head + alone
-        return cls(*offsets, offset)
+        return cls._make([*offsets, offset])
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,10 +199,11 @@ class NormRope(NamedTuple):
 
 def launch_quantize(
     call: Call, q: Tensor, k: Tensor, v: Tensor, prefix_valid: Tensor | None, suffix_valid: Tensor | None,
-    norm_rope: NormRope | None = None
+    norm_rope: NormRope | None = None, stream: int | None = None
 ) -> Tensor:  # fmt: skip
     """Packed operands, uint8 [bytes], of Q, K and V (arXiv 2506.04648, section 3.1).
 
+    `stream` is a cudaStream_t; None: the current one.
     Raises ValueError for strides or an alignment that the kernels do not take.
     """
     at = call.sections
@@ -210,7 +211,7 @@ def launch_quantize(
     if call.is_empty:
         return packed.zero_()
     params = _C.QuantizeParams(call.quantize_params)
-    scratch = [_set_counts(params, prefix_valid, suffix_valid)]  # alive until the launch
+    scratch = _set_counts(params, prefix_valid, suffix_valid)  # alive until the launch
     params.q, params.k, params.v = q.data_ptr(), k.data_ptr(), v.data_ptr()
     params.q_strides = _strides("q", q, call)
     params.k_strides = _strides("k", k, call)
@@ -228,17 +229,19 @@ def launch_quantize(
         params.k_sum, params.k_mean = k_sum.data_ptr(), base + at.k_mean
         params.lse_shift = base + at.lse_shift
     if norm_rope is not None:
-        scratch.append(_set_norm_rope(params.norm_rope, norm_rope, call, q))
-    _launch(_C.quantize, "fpsattention::quantize", params, q.device)
+        scratch += _set_norm_rope(params.norm_rope, norm_rope, call, q)
+    _launch(_C.quantize, "fpsattention::quantize", params, q.device, stream)
     return packed
 
 
 def launch_attend(
-    call: Call, packed: Tensor, prefix_valid: Tensor | None, suffix_valid: Tensor | None, fresh: bool = False
-) -> tuple[Tensor, Tensor]:
+    call: Call, packed: Tensor, prefix_valid: Tensor | None, suffix_valid: Tensor | None, fresh: bool = False,
+    stream: int | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, lse) of packed operands under the call's windows (arXiv 2506.04648, Eq. 2).
 
-    With `fresh`, nothing has attended over the operands before, so that their work counter is still zero.
+    `fresh`: nothing has attended over the operands yet, so their work counter is still zero. `stream` is a
+    cudaStream_t; None: the current one.
     """
     out = packed.new_empty(call.shape, dtype=call.dtype)
     lse = packed.new_empty(call.lse_shape, dtype=torch.float32)
@@ -256,8 +259,17 @@ def launch_attend(
     params.out, params.lse = out.data_ptr(), lse.data_ptr()
     next_item = None if fresh else packed.new_zeros(1, dtype=torch.int32)
     params.next_item = base + at.next_item if next_item is None else next_item.data_ptr()
-    _launch(_C.attn_fwd, "fpsattention::attend", params, packed.device)
+    _launch(_C.attn_fwd, "fpsattention::attend", params, packed.device, stream)
     return out, lse
+
+
+def launch_attention(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, prefix_valid: Tensor | None, suffix_valid: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, packed operands) of Q, K and V."""
+    stream = _current_stream(q.device)  # looked up once: it takes as long as a launch
+    packed = launch_quantize(call, q, k, v, prefix_valid, suffix_valid, stream=stream)
+    return *launch_attend(call, packed, prefix_valid, suffix_valid, fresh=True, stream=stream), packed
 
 
 def launch_backward(
@@ -298,14 +310,21 @@ def launch_backward(
     return dq, dk, dv
 
 
-def _launch(kernels: Callable, name: str, params: _C.Call, device: torch.device) -> None:
-    """Launch on the device's current stream, in an NVTX range of this name."""
-    stream = torch.cuda.current_stream(device).cuda_stream
+def _launch(
+    kernels: Callable, name: str, params: _C.Call, device: torch.device, stream: int | None = None
+) -> None:
+    """Launch on the stream (None: the device's current one), in an NVTX range of this name."""
+    if stream is None:
+        stream = _current_stream(device)
     torch.cuda.nvtx.range_push(name)
     try:
         kernels(params, device.index, stream)
     finally:
         torch.cuda.nvtx.range_pop()
+
+
+def _current_stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
 
 
 def _set_counts(params: _C.Call, prefix_valid: Tensor | None, suffix_valid: Tensor | None) -> list[Tensor]:
@@ -492,7 +511,7 @@ def norm_rope_quantize(
 ) -> Tensor:  # fmt: skip
     """`quantize` of `fpsattention.norm_rope` of q and of k, and of v."""
     call = _checked_call(q, k, v, None, None, grid, 0, 0, config, scale, tensor_layout)
-    if q_weight is not None:
+    if q_weight is not None and k_weight is not None:
         channels = call.head_dim if q_weight.numel() == call.head_dim else call.heads * call.head_dim
         for name, x in (("q_weight", q_weight), ("k_weight", k_weight)):
             _check(name, x, (channels,), x.dtype, q.device)
@@ -549,14 +568,6 @@ def attention(
     about = grid, prefix_len, suffix_len, config, scale, tensor_layout
     call = _checked_call(q, k, v, prefix_valid, suffix_valid, *about)
     return launch_attention(call, q, k, v, prefix_valid, suffix_valid)
-
-
-def launch_attention(
-    call: Call, q: Tensor, k: Tensor, v: Tensor, prefix_valid: Tensor | None, suffix_valid: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, packed operands) of Q, K and V."""
-    packed = launch_quantize(call, q, k, v, prefix_valid, suffix_valid)
-    return *launch_attend(call, packed, prefix_valid, suffix_valid, fresh=True), packed
 
 
 @attention.register_fake

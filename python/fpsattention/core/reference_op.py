@@ -82,7 +82,7 @@ def backward(
     def gradients():
         with torch.cuda.stream(stream):
             inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-            outputs = _attention(*inputs, prefix_valid, suffix_valid, *about)
+            outputs = _attention(inputs[0], inputs[1], inputs[2], prefix_valid, suffix_valid, *about)
             dq, dk, dv = torch.autograd.grad(outputs, inputs, (dout, dlse))
             return dq.contiguous(), dk.contiguous(), dv.contiguous()
 

@@ -222,7 +222,9 @@ class Processor(ABC):
         if forward.text_valid is not None:
             valid = forward.text_valid.to(q.device)
             kwargs = kwargs | {"suffix_valid": valid if rows is None else valid[rows]}
-        run: Callable[..., Any] = attention if forward.group is None else ulysses_attention
+        run: Callable[..., Any] = ulysses_attention
+        if forward.group is None:
+            run = attention
         if forward.windows is not None and torch.compiler.is_compiling():
             if forward.group is not None:
                 raise RuntimeError(
