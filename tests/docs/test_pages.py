@@ -38,6 +38,14 @@ def test_links(page):
         assert not anchor or anchor in anchors(target), link
 
 
+def test_files_of_the_walk_are_there():
+    """From fps.attention to wgmma: at most 12 files, each named once."""
+    text = (ROOT / "CONTRIBUTING.md").read_text().partition("## From fps.attention to wgmma")[2]
+    files = re.findall(r"^\d+\. `(.+?)`", text, re.MULTILINE)
+    assert 10 <= len(files) <= 12 and len(set(files)) == len(files)
+    assert not [x for x in files if not (ROOT / x).exists()]
+
+
 def rows_of_the_readme() -> list[list[str]]:
     text = (ROOT / "README.md").read_text()
     table = text.partition("<!-- numbers: bench/results/h100.json -->")[2].partition("<!-- end numbers -->")[
