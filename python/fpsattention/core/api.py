@@ -346,7 +346,7 @@ def _notice(reason: str) -> None:
 @cache
 def _warn_once(message: str) -> None:
     package, frame, level = __name__.partition(".")[0], sys._getframe(), 1
-    while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] == package:
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)  # names the line that calls this package
 
