@@ -7,6 +7,8 @@ SOURCES := $(CUDA) $(shell find python -name '*.py' -o -name '*.pyi')
 BUILD_FILES := pyproject.toml setup.py build_backend.py CMakeLists.txt
 # With no GPU in sight, torch comes from its CPU index: hundreds of megabytes instead of gigabytes of CUDA.
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
+# h100, h200, ...: results are kept per GPU.
+GPU := $(shell echo '$(HAS_GPU)' | sed -n 's/.*NVIDIA \(H[0-9]*\).*/\L\1/p')
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= $(if $(HAS_GPU),,--extra-index-url https://download.pytorch.org/whl/cpu --retries 0)
 
@@ -58,14 +60,14 @@ sanitize: $(INSTALLED)  ## compute-sanitizer's four tools over small launches of
 	$(RUN) tests/sanitize.py
 
 bench: $(INSTALLED)  ## every number of the README, in one run on one Hopper GPU
-	$(RUN) bench/bench_forward.py --output bench/results/h100.json
+	$(RUN) bench/bench_forward.py --output bench/results/$(GPU).json
 	$(MAKE) plots
 
 bench-wan: $(INSTALLED)  ## Wan2.1-14B at 720p end to end, on one Hopper GPU
-	$(RUN) bench/bench_wan.py --output bench/results/h100_wan.json
+	$(RUN) bench/bench_wan.py --output bench/results/$(GPU)_wan.json
 
 bench-models: $(INSTALLED)  ## a few layers of diffusers' other models, on one Hopper GPU
-	$(RUN) bench/bench_models.py --output bench/results/h100_models.json
+	$(RUN) bench/bench_models.py --output bench/results/$(GPU)_models.json
 
 plots: $(INSTALLED)
 	$(RUN) bench/plots.py
