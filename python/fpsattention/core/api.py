@@ -157,8 +157,11 @@ def attention(
         raise TypeError(f"deterministic: {shown(deterministic)} must be True, False or None")
     lengths, counts = (prefix_len, suffix_len), (prefix_valid, suffix_valid)
     given = _Given(grid, config, scale, tensor_layout, *lengths, *counts, backend, deterministic)
-    quantized = isinstance(q, QuantizedQKV)
-    results = _attend_quantized(q, k, v, given) if quantized else _attend(q, k, v, given, return_lse)
+    results = (
+        _attend_quantized(q, k, v, given)
+        if isinstance(q, QuantizedQKV)
+        else _attend(q, k, v, given, return_lse)
+    )
     return results if return_lse else results[0]
 
 
