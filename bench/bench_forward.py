@@ -24,6 +24,7 @@ import torch
 import fpsattention as fps
 from bench_backward import bench_training
 from bench_block import bench_block
+from bench_host import bench_host
 from bench_text import bench_text
 from common import (
     COPY_BYTES,
@@ -263,6 +264,8 @@ def bench_shape(
     timed = (clock, monitor, rounds, burst_ms, seed_of(shape.name))
     if shape.training:
         records += bench_training(shape, (q, k, v), work_of, *timed)
+    if shape.host:
+        records += bench_host(shape, (q, k, v), clock)
     if any(shape.text):
         records += bench_text(shape, (q, k, v), work_of, *timed)
     if shape.mlp:
@@ -351,6 +354,8 @@ TARGETS = (
     Target(
         "text tokens: time beyond their share of work", _worst(lambda r: r.text_cost), 0.02, at_least=False
     ),
+    Target("4,096 tokens: host time of a call, x SDPA", _worst(lambda r: r.host_ratio), 5, at_least=False),
+    Target("4,096 tokens: call and GPU, x SDPA", _worst(lambda r: r.total_ratio), 1.1, at_least=False),
     Target(
         "error against exact, worst: x the emulation's",
         _worst(lambda r: r.error_over_emulation),
@@ -414,7 +419,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="only the shapes with a target, in fewer rounds")
     parser.add_argument(
-        "--case", nargs="+", default=[], metavar="NAME", help="shapes, cases (shape/window) or 'length'"
+        "--case",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="shapes, cases (shape/window), 'length' or 'host'",
     )
     parser.add_argument("--heads-scale", type=float, default=1.0, help="factor on the number of heads")
     parser.add_argument("--output", type=Path, help="JSON file to write")

@@ -25,9 +25,11 @@ except ImportError:
     pynvml = None
 
 OURS, CUDNN, FLASH, FLEX = "fpsattention", "sdpa-cudnn", "sdpa-flash", "flexattention"  # Record.op
+SDPA = "sdpa"  # Record.op of torch's attention with the backend that torch picks
 TORCH_DENSE = (CUDNN, FLASH)
 # Record.case ends in one of these, unless the record is of a forward.
 BACKWARD, TRAINING, STEP, ALONE, TEXT = "backward", "training", "block step", "alone", "with text"
+HOST = "host"
 
 COPY_BYTES = 1 << 30
 GRAPH_REPLAYS = 10
@@ -166,8 +168,8 @@ class Record:
     """One contender on one case. Times are in ms, bandwidths in GB/s (1e9), errors are relative RMS.
 
     The end of `case` says what was timed: "backward" the backward alone; "training" forward and backward; "block step"
-    a training step of a transformer block; "alone" and "with text" a forward without and with text tokens; anything
-    else a forward.
+    a training step of a transformer block; "alone" and "with text" a forward without and with text tokens; "host" a
+    forward by the host's clock; anything else a forward.
 
     Attributes:
         tflops: useful work, 4 * head_dim * attended pairs * heads * batch, over `attn_ms`.
@@ -177,6 +179,9 @@ class Record:
         graph_gap_us: largest gap between the kernels of one call in a CUDA graph.
         peak_gib: peak memory of a block step.
         text_cost: growth of the time beyond the growth of the work, as a fraction of the time without text.
+        host_us: median microseconds until one call returns, on an idle GPU.
+        total_us: median microseconds from the start of such a call until the GPU has finished.
+        host_ratio, total_ratio: these times over those of torch's attention.
         error: why the record is in no comparison; empty for a good one.
     """
 
@@ -215,6 +220,10 @@ class Record:
     graph_gap_us: float | None = None
     peak_gib: float | None = None
     text_cost: float | None = None
+    host_us: float | None = None
+    total_us: float | None = None
+    host_ratio: float | None = None
+    total_ratio: float | None = None
     sm_clock_mhz: float | None = None
     power_w: float | None = None
     note: str = ""
@@ -222,7 +231,7 @@ class Record:
 
     @property
     def is_forward(self) -> bool:
-        return not self.case.endswith((BACKWARD, TRAINING, STEP, ALONE, TEXT))
+        return not self.case.endswith((BACKWARD, TRAINING, STEP, ALONE, TEXT, HOST))
 
     def fail(self, message: str) -> None:
         self.error = f"{self.error}; {message}" if self.error else message
@@ -367,7 +376,7 @@ _COLUMNS = (
 
 
 def table(records: list[Record]) -> str:
-    """The records as plain text, followed by errors and notes."""
+    """The records as plain text, followed by host times, errors and notes."""
     lines = ["".join(f"{t:<{w}}" if not f else f"{t:>{w}}" for t, w, f, _ in _COLUMNS)]
     for r in records:
         cells = []
@@ -376,6 +385,11 @@ def table(records: list[Record]) -> str:
             text = str(x) if not form else "-" if x is None else format(x, form)
             cells.append(f"{text[: width - 1]:<{width}}" if not form else f"{text:>{width}}")
         lines.append("".join(cells) + ("  !" if r.error else ""))
+    lines += [
+        f"{r.case} {r.op}: {r.host_us:.1f} us until the call returns, {r.total_us:.1f} us in all"
+        for r in records
+        if r.host_us
+    ]
     lines += [f"! {r.case} {r.op}: {r.error}" for r in records if r.error]
     notes = {r.op: r.note for r in records if r.note}
     return "\n".join([*lines, *(f"{op}: {note}" for op, note in notes.items())])

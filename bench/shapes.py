@@ -28,8 +28,9 @@ class Shape:
         graph: windows whose call is replayed as a CUDA graph, to measure the gaps between its kernels.
         training: windows whose backward, and forward with backward, are measured.
         mlp: hidden channels of a transformer block's MLP, to measure a training step of the block; 0: no such step.
+        host: whether the host's time of a dense call is measured.
         text: text tokens before and after the video; their cost under the first window is measured.
-        suite: "core" is in every run, the others are in full runs; --case takes its name.
+        suite: "core" is in every run, the others are in full runs.
     """
 
     name: str
@@ -47,12 +48,18 @@ class Shape:
     training: tuple[Window, ...] = ()
     mlp: int = 0
     text: tuple[int, int] = (0, 0)
+    host: bool = False
     suite: str = "more"
 
     @property
     def tokens(self) -> int:
         t, h, w = self.grid
         return t * h * w
+
+    @property
+    def names(self) -> set[str]:
+        """The names by which --case selects this shape with all its windows."""
+        return {self.name, self.suite, *(["host"] if self.host else [])}
 
     def case(self, window: Window) -> str:
         """The name of this shape under a window in the records."""
@@ -76,7 +83,7 @@ def _lengths() -> tuple[Shape, ...]:
         (128, (32, 64, 64), 8),
     )
     return tuple(
-        Shape(f"length-{k}k-d{d}", grid, heads, (2, 8, 8), (None,), head_dim=d, suite="length")
+        Shape(f"length-{k}k-d{d}", grid, heads, (2, 8, 8), (None,), head_dim=d, suite="length", host=k == 4)
         for d in (64, 128)
         for k, grid, heads in lengths
     )
@@ -168,7 +175,7 @@ def select(names: list[str], quick: bool = False, heads_scale: float = 1.0) -> l
     """The shapes to run, in order.
 
     Args:
-        names: shapes, cases ("shape/window") or suites; empty: all, or with `quick` the suite "core".
+        names: shapes, cases ("shape/window"), suites or "host"; empty: all, or with `quick` those with a target.
         quick: without sweeps, FlexAttention and emulation.
         heads_scale: factor on the number of heads, which is at least 1.
 
@@ -180,7 +187,7 @@ def select(names: list[str], quick: bool = False, heads_scale: float = 1.0) -> l
         windows = shape.windows
         if names:
             cases = {shape.case(w): w for w in dict.fromkeys(shape.windows + shape.sweep)}
-            whole = {shape.name, shape.suite} & set(names)
+            whole = shape.names & set(names)
             named = [name for name in cases if name in names]
             found |= whole | set(named)
             if not whole and not named:
@@ -188,7 +195,7 @@ def select(names: list[str], quick: bool = False, heads_scale: float = 1.0) -> l
             if not whole:
                 windows = tuple(cases[name] for name in named)
                 shape = replace(shape, sweep=())
-        elif quick and shape.suite != "core":
+        elif quick and not (shape.suite == "core" or shape.host):
             continue
         shape = replace(shape, windows=windows, heads=max(1, round(shape.heads * heads_scale)))
         if quick:
@@ -197,6 +204,6 @@ def select(names: list[str], quick: bool = False, heads_scale: float = 1.0) -> l
     if unknown := [name for name in names if name not in found]:
         known = [shape.case(w) for shape in SHAPES for w in shape.windows]
         raise ValueError(
-            f"--case: unknown {unknown}; known shapes and cases: {', '.join(known)}; suites: length"
+            f"--case: unknown {unknown}; known shapes and cases: {', '.join(known)}; groups: length, host"
         )
     return chosen

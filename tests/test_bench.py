@@ -125,7 +125,7 @@ def test_every_shape_resolves_and_the_cases_with_a_target_are_there():
 
 def test_select():
     full, quick = shapes.select([]), shapes.select([], quick=True)
-    assert full == list(shapes.SHAPES) and {s.suite for s in quick} == {"core"}
+    assert full == list(shapes.SHAPES) and {s.suite for s in quick if not s.host} == {"core"}
     targets = {shapes.PAPER, shapes.WAN_DENSE, shapes.WAN_WINDOW, shapes.COG_DENSE}
     targets |= {shapes.HUNYUAN_WINDOW, shapes.WAN_480P_WINDOW}
     assert targets <= {s.case(w) for s in quick for w in s.windows}
@@ -137,6 +137,11 @@ def test_select():
     lengths = shapes.select(["length"])
     assert {s.head_dim for s in lengths} == {64, 128}
     assert {s.tokens // 1024 for s in lengths} == {4, 8, 16, 32, 64, 128}
+    host = shapes.select(["host"])
+    assert [(s.name, s.grid, s.heads, s.tile) for s in host] == [
+        (f"length-4k-d{d}", (8, 16, 32), 16, (2, 8, 8)) for d in (64, 128)
+    ]
+    assert [s for s in quick if s.host] == host and all(s.windows == (None,) for s in host)
     with pytest.raises(ValueError, match="wan15b"):
         shapes.select(["wan14b-720p", "wan15b"])
 
@@ -626,19 +631,22 @@ def test_targets():
     windowed_backward = make_record(shapes.BACKWARD_WINDOW, tflops_total=600.0, **cudnn)
     training = make_record(shapes.TRAINING_WINDOW, speedup=6.1, **cudnn)
     text = make_record("hunyuan-720p/3,3,3 with text", text_cost=0.01)
-    records = [paper, wan, windowed, cog, hunyuan, small, backward, windowed_backward, training, text]
-    assert judged(records) == [True] * 15
-    assert judged([]) == [None] * 15
+    host = [
+        make_record(f"length-4k-d{d} host", host_ratio=4.0 + d / 128, total_ratio=1.05) for d in (64, 128)
+    ]
+    records = [paper, wan, windowed, cog, hunyuan, small, backward, windowed_backward, training, text, *host]
+    assert judged(records) == [True] * 17
+    assert judged([]) == [None] * 17
     assert bench.TARGETS[0].value(records) == 2.0 and bench.TARGETS[3].value(records) == 0.94
 
     wan.attn_ms, wan.speedup, paper.speedup, windowed.tflops = 110.0, 1.8, 10.9, 920.0
     hunyuan.speedup, cog.baseline, wan.quant_gbps, small.graph_gap_us = 9.9, common.FLASH, 2300.0, 11.0
     backward.speedup, windowed_backward.tflops_total, training.speedup = 1.1, 590.0, 5.9
-    text.text_cost = 0.03
-    assert judged(records) == [False] * 5 + [None] + [False] * 6 + [True] * 3
+    text.text_cost, host[0].host_ratio, host[1].total_ratio = 0.03, 5.1, 1.11
+    assert judged(records) == [False] * 5 + [None] + [False] * 8 + [True] * 3
     paper.error_over_emulation, paper.rms_to_emulation = 1.2, 6e-3
     wan.fail("relative RMS error")
-    assert judged(records) == [None, None, False, None, False, None, None] + [False] * 8
+    assert judged(records) == [None, None, False, None, False, None, None] + [False] * 10
 
 
 def test_table_and_target_lines_fit():
@@ -646,7 +654,9 @@ def test_table_and_target_lines_fit():
     long.attn_ms, long.quant_ms, long.tflops, long.speedup = 1000.0, 999.9, 1234.0, 123.45
     wrong = make_record(ms=None)
     wrong.fail("bad")
-    lines = common.table([long, wrong]).splitlines()
+    host = make_record("length-4k-d128 host", ms=None, host_us=80.04, total_us=200.06)
+    lines = common.table([long, wrong, host]).splitlines()
+    assert "length-4k-d128 host fpsattention: 80.0 us until the call returns, 200.1 us in all" in lines
     assert max(map(len, lines)) <= 110
     assert "wan1.3b-480p-hnd/1,5,9 " in lines[1] and "1234.568" in lines[1] and "123.45" in lines[1]
     text = common.target_lines([t.judge([]) for t in bench.TARGETS])
