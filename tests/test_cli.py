@@ -19,6 +19,7 @@ from fpsattention import AttentionConfig, WindowTable
 from fpsattention.cli import bench, doctor, estimate, options, plan, profile, schedule, timing, video
 from fpsattention.cli import catalog as models
 from fpsattention.cli import main as cli
+from fpsattention.core import support
 
 ROOT = Path(__file__).resolve().parent.parent
 WAN = "wan2.1-14b-720p"
@@ -467,7 +468,8 @@ def test_doctor_reports_what_raises(capsys, monkeypatch, no_gpu):
 def test_bench_needs_a_hopper_gpu(capsys, monkeypatch, no_gpu):
     assert "torch finds no GPU" in fails(capsys, "bench", WAN, status=1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(support, "_capability", lambda _: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA A100")
     assert "compute capability 9.0), NVIDIA A100 has 8.0" in fails(capsys, "bench", WAN, status=1)
     assert "--head-dim 96: the Hopper kernel takes 64 and 128" in fails(
@@ -480,7 +482,8 @@ def test_bench_needs_a_hopper_gpu(capsys, monkeypatch, no_gpu):
 def hopper(monkeypatch):
     """A machine that seems to have a Hopper GPU; nothing can be computed on it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(support, "_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100")
 
 
