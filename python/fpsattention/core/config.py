@@ -139,7 +139,7 @@ class ResolvedConfig:
     grid: Triple
     tile: Triple
     windows: tuple[Triple, ...]
-    border: str
+    border: Literal["clamp", "truncate"]
     quant: str
     quant_tile: Triple
     smooth_k: bool
