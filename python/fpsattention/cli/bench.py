@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core.api import attention, quantize_qkv
+from ..core.checks import Triple
 from ..core.config import AttentionConfig, ResolvedConfig
 from ..core.support import HEAD_DIMS
 from . import catalog, options
@@ -44,7 +45,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_json(parser)
 
 
-def run(*, model, grid, heads, head_dim, tile, window, border, rounds, as_json) -> None:
+def run(
+    *,
+    model: str | None,
+    grid: Triple | None,
+    heads: int | None,
+    head_dim: int | None,
+    tile: Triple | None,
+    window: Triple | None,
+    border: options.Border,
+    rounds: int,
+    as_json: bool,
+) -> None:
     """The `bench` command. Raises UserError for a shape that is not legal, MachineError without a Hopper GPU."""
     require("rich")
     shape, resolved = resolve(model, grid, heads, head_dim, tile, window, border)
@@ -112,7 +124,15 @@ def _print(
         console.print(f"Video tokens only: the model's {shape.text_tokens} text tokens are left out.")
 
 
-def resolve(model, grid, heads, head_dim, tile, window, border) -> tuple[catalog.VideoModel, ResolvedConfig]:
+def resolve(
+    model: str | None,
+    grid: Triple | None,
+    heads: int | None,
+    head_dim: int | None,
+    tile: Triple | None,
+    window: Triple | None,
+    border: options.Border,
+) -> tuple[catalog.VideoModel, ResolvedConfig]:
     """The shape and config that the options ask for. Raises UserError for one that is not legal."""
     with asked():
         shape = catalog.choose(model, grid, heads, head_dim)
@@ -125,7 +145,7 @@ def resolve(model, grid, heads, head_dim, tile, window, border) -> tuple[catalog
         )
 
 
-def random_call(shape: catalog.VideoModel, resolved: ResolvedConfig) -> tuple[tuple, dict]:
+def random_call(shape: catalog.VideoModel, resolved: ResolvedConfig) -> tuple[tuple[torch.Tensor, ...], dict]:
     """Arguments of a call of `attention`: random Q, K and V on the GPU, and the keywords."""
     size = (1, resolved.geometry.n_tokens, shape.heads, shape.head_dim)
     qkv = tuple(torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(3))
@@ -137,11 +157,11 @@ def _contenders(shape: catalog.VideoModel, resolved: ResolvedConfig) -> dict[str
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     qkv, keywords = random_call(shape, resolved)
-    heads_first = [x.transpose(1, 2) for x in qkv]
+    q, k, v = (x.transpose(1, 2) for x in qkv)
 
-    def sdpa(backend: SDPBackend):
+    def sdpa(backend: SDPBackend) -> torch.Tensor:
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(*heads_first)
+            return F.scaled_dot_product_attention(q, k, v)
 
     return {
         OURS: partial(attention, *qkv, **keywords),
@@ -160,7 +180,7 @@ def _rows(
     """
     geometry = resolved.geometry
     ours = results[OURS]
-    rows = []
+    rows: list[dict] = []
     for name, timing in results.items():
         if isinstance(timing, str):
             rows.append({"name": name, "error": timing})

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 
@@ -101,8 +101,31 @@ class Capture:
         return [stat.st_size, stat.st_mtime_ns]
 
 
+class Entry(TypedDict):
+    """What the search of one file found: the file's `Capture.stamp`, and a window and an error of each head."""
+
+    stamp: list[int]
+    windows: list[Triple]
+    errors: list[float]
+
+
+Results = dict[tuple[int, int], Entry]  # by (step, layer)
+
+
 def run(
-    *, folder, grid, budget, num_steps, layout, tile, border, candidates, device, output, restart, as_json
+    *,
+    folder: Path,
+    grid: Triple,
+    budget: float,
+    num_steps: int,
+    layout: str,
+    tile: Triple | None,
+    border: options.Border,
+    candidates: list[Triple] | None,
+    device: str,
+    output: Path,
+    restart: bool,
+    as_json: bool,
 ) -> None:
     """The `calibrate` command. Writes the table to `output` and, after every file, its progress beside it.
 
@@ -137,7 +160,7 @@ def run(
         f"{len(captures)} files, grid {by(resolved.grid)}, tile {by(resolved.tile)}, {heads} heads, "
         f"{len(candidates)} windows to choose from"
     )
-    results: dict[tuple[int, int], dict] = {}
+    results: Results = {}
     with progress(remaining=True) as bar, torch.no_grad():
         task = bar.add_task("", total=len(captures) * heads)
         for capture in captures:
@@ -173,14 +196,14 @@ class Search:
     device: torch.device
     backend: tuple[str, str] | None = None
 
-    def entry_of(self, capture: Capture, advance: Callable[[int], None]) -> dict:
-        """A file's stamp, and windows and errors of its heads. Calls `advance` with the number of heads just done.
+    def entry_of(self, capture: Capture, advance: Callable[[int], None]) -> Entry:
+        """Search the heads of one file. Calls `advance` with the number of heads just done.
 
         Raises UserError for tensors that attention does not take.
         """
         from safetensors import SafetensorError
 
-        entry = {"stamp": capture.stamp, "windows": [], "errors": []}
+        entry: Entry = {"stamp": capture.stamp, "windows": [], "errors": []}
         try:
             for part in _parts(capture, self.layout):
                 q, k, v = (x.to(self.device) for x in part)
@@ -279,7 +302,7 @@ def _parts(capture: Capture, layout: str) -> Iterator[tuple[torch.Tensor, ...]]:
             yield tuple(x[:, :, some] if layout == "NHD" else x[:, some] for x in slices)
 
 
-def _load_state(path: Path, settings: dict) -> dict:
+def _load_state(path: Path, settings: dict) -> dict[str, Entry]:
     """The files that an earlier run has done; empty without one. Raises UserError when it had other settings."""
     if not path.exists():
         return {}
@@ -311,19 +334,19 @@ def _load_state(path: Path, settings: dict) -> dict:
     return files
 
 
-def _table(results: dict, grid: Triple, config: AttentionConfig, num_steps: int) -> WindowTable:
+def _table(results: Results, grid: Triple, config: AttentionConfig, num_steps: int) -> WindowTable:
     """The table of all steps. A step between captured ones has the windows of the nearest, the earlier of two."""
     captured = sorted({step for step, _ in results})
     layers = range(len(results) // len(captured))
     nearest = [min(captured, key=lambda c: (abs(c - step), c)) for step in range(num_steps)]
-    windows = [[results[step, layer]["windows"] for layer in layers] for step in nearest]
+    windows = tuple(tuple(tuple(results[step, layer]["windows"]) for layer in layers) for step in nearest)
     return WindowTable(grid, config, windows)
 
 
 def _report(
     console: Console,
     table: WindowTable,
-    results: dict[tuple[int, int], dict],
+    results: Results,
     budget: float,
     output: Path,
     state_path: Path,

@@ -111,10 +111,13 @@ def choose(
     Raises ValueError unless exactly one of name and grid is given, for an unknown name (with the nearest ones), and
     for an illegal grid.
     """
-    if (name is None) == (grid is None):
+    if name is not None and grid is None:
+        found = _named(name)
+    elif name is None and grid is not None:
+        found = VideoModel("", "", as_grid(grid), 1, 128, 1, "")
+    else:
         what = "both are given" if name else f"neither is given. Models: {', '.join(MODELS)}"
         raise ValueError(f"MODEL, --grid: give one of them; {what}")
-    found = VideoModel("", "", as_grid(grid), 1, 128, 1, "") if name is None else _named(name)
     return replace(found, heads=heads or found.heads, head_dim=head_dim or found.head_dim)
 
 

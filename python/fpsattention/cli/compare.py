@@ -41,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_json(parser)
 
 
-def run(*, reference: Path, video: Path, output: Path, as_json) -> None:
+def run(*, reference: Path, video: Path, output: Path, as_json: bool) -> None:
     """The `compare` command. Raises UserError for a video that cannot be read, and for unequal sizes or lengths."""
     require("matplotlib", "rich", "torchmetrics")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -62,20 +62,22 @@ def run(*, reference: Path, video: Path, output: Path, as_json) -> None:
         _draw(output, reference, video, [frames[i] for i in sorted({0, n // 2, n - 1, worst})])
         bar.advance(task)
 
+    total_psnr = _finite(psnr(errors.mean()))
+    total_ssim = similarities.mean(dtype=torch.float64).item()
     result = {
         "reference": str(reference),
         "video": str(video),
         "frames": n,
         "identical": not errors.any().item(),
-        "psnr": _finite(psnr(errors.mean())),
-        "ssim": similarities.mean(dtype=torch.float64).item(),
+        "psnr": total_psnr,
+        "ssim": total_ssim,
         "worst_frame": frames[worst],
         "per_frame": frames,
         "picture": str(output),
     }
     console = people(as_json)
     table = table_of("", "PSNR", "SSIM", words=("",))
-    table.add_row(f"all {n} frames", _decibels(result["psnr"]), f"{result['ssim']:.4f}")
+    table.add_row(f"all {n} frames", _decibels(total_psnr), f"{total_ssim:.4f}")
     table.add_row(f"worst, frame {worst}", _decibels(frames[worst]["psnr"]), f"{frames[worst]['ssim']:.4f}")
     console.print(table)
     console.print(

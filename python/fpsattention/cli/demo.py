@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..core.api import attention
+from ..core.checks import Triple
 from ..core.config import AttentionConfig, ResolvedConfig
 from ..core.geometry import TileGeometry
 from ..core.support import backend_for
@@ -28,10 +29,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 # Sizes that the user does not name: Wan's at 720p on a GPU; on a CPU, sizes that take well under a minute.
-DEFAULTS = {
-    "cuda": {"frames": 81, "size": (720, 1280), "heads": 12},
-    "cpu": {"frames": 25, "size": (432, 768), "heads": 2},
-}
+DEFAULT_FRAMES = {"cuda": 81, "cpu": 25}
+DEFAULT_SIZE = {"cuda": (720, 1280), "cpu": (432, 768)}
+DEFAULT_HEADS = {"cuda": 12, "cpu": 2}
 DENSITY = 1 / 6  # near which the default window lies: the paper's headline, 6 x 6 x 1 of 6 x 6 x 6 tiles
 GPU_RUNS = 5  # timed calls after a warm-up; the median counts
 
@@ -131,17 +131,17 @@ class Row:
 
 def run(
     *,
-    video_path,
-    frames,
-    size,
-    device,
-    tile,
-    window,
-    heads,
-    noise,
-    seed,
-    output,
-    as_json,
+    video_path: Path | None,
+    frames: int | None,
+    size: tuple[int, int] | None,
+    device: str,
+    tile: Triple | None,
+    window: Triple | None,
+    heads: int | None,
+    noise: float,
+    seed: int,
+    output: Path,
+    as_json: bool,
 ) -> None:
     """The `demo` command: print a table (or JSON) and write `output`/demo.png.
 
@@ -149,10 +149,9 @@ def run(
     a GPU that is not there.
     """
     require("rich", "matplotlib", extra="demo")
-    device = chosen_device(device)
-    defaults = DEFAULTS[device.type]
-    frames, heads = frames or defaults["frames"], heads or defaults["heads"]
-    height, width = size or defaults["size"]
+    place = chosen_device(device)
+    frames, heads = frames or DEFAULT_FRAMES[place.type], heads or DEFAULT_HEADS[place.type]
+    height, width = size or DEFAULT_SIZE[place.type]
     path = video_path or video.default_clip()
     picture = _picture(output)
 
@@ -166,7 +165,7 @@ def run(
             return result
 
         clip = step("reading the clip", video.load_clip, path, frames, height, width)
-        latent, variance_kept = step("encoding", video.encode, clip.to(device))
+        latent, variance_kept = step("encoding", video.encode, clip.to(place))
         if noise == 0 and not latent.any():
             raise UserError(f"{path}: is all of one colour; only --noise above 0 makes anything to attend")
         grid = (latent.shape[0], height // video.TOKEN_PIXELS, width // video.TOKEN_PIXELS)
@@ -192,7 +191,7 @@ def run(
         "noise": noise,
         "seed": seed,
         "latent_variance_kept": variance_kept,
-        "device": _name(device),
+        "device": _name(place),
         "torch": torch.__version__,
         "rows": [asdict(row) for row in rows],
         "picture": str(picture),
@@ -218,20 +217,20 @@ def _picture(folder: Path) -> Path:
     return path
 
 
-def _resolve(grid, heads, tile, window) -> ResolvedConfig:
+def _resolve(grid: Triple, heads: int, tile: Triple | None, window: Triple | None) -> ResolvedConfig:
     with asked():
         geometry = AttentionConfig(tile=tile).resolve(grid, heads).geometry
         window = window or default_window(geometry)
         return AttentionConfig(tile=geometry.tile, window=window).resolve(grid, heads)
 
 
-def default_window(geometry: TileGeometry) -> tuple[int, int, int]:
+def default_window(geometry: TileGeometry) -> Triple:
     """The legal window (tiles) that is nearest to the density `DENSITY` and to a cube of tokens.
 
     A factor of sqrt(2) in density costs as much as a factor of 2 between the longest and the shortest side.
     """
 
-    def cost(window):
+    def cost(window: Triple) -> float:
         sides = [min(w * t, g) for w, t, g in zip(window, geometry.tile, geometry.grid, strict=True)]
         density = math.prod(w / n for w, n in zip(window, geometry.tiles, strict=True))
         return abs(math.log2(density / DENSITY)) + 0.5 * math.log2(max(sides) / min(sides))
@@ -239,7 +238,9 @@ def default_window(geometry: TileGeometry) -> tuple[int, int, int]:
     return min(itertools.product(*([*range(1, n, 2), n] for n in geometry.tiles)), key=cost)
 
 
-def _compare(q, k, v, resolved: ResolvedConfig, step) -> tuple[list[Row], torch.Tensor, float]:
+def _compare(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, resolved: ResolvedConfig, step: Callable
+) -> tuple[list[Row], torch.Tensor, float]:
     """Run the four modes on q, k, v [1, L, heads, 128]; `step(name, call, ...)` makes each call.
 
     Returns the table's rows, the relative error of each token under FPSAttention, fp32 [T, H, W], and the share of the
@@ -252,7 +253,8 @@ def _compare(q, k, v, resolved: ResolvedConfig, step) -> tuple[list[Row], torch.
         "sparse only": AttentionConfig(tile=tile, window=window, quant="none"),
         "FPSAttention": AttentionConfig(tile=tile, window=window),
     }
-    rows, lse = [], {}
+    rows: list[Row] = []
+    lse: dict[str, torch.Tensor] = {}
     for mode, config in modes.items():
         with_lse = config.quant == "fp8"
         name, reason = backend_for(q, config)
@@ -275,9 +277,9 @@ def _compare(q, k, v, resolved: ResolvedConfig, step) -> tuple[list[Row], torch.
 def _timed(call: Callable, device: torch.device):
     """(result, milliseconds): on a GPU the median of `GPU_RUNS` calls after a warm-up, on a CPU of one call."""
     if device.type == "cpu":
-        start = time.perf_counter()
+        began = time.perf_counter()
         result = call()
-        return result, (time.perf_counter() - start) * 1e3
+        return result, (time.perf_counter() - began) * 1e3
     result = call()
     times = []
     for _ in range(GPU_RUNS):

@@ -15,12 +15,15 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import torch
 
 from . import bench, calibrate, compare, demo, doctor, plan, profile, schedule
 from .errors import MachineError, UserError
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 COMMANDS = {  # name: (module, one line of help)
     "doctor": (doctor, "what is installed, what runs here, a self-test"),
@@ -35,9 +38,11 @@ COMMANDS = {  # name: (module, one line of help)
 
 
 class _Parser(argparse.ArgumentParser):
-    def print_help(self, file: IO[str] | None = None) -> None:
+    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
         """Raises OSError where stdout cannot be written; argparse's own method ignores that."""
-        print(self.format_help(), end="", file=file, flush=True)
+        print(self.format_help(), end="", file=file)
+        if file is None:
+            sys.stdout.flush()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

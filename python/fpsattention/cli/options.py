@@ -9,6 +9,9 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal, TypedDict
+
+Border = Literal["clamp", "truncate"]
 
 # Formats of a picture: those that matplotlib writes and people view. Named here to need no matplotlib.
 PICTURES = (
@@ -80,9 +83,16 @@ def new_picture(text: str) -> Path:
     return path
 
 
-# Keywords of add_argument for three numbers on the axes t, h and w.
-TRIPLE = {"type": positive, "nargs": 3, "metavar": ("t", "h", "w")}
-GRID = TRIPLE | {"metavar": ("T", "H", "W")}
+class ThreeNumbers(TypedDict):
+    """Keywords of add_argument for three numbers on the axes t, h and w. A command gets them as a list."""
+
+    type: Callable[[str], int]
+    nargs: int
+    metavar: tuple[str, str, str]
+
+
+TRIPLE: ThreeNumbers = {"type": positive, "nargs": 3, "metavar": ("t", "h", "w")}
+GRID: ThreeNumbers = {"type": positive, "nargs": 3, "metavar": ("T", "H", "W")}
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -137,7 +147,7 @@ def add_window(parser: argparse.ArgumentParser) -> None:
     add_border(parser)
 
 
-def add_border(parser: argparse.ArgumentParser, default: str | None = "clamp") -> None:
+def add_border(parser: argparse.ArgumentParser, default: Border | None = "clamp") -> None:
     parser.add_argument(
         "--border",
         choices=("clamp", "truncate"),

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ..core import explain
+from ..core.checks import Triple
 from ..core.config import AttentionConfig
 from . import catalog, estimate, options
 from .console import by, milliseconds, people, print_json, table_of
@@ -26,7 +27,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_json(parser)
 
 
-def run(*, model, grid, heads, head_dim, tile, window, border, as_json) -> None:
+def run(
+    *,
+    model: str | None,
+    grid: Triple | None,
+    heads: int | None,
+    head_dim: int | None,
+    tile: Triple | None,
+    window: Triple | None,
+    border: options.Border,
+    as_json: bool,
+) -> None:
     """The `plan` command. Raises UserError for a shape, tile or window that is not legal."""
     require("rich")
     from rich.text import Text
@@ -76,7 +87,7 @@ def run(*, model, grid, heads, head_dim, tile, window, border, as_json) -> None:
 
 
 def _expectation(expected: estimate.Estimate | None, dense: estimate.Estimate | None, layers: int) -> str:
-    if expected is None:
+    if expected is None or dense is None:
         return "no estimate: nothing was measured for this head_dim or so few tokens"
     ratio = f", dense {milliseconds(dense.ms)}" if dense.ms != expected.ms else ""
     depth = f"; {milliseconds(expected.ms * layers)} for {layers} layers" if layers > 1 else ""
@@ -87,7 +98,7 @@ def _expectation(expected: estimate.Estimate | None, dense: estimate.Estimate | 
 
 
 def _estimate_json(expected: estimate.Estimate | None) -> dict | None:
-    return expected and {**asdict(expected), "from": estimate.SOURCE}
+    return None if expected is None else {**asdict(expected), "from": estimate.SOURCE}
 
 
 def _tiles_table(ranked: explain.Plan) -> Table:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ..core.api import attention
+from ..core.checks import Triple
 from ..core.config import ResolvedConfig
 from ..core.support import hopper_obstacle
 from . import catalog, options
@@ -54,7 +55,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_json(parser)
 
 
-def run(*, model, grid, heads, head_dim, tile, window, border, tool, output: Path, as_json) -> None:
+def run(
+    *,
+    model: str | None,
+    grid: Triple | None,
+    heads: int | None,
+    head_dim: int | None,
+    tile: Triple | None,
+    window: Triple | None,
+    border: options.Border,
+    tool: str,
+    output: Path,
+    as_json: bool,
+) -> None:
     """The `profile` command. Raises UserError for a shape that is not legal, MachineError when nothing could run."""
     require("rich")
     shape, resolved = resolve(model, grid, heads, head_dim, tile, window, border)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,45 @@ COLOURS = ["#2b2b2b", "#ffb300", "#00e5ff"]  # of UNSEEN, SEEN and QUERY in the 
 DEFAULT_STEPS, DEFAULT_ALPHA = 50, (0.2, 0.8)
 MOST_PICTURES = 3  # the most frequent windows of a table
 
+
+@dataclass(frozen=True)
+class StageStep:
+    """A row of a `StepSchedule`'s table. `expected_ms` is of one forward; None without an estimate."""
+
+    step: int
+    stage: str
+    tile: Triple
+    scales: Triple
+    window: Triple
+    density: float
+    expected_ms: float | None
+
+
+@dataclass(frozen=True)
+class TableStep:
+    """A row of a `WindowTable`'s table: densities over the layers, and windows over layers and heads."""
+
+    step: int
+    density: float
+    least: float
+    most: float
+    distinct_windows: int
+    most_frequent: Triple
+
+
+class _Collect(argparse.Action):
+    """Collect the values of several options in one dict {option: value}."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, {**getattr(namespace, self.dest), self.option_strings[0]: values})
+
+
 Pictures = list[tuple[str, ResolvedConfig]]  # title, and the config whose window is drawn
 
 
@@ -41,11 +81,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_shape(parser)
     for stage in STAGES:
         parser.add_argument(
-            f"--{stage}", help=f"window of the {stage} steps, in tiles (default: dense)", **options.TRIPLE
+            f"--{stage}",
+            help=f"window of the {stage} steps, in tiles (default: dense)",
+            action=_Collect,
+            dest="stages",
+            default={},
+            **options.TRIPLE,
         )
         parser.add_argument(
             f"--{stage}-scales",
             help=f"tokens that share a scale in the {stage} steps (default: the tile)",
+            action=_Collect,
+            dest="stages",
+            default={},
             **options.TRIPLE,
         )
     parser.add_argument(
@@ -70,25 +118,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(
     *,
-    model,
-    grid,
-    heads,
-    head_dim,
-    tile,
-    early,
-    mid,
-    late,
-    early_scales,
-    mid_scales,
-    late_scales,
-    alpha,
-    num_steps,
-    border,
-    windows,
-    output,
-    as_json,
+    model: str | None,
+    grid: Triple | None,
+    heads: int | None,
+    head_dim: int | None,
+    tile: Triple | None,
+    stages: dict[str, Triple],
+    alpha: tuple[float, float] | None,
+    num_steps: int | None,
+    border: options.Border | None,
+    windows: Path | None,
+    output: Path | None,
+    as_json: bool,
 ) -> None:
-    """The `schedule` command.
+    """The `schedule` command. `stages` holds the values of the options --STAGE and --STAGE-scales that are given.
 
     Raises UserError for what is not legal, for a file that cannot be read or written, and for --windows beside an
     option that it replaces.
@@ -96,7 +139,6 @@ def run(
     require("rich", *(["matplotlib"] if output else []))
     from rich.text import Text
 
-    stages = {"early": (early, early_scales), "mid": (mid, mid_scales), "late": (late, late_scales)}
     if windows is None:
         console = people(as_json)
         with asked():
@@ -104,10 +146,14 @@ def run(
             schedule = _step_schedule(shape, tile, stages, alpha or DEFAULT_ALPHA, border or "clamp")
         result, pictures = _of_stages(console, shape, schedule, num_steps or DEFAULT_STEPS)
     else:
-        given = {"MODEL": model, "--grid": grid, "--heads": heads, "--head-dim": head_dim, "--tile": tile}
-        for stage, (window, scales) in stages.items():
-            given |= {f"--{stage}": window, f"--{stage}-scales": scales}
-        given |= {"--alpha": alpha, "--num-steps": num_steps, "--border": border}
+        given: dict[str, object] = {
+            "MODEL": model,
+            "--grid": grid,
+            "--heads": heads,
+            "--head-dim": head_dim,
+            "--tile": tile,
+        }
+        given |= stages | {"--alpha": alpha, "--num-steps": num_steps, "--border": border}
         for option, value in given.items():
             if value is not None:
                 raise UserError(f"--windows: the file holds the whole schedule; leave {option} out")
@@ -124,15 +170,24 @@ def run(
 
 
 def _step_schedule(
-    shape: catalog.VideoModel, tile: Triple | None, stages: dict[str, tuple], alpha: tuple, border: str
+    shape: catalog.VideoModel,
+    tile: Triple | None,
+    stages: dict[str, Triple],
+    alpha: tuple[float, float],
+    border: options.Border,
 ) -> StepSchedule:
-    """The schedule of {stage: (window, scales)}. Raises ValueError for what is not legal."""
-    if not any(itertools.chain.from_iterable(stages.values())):
+    """The schedule of `run`'s `stages`. Raises ValueError for what is not legal."""
+    if not stages:
         raise ValueError("no window: give one of --early, --mid and --late, or a file with --windows")
     tile = shape.resolve(AttentionConfig(tile=tile)).tile
     configs = {
-        stage: AttentionConfig(tile=tile, window=window, border=border, quant_tile=scales)
-        for stage, (window, scales) in stages.items()
+        stage: AttentionConfig(
+            tile=tile,
+            window=stages.get(f"--{stage}"),
+            border=border,
+            quant_tile=stages.get(f"--{stage}-scales"),
+        )
+        for stage in STAGES
     }
     for config in configs.values():
         shape.resolve(config)
@@ -151,23 +206,15 @@ def _of_stages(
     rows = []
     for step in range(num_steps):
         stage = schedule.stage(step=step, num_steps=num_steps)
-        of = resolved[stage]
-        rows.append(
-            {
-                "step": step,
-                "stage": stage,
-                "tile": of.tile,
-                "scales": of.quant_tile,
-                "window": of.windows[0],
-                "density": of.density,
-                "expected_ms": expected[stage] and expected[stage].ms,
-            }
-        )
-    _print_stages(console, rows)
+        of, forward = resolved[stage], expected[stage]
+        ms = None if forward is None else forward.ms
+        rows.append(StageStep(step, stage, of.tile, of.quant_tile, of.windows[0], of.density, ms))
+    mean_density = sum(row.density for row in rows) / num_steps
+    _print_stages(console, rows, mean_density)
     if shape.text_tokens:
         console.print(f"Text: {shape.text_sentence}.")
     if expected_dense is not None:
-        total = shape.layers * sum(row["expected_ms"] for row in rows)
+        total = shape.layers * sum(row.expected_ms or 0.0 for row in rows)
         console.print(
             f"Expected: {milliseconds(total)} for {num_steps} steps x {shape.layers} layers, dense "
             f"{milliseconds(shape.layers * num_steps * expected_dense.ms)}; guidance doubles both. An estimate from "
@@ -182,29 +229,25 @@ def _of_stages(
         "layers": shape.layers,
         "num_steps": num_steps,
         "alpha": schedule.alpha,
-        "mean_density": _mean_density(rows),
+        "mean_density": mean_density,
         "expected_from": estimate.SOURCE if expected_dense else None,
-        "steps": rows,
+        "steps": [asdict(row) for row in rows],
     }
-    occurring = dict.fromkeys(row["stage"] for row in rows)
+    occurring = dict.fromkeys(row.stage for row in rows)
     return result, [
         (f"{stage}, window {by(resolved[stage].windows[0])}", resolved[stage]) for stage in occurring
     ]
 
 
-def _print_stages(console: Console, rows: list[dict]) -> None:
+def _print_stages(console: Console, rows: list[StageStep], mean_density: float) -> None:
     columns = ("step", "stage", "tile", "scales", "window", "density", "expected")
     table = table_of(*columns, words=("stage",))
     for row in rows:
-        triples = (by(row[name]) for name in ("tile", "scales", "window"))
-        ms = "-" if row["expected_ms"] is None else milliseconds(row["expected_ms"])
-        table.add_row(str(row["step"]), row["stage"], *triples, f"{row['density']:.3f}", ms)
+        triples = map(by, (row.tile, row.scales, row.window))
+        ms = "-" if row.expected_ms is None else milliseconds(row.expected_ms)
+        table.add_row(str(row.step), row.stage, *triples, f"{row.density:.3f}", ms)
     console.print(table)
-    console.print(f"Mean density over {len(rows)} steps: {_mean_density(rows):.3f}.")
-
-
-def _mean_density(rows: list[dict]) -> float:
-    return sum(row["density"] for row in rows) / len(rows)
+    console.print(f"Mean density over {len(rows)} steps: {mean_density:.3f}.")
 
 
 def _of_table(console: Console, path: Path) -> tuple[dict, Pictures]:
@@ -212,38 +255,34 @@ def _of_table(console: Console, path: Path) -> tuple[dict, Pictures]:
     with asked():
         loaded = WindowTable.load(path)
     densities = loaded.densities()
-    rows, every = [], Counter()
+    rows: list[TableStep] = []
+    every: Counter[Triple] = Counter()
     for step, (layers, of_layers) in enumerate(zip(loaded.windows, densities, strict=True)):
         count = Counter(itertools.chain.from_iterable(layers))
         every += count
-        rows.append(
-            {
-                "step": step,
-                "density": sum(of_layers) / len(of_layers),
-                "least": min(of_layers),
-                "most": max(of_layers),
-                "distinct_windows": len(count),
-                "most_frequent": count.most_common(1)[0][0],
-            }
-        )
+        mean = sum(of_layers) / len(of_layers)
+        most_frequent = count.most_common(1)[0][0]
+        rows.append(TableStep(step, mean, min(of_layers), max(of_layers), len(count), most_frequent))
+    mean_density = sum(row.density for row in rows) / len(rows)
+    tile = loaded.config.resolve(loaded.grid, 1).tile
     console.print(
-        f"{path}: grid {by(loaded.grid)}, tile {by(loaded.config.tile)}, {loaded.num_steps} steps, "
+        f"{path}: grid {by(loaded.grid)}, tile {by(tile)}, {loaded.num_steps} steps, "
         f"{loaded.num_layers} layers, {loaded.heads} heads"
     )
     table = table_of("step", "density", "sparsest layer", "densest layer", "windows", "most frequent")
     for row in rows:
-        numbers = (f"{row[name]:.3f}" for name in ("density", "least", "most"))
-        table.add_row(str(row["step"]), *numbers, str(row["distinct_windows"]), by(row["most_frequent"]))
+        numbers = (f"{density:.3f}" for density in (row.density, row.least, row.most))
+        table.add_row(str(row.step), *numbers, str(row.distinct_windows), by(row.most_frequent))
     console.print(table)
-    console.print(f"Mean density over {loaded.num_steps} steps: {_mean_density(rows):.3f}.")
+    console.print(f"Mean density over {loaded.num_steps} steps: {mean_density:.3f}.")
     result = {
         "grid": loaded.grid,
-        "tile": loaded.config.tile,
+        "tile": tile,
         "heads": loaded.heads,
         "layers": loaded.num_layers,
         "num_steps": loaded.num_steps,
-        "mean_density": _mean_density(rows),
-        "steps": rows,
+        "mean_density": mean_density,
+        "steps": [asdict(row) for row in rows],
     }
     total = sum(every.values())
     pictures = [

@@ -64,7 +64,8 @@ def time_interleaved(
     Returns for each name a Timing, or the text of the error that the function raised. Raises DeviceLost.
     """
     results: dict[str, Timing | str] = {}
-    calls, medians = {}, {name: [] for name in entries}
+    calls: dict[str, int] = {}
+    medians: dict[str, list[float]] = {name: [] for name in entries}
 
     def burst(name: str, n: int) -> list[float]:
         try:
