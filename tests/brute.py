@@ -1,4 +1,4 @@
-"""The definitions of the geometry and of the softmax, written a second time, slowly, to compare with."""
+"""The geometry and the softmax by their definitions: slow, and independent of the package, to compare with."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import torch
 
 
 def legal_windows(n):
-    """Every legal window on an axis of n tiles; two of them reach past the axis."""
+    """Every legal window on an axis of n tiles; the last two reach past the axis."""
     return [*range(1, n, 2), n, n + 1, n + 4]
 
 

@@ -1,43 +1,42 @@
 """How a kernel's output is judged: by relative error, against two references.
 
 *exact* is softmax attention in fp64 on the inputs as given; *emulated* is the FP8 contract in PyTorch. The
-kernel may err against exact attention no more than the emulation does (rounding to FP8 is the method, what is
-beyond is a defect), and must agree with the emulation far more closely than either agrees with exact
+kernel may err against exact attention no more than the emulation does (FP8 rounding is the method, any further
+error is a defect), and must agree with the emulation far more closely than either agrees with exact
 attention. Both hold overall and for every (batch, head, query tile), so that one wrong tile among thousands
 cannot hide in a mean. Errors are relative RMS: absolute tolerances accept an output of zeros when many keys
 are averaged.
 
 Three effects set the floor of what a correct kernel can achieve; all enter the limits as formulas:
 - One flipped code. The last bit of a logit decides on which side of a rounding boundary 448 P falls, and
-  neighbouring E4M3 codes are up to 1/8 apart. Where one row dominates a tile, or the tile has few rows, one
-  such flip shows: 1/8 of the largest row over the whole (`flip`). Beyond some 70 equal rows it does not.
+  neighbouring E4M3 codes are up to 1/8 apart. One flip shows where one row dominates a tile or the tile has few
+  rows: it costs 1/8 of the largest row over the norm of all (`flip`). Beyond about 70 equal rows it does not show.
 - The output's own rounding, half an epsilon of its dtype. It matters only where the emulation is closer to
   exact attention than that, as for constant inputs; there the emulation's error is luck and not a yardstick.
-
 - The tensor core's accumulator. It keeps about 14 bits and truncates, so each of the four products of 32 keys
   between two promotions to fp32 may lose 2^-13 of the sum (`ACCUMULATOR`). It shows where everything else
   averages out, as for values of one sign.
 
-With `wide_logits` the same accumulator, of QK this time, is granted its due: a logit of 100 is off by some
-hundredths, a probability by some per cent, and the kernel rounds 448 P to another code than the emulation for a
-good part of the keys. Their rounding errors are then independent, and that far apart: sqrt(1 + factor^2) of the
-emulation's own error. The limit against exact attention, which judges such inputs, stays as it is.
+`wide_logits` widens the limit against the emulation, because the same accumulator also sums QK: a logit of 100 is
+off by some hundredths, a probability by some per cent, and for many keys the kernel rounds 448 P to another code
+than the emulation. The two rounding errors are then independent, and their difference is sqrt(1 + factor^2) times
+the emulation's own error. The limit against exact attention judges such inputs and stays as it is.
 
 Gradients are judged alike: against the straight-through gradient of the FP8 contract in fp64, which takes the
-place of exact attention, and against the same with the kernels' 16-bit roundings. That emulation gets the out and
-lse that the kernel's backward got, so that what the forward did is not held against the backward. With the same
-numbers rounded in the same places, dQ and dK leave little room:
-- One rounding of a dS that falls the other way moves it by 2^-7 of itself (`BF16_STEP`), and a tile of few rows
-  by that much of its largest row. There the emulation's error is the luck of a few roundings: as many again may
-  fall otherwise, hence twice that error for a tile.
+place of exact attention, and against its emulation with the kernels' 16-bit roundings. The emulation gets the out and
+lse that the kernel's backward got, so that errors of the forward do not count against the backward. Both round the
+same numbers in the same places, so the limits of dQ and dK are tight:
+- One rounding of a dS in the other direction moves it by 2^-7 of itself (`BF16_STEP`), and a tile of few rows by
+  that much of its largest row. The emulation's error of such a tile depends on a few roundings, and the kernel may
+  round as many others differently: hence twice that error for a tile.
 - Where the summands of a gradient cancel (values with a mean, a tile that few attend) the emulation's error is
-  large, and whatever tips a rounding draws another such error: sqrt(1 + factor^2) of it, as with wide logits.
-- With `wide_logits` P is off by some per cent, and so is dS. Over many tiles it averages out, in a tile where one
-  query decides it does not: `WIDE_LOGIT` times the accumulator's error.
-- dV has more: codes of 448 P flip as in the forward, sqrt(error of P * step of a code) for a P that is off by 2^-13
-  (`FLIPS`), three times as much in a tile, where the forward is granted that too. With `wide_logits` P is rounded
-  independently, so dV is off by up to the rounding of P: `P_ROUNDING`, the relative RMS error of rounding to 4
-  significant bits.
+  large. A rounding in the other direction makes an independent error as large: sqrt(1 + factor^2) times it, as with
+  wide logits.
+- With `wide_logits` P is off by some per cent, and so is dS. This averages out over many tiles, but not in a tile
+  where one query decides: `WIDE_LOGIT` times the accumulator's error.
+- dV also has flipped codes of 448 P, as the forward: sqrt(error of P * step of a code) for a P that is off by 2^-13
+  (`FLIPS`), and three times as much in a tile, as in the forward. With `wide_logits` P is rounded independently, so
+  dV is off by up to the rounding of P: `P_ROUNDING`, the relative RMS error of rounding to 4 significant bits.
 """
 
 from __future__ import annotations
@@ -61,7 +60,9 @@ LSE_ABS = 5e-3  # natural log units
 LSE_WIDE = 2e-3  # of the largest LSE, with wide logits
 ACCUMULATOR = 4 * 2.0**-13
 WIDE_LOGIT = 100
-TILE_NORM_FLOOR = 1e-3  # of the norm a tile would have if all were equal; below, errors are relative to that
+TILE_NORM_FLOOR = (
+    1e-3  # least norm that a tile's error is relative to, as a fraction of the norm if all tiles were equal
+)
 
 
 def check_attention(out, lse, exact, exact_lse, emu, emu_lse, geometry, *, wide_logits=False) -> None:
@@ -166,8 +167,8 @@ def _tensor_violations(
 
     Args:
         factors: of the emulation's error against `exact`, overall and by tile.
-        step: the largest relative error that one rounding brings when it falls the other way than in the emulation.
-        floors: relative RMS error, overall and of a tile, that is no defect however small the emulation's own.
+        step: the largest relative error of one rounding in the other direction than the emulation's.
+        floors: relative RMS error, overall and of a tile, that is allowed even where the emulation's own is smaller.
         independent: whether rounding errors may be independent of the emulation's.
     """
     out, exact, emu = out.double(), exact.double(), emu.double()
@@ -189,7 +190,7 @@ def _tensor_violations(
             return found
 
     n_tiles = int(tile_of_token.max()) + 1
-    size = by_tile(torch.ones_like(out)).clamp(min=1)  # of a sample, some tiles may have no row
+    size = by_tile(torch.ones_like(out)).clamp(min=1)  # a sample of the tokens may leave a tile without rows
     for tiled in (False, True):
         over = by_tile if tiled else torch.sum
         share = (size / out.numel()).sqrt() if tiled else 1.0
@@ -280,8 +281,8 @@ def attend_rows(q, k, v, rows, resolved, window, scale) -> tuple[torch.Tensor, .
     def quantize(x, group, groups):  # group: int64 like x, the scale each element shares
         amax = torch.zeros(groups, device=x.device)
         amax.scatter_reduce_(0, group.flatten(), x.abs().flatten(), "amax")
-        # Torch turns 448 / amax into 448 * (1 / amax), rounded twice. BF16 inputs lie on ties of E4M3 so
-        # often that the last bit of the inverse moves hundreds of codes of a tile. So no Python numbers here.
+        # With a Python number, torch computes 448 / amax as 448 * (1 / amax), rounded twice. BF16 inputs lie on
+        # ties of E4M3 so often that the last bit moves hundreds of codes of a tile. Hence a tensor of 448.
         top, one = torch.full_like(amax, 448), torch.ones_like(amax)
         inverse, step = (torch.where(amax > 2.0**-100, s, one) for s in (top / amax, amax / top))
         return _e4m3(x * inverse[group]), step

@@ -28,7 +28,7 @@ settings.register_profile(
 )
 settings.load_profile("fpsattention")
 
-HUNG_AFTER_S = 120  # one GPU test takes seconds: beyond this a kernel waits for something that never comes
+HUNG_AFTER_S = 120  # one GPU test takes seconds: beyond this a kernel is stuck
 
 
 def has_hopper() -> bool:
@@ -42,9 +42,9 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU of compute capability 9.0")
     config.addinivalue_line("markers", "receipt: holds the GPU receipt against the sources")
-    if hasattr(config, "workerinput"):  # of pytest-xdist, which has a worker for every core
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist, one per core
         torch.set_num_threads(1)
-        os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start
+        os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the programs that tests start
     config.gpu_deselected = 0
     config.stderr_fd = os.dup(sys.__stderr__.fileno())  # capturing is suspended here: this is the real one
     if path := config.getoption("--gpu-receipt"):
@@ -56,7 +56,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if hasattr(config, "workerinput"):  # what takes longest begins first: no worker waits for it at the end
+    if hasattr(config, "workerinput"):  # the longest tests first: no worker waits for one at the end
         items.sort(key=lambda item: "emulated" not in item.fixturenames)
     marker = "receipt" if has_hopper() else "gpu"
     dropped = [item for item in items if item.get_closest_marker(marker)]

@@ -12,8 +12,8 @@ FP16_MAX = 65504.0
 
 
 def tile_coordinates(grid, tile, device="cpu") -> torch.Tensor:
-    """int64 [L, 3]: tile coordinates (t, h, w) of every token in raster order. Written out here, so that what
-    the tests know about tiles does not come from the package.
+    """int64 [L, 3]: tile coordinates (t, h, w) of every token in raster order. Written out here, so that the
+    tests do not take their idea of a tile from the package.
     """
     _, height, width = grid
     token = torch.arange(grid[0] * height * width, device=device)
@@ -23,9 +23,9 @@ def tile_coordinates(grid, tile, device="cpu") -> torch.Tensor:
 
 @contextmanager
 def poisoned():
-    """Inside, torch fills whatever it allocates uninitialised: NaN for floats, the largest value for integers
+    """Inside, torch fills uninitialised memory: with NaN for floats, with the largest value for integers
     (bytes of 0x7f or 0xff, which are NaN in E4M3). A kernel that leaves an output, an operand or padding
-    unwritten, and later reads it, cannot hide behind lucky zeros of a fresh allocation.
+    unwritten, and later reads it, cannot pass by the luck of a zeroed allocation.
     """
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -40,7 +40,7 @@ def poisoned():
 
 
 class Draw:
-    """Random and constant fp32 tensors [B, L, H, D] for one call, and what a generator may ask about it."""
+    """Random and constant fp32 tensors [B, L, H, D] for one call, and the facts of the call that a generator needs."""
 
     def __init__(self, shape, grid, tile, dtype, device, seed):
         self.shape, self.grid, self.tile, self.dtype, self.device = shape, grid, tile, dtype, device
@@ -65,7 +65,7 @@ def _gaussian(draw):
 
 
 def _peaked(draw):
-    """Logits of a trained model spread more than those of unit vectors."""
+    """Logits that spread as in a trained model, more than those of unit vectors."""
     return 1.5 * draw.normal(), draw.normal(), draw.normal()
 
 
@@ -107,7 +107,7 @@ def _one_hot_token(draw):
 
 
 def _zero_tile(draw):
-    """One tile holds zeros: amax 0, the scale must not become 0 or infinite."""
+    """One tile holds zeros: its amax is 0, and its scale must not become 0 or infinite."""
     q, k, v = _gaussian(draw)
     coordinates = tile_coordinates(draw.grid, draw.tile, draw.device)
     inside = (coordinates == coordinates[draw.shape[1] // 2]).all(1)

@@ -1,4 +1,4 @@
-"""What packed operands hold, for tests: their sections, and the values that the packed blocks stand for."""
+"""Reads packed operands, for tests: their sections, and the values of the packed blocks."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def decode(call: Call, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scale = blocks[..., -128:-124].contiguous().view(torch.float32)
         return raster(unswizzle(blocks[..., :n_bytes], head_dim) * scale[..., None])
 
-    # Word c of each 16 tokens holds tokens 2c, 2c+1, 2c+8, 2c+9 (kernels/README.md).
+    # In each group of 16 tokens, word c holds tokens 2c, 2c+1, 2c+8, 2c+9 (kernels/README.md).
     place = torch.arange(16, device=packed.device)
     token = 2 * (place // 4) + place % 2 + 8 * (place % 4 // 2)
     permuted = unswizzle(x.kv_blocks[..., k_bytes : 2 * k_bytes], 128).unflatten(-1, (-1, 16))

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PATH = ROOT / "tests" / "gpu_receipt.json"
 CUDA_SUFFIXES = {".cu", ".cuh", ".h", ".cpp"}
 BUILD_FILES = ("CMakeLists.txt", "setup.py", "build_backend.py")
-# Below python/. A file that is new here counts until it is named.
+# Paths below python/. A new file counts unless it is listed here.
 NOT_VOUCHED_FOR = ("fpsattention/cli/",)
 # A GPU test may be skipped for these reasons only. `make test` says which ones were: nothing vouches for those.
 ALLOWED_SKIPS = ("needs two GPUs",)
@@ -39,7 +39,7 @@ REMEDY = "run `make test-gpu` on a machine with a Hopper GPU and commit tests/gp
 
 
 def source_files(root: Path) -> list[Path]:
-    """The files a receipt speaks for, as the head of this module lists them; but for pyproject.toml, whole files."""
+    """The files that a receipt vouches for, as listed at the head of this module, but without pyproject.toml."""
     cuda = [
         p for name in ("kernels", "include") for p in (root / name).rglob("*") if p.suffix in CUDA_SUFFIXES
     ]
@@ -89,9 +89,7 @@ def _gpu_test_modules(root: Path) -> set[Path]:
 
 
 def imported_modules(path: Path, package: str = "") -> set[str]:
-    """What a Python file of `package` imports anywhere in it, by full name. Of `from a import b`, a and a.b: b may be a
-    module.
-    """
+    """Full names of all imports in a Python file of `package`; `from a import b` gives a and a.b: b may be a module."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -133,8 +131,8 @@ def write(
     Args:
         sources: `sources_hash` from before the first test.
         machine: `environment()`.
-        counts: tests by outcome: passed, failed, skipped, deselected, gpu_passed, gpu_deselected. The GPU's
-            count in the totals too. The check of the receipt itself, which cannot run yet, is in none.
+        counts: tests by outcome: passed, failed, skipped, deselected, gpu_passed, gpu_deselected. The totals
+            include the GPU tests. None includes the check of the receipt itself, which cannot run yet.
         gpu_files: names of the test files in which a GPU test passed.
         failures: ids of the failed tests.
         skipped: ids of the GPU tests that were skipped, and why.
@@ -153,7 +151,7 @@ def write(
 
 
 def problems(path: Path, root: Path) -> list[str]:
-    """Why the receipt at `path` does not vouch for the sources in `root`; empty when it does."""
+    """The reasons why the receipt at `path` does not vouch for the sources in `root`; empty when it does."""
     if not path.is_file():
         return [f"{path} is missing: {REMEDY}"]
     try:
@@ -182,8 +180,8 @@ def problems(path: Path, root: Path) -> list[str]:
 
 
 def skipped_tests(path: Path) -> dict[str, str]:
-    """Ids of the GPU tests that the receipt does not vouch for, as its run skipped them, and why; none without one."""
+    """{id: reason} of the GPU tests that the receipt's run skipped; empty without a receipt."""
     try:
         return dict(json.loads(path.read_text())["skipped"])
     except (OSError, ValueError, KeyError, TypeError):
-        return {}  # `problems` says what is wrong
+        return {}  # `problems` reports the fault

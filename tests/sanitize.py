@@ -1,5 +1,5 @@
-"""Runs the four tools of compute-sanitizer over tests/sanitizer_cases.py. Fails on a report that is not in the list
-KNOWN, and on an entry of the list that no report matches any more.
+"""Runs the four tools of compute-sanitizer over tests/sanitizer_cases.py. Fails on a report that no entry of KNOWN
+matches, and on an entry that no report matches any more.
 
     python tests/sanitize.py                 # memcheck, synccheck, initcheck, racecheck
     python tests/sanitize.py racecheck       # one of them
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CASES = Path(__file__).with_name("sanitizer_cases.py")
-# Which cases each tool runs; none named: all. Racecheck, by far the slowest, runs two. They have more key blocks than
+# The cases that each tool runs; empty: all. Racecheck, by far the slowest, runs two. They have more key blocks than
 # the rings have stages, and tiles of one block and of several. Every case runs both head dims, both dtypes, with and
 # without text, and a deterministic backward.
 TOOLS: dict[str, tuple[str, ...]] = {
@@ -41,8 +41,8 @@ class Known:
     Attributes:
         tool: which tool reports it.
         kernel: the kernel's name.
-        pattern: regular expression that the report contains, over all of its lines.
-        why: why it is no fault.
+        pattern: regular expression that matches somewhere in the report, across its lines.
+        why: the reason that it is no fault.
     """
 
     tool: str
@@ -57,7 +57,7 @@ class Known:
 
 def reads_and_writes(config: str) -> str:
     """Pattern of racecheck's report on reads against writes, none of them in a kernel of another configuration.
-    Which of the two stands first says nothing about their order: the report groups them either way.
+    The order of the two in a report says nothing about their order in time.
     """
     access = rf"access at [^\n]*\b{config}<\(int\)"
 
@@ -69,10 +69,10 @@ def reads_and_writes(config: str) -> str:
 
 
 # Racecheck (2025.3 and 2026.4, on an H200) does not see that __syncwarp orders the reads of a warp's lanes before lane
-# 0's arrival, as ptxas makes no instruction of it where the warp is converged. With every lane arriving for itself, and
-# nothing else changed, the reports are gone. Without SASS offsets, which change with every compilation, a report names
-# no object of shared memory: an entry also hides other reads against writes of its kernel. At head_dim 128 the tool
-# sees these in some runs and not in others; a race put there on purpose was not reported in the one run that had it.
+# 0's arrival: ptxas emits no instruction for it where the warp is converged. The reports vanish when every lane arrives
+# for itself and nothing else changes. A report names no object of shared memory (SASS offsets change with every
+# compilation), so an entry also hides other reads against writes of its kernel. At head_dim 128 the tool reports these
+# in some runs only; it missed a race put there on purpose in the one run that had it.
 KNOWN: tuple[Known, ...] = (
     Known(
         "racecheck",
@@ -92,12 +92,12 @@ KNOWN: tuple[Known, ...] = (
 
 
 class BadOutput(ValueError):
-    """The tool's output is not what this file can read: then nothing may be concluded from it."""
+    """This file cannot read the tool's output, so nothing follows from it."""
 
 
 def parse(log: str) -> list[str]:
-    """The reports in a tool's log, without the prefix of its lines. A report begins at a line that is indented by one
-    space and takes in the deeper ones that follow.
+    """The reports in a tool's log, without the prefix of its lines. A report begins at a line indented by one space
+    and includes the deeper lines that follow.
     """
     reports: list[str] = []
     announced = None
@@ -126,7 +126,7 @@ def parse(log: str) -> list[str]:
 
 
 def judge(tool: str, reports: Sequence[str], known: Sequence[Known]) -> list[str]:
-    """What is wrong with a tool's reports; empty if all are known, and all that is known is there."""
+    """The faults in a tool's reports: unknown reports, and known ones that are missing. Empty if all is well."""
     unknown: Counter[str] = Counter()
     example: dict[str, str] = {}
     found: set[Known] = set()
@@ -135,7 +135,7 @@ def judge(tool: str, reports: Sequence[str], known: Sequence[Known]) -> list[str
         if match is not None:
             found.add(match)
             continue
-        kind = re.sub(r"0x[0-9a-f]+|\d+", "#", report)  # the same of other threads, blocks and addresses
+        kind = re.sub(r"0x[0-9a-f]+|\d+", "#", report)  # equal for all threads, blocks and addresses
         unknown[kind] += 1
         example.setdefault(kind, report)
     wrong = [f"{tool}: {count} reports such as\n{example[kind]}" for kind, count in unknown.most_common()]
@@ -158,14 +158,14 @@ def find_sanitizer() -> str:
 
 
 def run(sanitizer: str, tool: str, known: Sequence[Known]) -> list[str]:
-    """What is wrong after one tool has run."""
+    """Run one tool and return the faults it found."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         command = [
             *(sanitizer, "--tool", tool, "--log-file", str(log), "--print-limit", "0"),
             *("--show-backtrace", "device", sys.executable, str(CASES), *TOOLS[tool]),
         ]
-        # Every tensor is an allocation of its own, so that the tools see where each one ends and what nobody wrote.
+        # Every tensor is an allocation of its own, so that the tools see its end and its unwritten bytes.
         done = subprocess.run(command, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
         text = log.read_text() if log.exists() else ""
     try:

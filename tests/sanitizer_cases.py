@@ -2,8 +2,8 @@
 
     python tests/sanitizer_cases.py [NAME OF A CASE ...]
 
-What is computed is checked elsewhere; here it need only be finite. Under a sanitizer a launch takes seconds,
-so the grids are of a few tiles, which still have ragged edges, padding blocks and several key blocks per row.
+Other tests check the values; here they need only be finite. Under a sanitizer a launch takes seconds,
+so the grids have only a few tiles, with ragged edges, padding blocks and several key blocks per row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 import fpsattention as fps
 
-# (grid, config); each without text and with text around the video, some of it invalid
+# (grid, config); each runs without text, and with text around the video, some of it invalid
 CASES = {
     "one token": ((1, 1, 1), fps.AttentionConfig(tile=(4, 4, 4))),
     "no padding": ((4, 8, 8), fps.AttentionConfig(tile=(4, 4, 8))),
@@ -69,7 +69,7 @@ def main(names: list[str]) -> None:
                 )
                 case = f"{grid}, {config}, head_dim {head_dim}, {tensor_layout}, {dtype}, {text_of_case}"
                 assert out.isfinite().all(), f"out is not finite: {case}"
-                none = lse == -math.inf  # of invalid tokens
+                none = lse == -math.inf  # at invalid tokens
                 assert (lse.isfinite() | none).all(), f"lse is not finite: {case}"
                 assert none.any() == bool(text), f"lse of invalid tokens is not -inf: {case}"
                 assert all(x.isfinite().all() for x in grads), f"a gradient is not finite: {case}"
@@ -80,7 +80,7 @@ def main(names: list[str]) -> None:
 
 
 def check_prologue(grid, config, q, k, v, tensor_layout) -> None:
-    """The same call with a norm and a rotation ahead of it."""
+    """The same call with norm and rotation before the quantisation."""
     head_dim = q.shape[3]
     weight = torch.ones(2 * head_dim, device="cuda")
     pairs = (head_dim // 2 - 20, 10, 10)

@@ -22,13 +22,13 @@ BOTH_HEAD_DIMS = pytest.mark.parametrize("head_dim", [64, 128])
 
 
 def attend(q, k, v, *, grid, config, **kwargs):
-    """(out, lse) of the kernel, out of poisoned memory."""
+    """(out, lse) of the kernel, run in poisoned memory."""
     with poisoned():
         return fps.attention(q, k, v, grid=grid, config=config, return_lse=True, backend="sm90", **kwargs)
 
 
 def check(q, k, v, *, grid, config, scale=None, tensor_layout="NHD", wide_logits=False):
-    """The kernel's (out, lse) for one call, once they are known to honour the contract."""
+    """The kernel's (out, lse) for one call, checked against the contract."""
     call = {"grid": grid, "config": config, "scale": scale, "tensor_layout": tensor_layout}
     out, lse = attend(q, k, v, **call)
     assert (out.shape, out.dtype, out.device) == (q.shape, q.dtype, q.device)
@@ -45,8 +45,8 @@ def check(q, k, v, *, grid, config, scale=None, tensor_layout="NHD", wide_logits
 )
 @pytest.mark.parametrize("numel", [1, 1000, 10_000_000])
 def test_poison_works(dtype, numel):
-    """What a kernel forgets to write is NaN inside `poisoned`, also where the allocator has clean memory."""
-    torch.zeros(numel, dtype=dtype, device="cuda")  # freed at once: a block of zeros waits in the allocator
+    """Unwritten memory is NaN inside `poisoned`, even where the allocator hands out zeros."""
+    torch.zeros(numel, dtype=dtype, device="cuda")  # freed at once: leaves a block of zeros in the allocator
     with poisoned():
         empty = torch.empty(numel, dtype=dtype, device="cuda")
         alike = torch.zeros(1, device="cuda").new_empty(numel, dtype=dtype)
@@ -121,10 +121,10 @@ CASES = {
     ),
     "smooth_k, scale": Case((10, 18, 20), (5, 6, 4), smooth_k=True, scale=0.05, kind="key_mean"),
     "scale": Case((10, 18, 20), (5, 6, 4), (1, 3, 3), scale=0.07),
-    # Runs: query tiles that differ only on axes whose window is the whole axis share their keys and a work item.
-    "run along t": Case((14, 9, 20), (5, 6, 4), (3, 1, 3)),
-    "run along h and w, ragged": Case((9, 13, 17), (5, 6, 4), (1, 3, 5), batch=2),
-    "run along t and w, slot 512, empty blocks": Case((9, 20, 11), (8, 8, 8), (2, 1, 2), layout="HND"),
+    # Tile groups: query tiles that differ only on axes whose window is the whole axis share keys and a work item.
+    "tile group along t": Case((14, 9, 20), (5, 6, 4), (3, 1, 3)),
+    "tile group along h and w, ragged": Case((9, 13, 17), (5, 6, 4), (1, 3, 5), batch=2),
+    "tile group along t and w, slot 512, empty blocks": Case((9, 20, 11), (8, 8, 8), (2, 1, 2), layout="HND"),
     "an empty block in every tile": Case((10, 10, 12), (5, 5, 6), (1, 1, 1)),
     "runs and windows per head": Case((14, 9, 20), (5, 6, 4), ((3, 1, 1), (3, 2, 5), (3, 1, 3)), heads=3, batch=2),
     "more heads than windows could be given": Case((4, 6, 6), (4, 3, 3), (1, 1, 1), heads=300),
@@ -269,8 +269,8 @@ def test_long_dense(head_dim, tile, seed):
 @BOTH_HEAD_DIMS
 @pytest.mark.parametrize("window", [None, (1, 3, 3)], ids=["dense", "window"])
 def test_a_late_key_far_above_the_rest(window, head_dim, seed):
-    """One key of the last tile scores some 400 (log2) above all others, half of the queries some 400 below: more than
-    the exponent of a float covers, so nothing computed with an earlier maximum may reach infinity.
+    """For half of the queries one key of the last tile scores about 400 (log2) above all others, for the rest about 400
+    below. A float's exponent does not cover that: sums scaled by an earlier maximum must not overflow.
     """
     grid, config = (9, 18, 20), fps.AttentionConfig(tile=(5, 6, 4), window=window)
     q, k, v = make_qkv("gaussian", grid=grid, tile=config.tile, head_dim=head_dim, seed=seed)
@@ -286,14 +286,14 @@ def test_a_late_key_far_above_the_rest(window, head_dim, seed):
     rows = rows[rows % 2 == 1].cuda()
     last = v[:, -1:].float()
     error = (out[:, rows].float() - last).square().mean().sqrt() / last.square().mean().sqrt()
-    # Rounding to E4M3 costs up to 1/16, some 1/38 in the mean: once for V and once for P, so 4 % together. A row that
-    # saw other keys as well, or none, would be far off.
+    # Rounding to E4M3 costs up to 1/16, about 1/38 in the mean: once for V and once for P, so 4 % together. A row that
+    # attends other keys too, or none, is far off.
     assert error < 1 / 16, "these rows see that key alone: its value, rounded to E4M3"
 
 
 @BOTH_HEAD_DIMS
 def test_quantized_once(head_dim, seed):
-    """Q, K, V rounded once, attended under several windows: the bits of the calls that round anew."""
+    """Q, K, V quantised once and attended under several windows give the bits of plain calls."""
     grid, tile = (10, 18, 20), (5, 6, 4)
     q, k, v = make_qkv("key_mean", grid=grid, tile=tile, head_dim=head_dim, seed=seed)
     first = fps.AttentionConfig(tile=tile, window=(1, 3, 3), smooth_k=True)
@@ -316,7 +316,7 @@ def test_lse_is_exact_where_it_is_known(window):
 
 
 def test_smooth_k_changes_neither_output_nor_lse(seed):
-    """K's mean shifts all scores of a row alike: with and without it the same softmax, and the same LSE."""
+    """K's mean shifts all scores of a row by one amount, so softmax and LSE stay the same without it."""
     grid = (10, 18, 20)
     q, k, v = make_qkv("key_mean", grid=grid, tile=(5, 6, 4), head_dim=128, seed=seed)
     plain, smooth = (
@@ -326,7 +326,7 @@ def test_smooth_k_changes_neither_output_nor_lse(seed):
     _, exact_lse = reference.exact_attention(q, k, v, grid=grid, config=fps.AttentionConfig(tile=(5, 6, 4)))
     error = [(lse.double() - exact_lse).square().mean().sqrt() for _, lse in (plain, smooth)]
     assert error[1] < error[0] < 0.2, "smoothing makes K's rounding, and with it the LSE, better"
-    # The mean of K moves an LSE by some units: without the correction the error would be as large.
+    # K's mean moves an LSE by a few units, and a missing correction would show as that much error.
     mean = k.float().mean(1)[0]
     shift = torch.einsum("lhd,hd->hl", q[0].float(), mean) * 128**-0.5
     assert shift.abs().mean() > 0.5
@@ -334,7 +334,7 @@ def test_smooth_k_changes_neither_output_nor_lse(seed):
 
 
 def test_each_head_of_each_batch_is_computed_alone(seed):
-    """Bit for bit: neither the batch nor the other heads take part in a head's result."""
+    """A head's result does not depend on the rest of the batch or on other heads, bit for bit."""
     grid, config = (9, 18, 20), fps.AttentionConfig(tile=(5, 6, 4), window=(1, 3, 3))
     q, k, v = make_qkv("gaussian", grid=grid, tile=config.tile, batch=2, heads=3, seed=seed)
     out, lse = attend(q, k, v, grid=grid, config=config)
@@ -347,7 +347,7 @@ def test_each_head_of_each_batch_is_computed_alone(seed):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("which", ["q", "k", "v"])
 def test_not_finite_input(which, value, seed):
-    """It returns; what attends the bad element is not finite; heads and tiles that do not, are untouched."""
+    """The call returns. Rows that attend the bad element are not finite; other heads and tiles keep their values."""
     grid, config = (10, 18, 20), fps.AttentionConfig(tile=(5, 6, 4), window=(1, 1, 3))
     q, k, v = make_qkv("gaussian", grid=grid, tile=config.tile, seed=seed)
     token, head, channel = 777, 1, 5
@@ -368,7 +368,7 @@ def test_not_finite_input(which, value, seed):
     elif which == "k":
         assert not rows[attending].isfinite().any()
         assert rows[~attending].isfinite().all()
-    else:  # the scale of V is per channel, over all tokens
+    else:  # a scale of V covers all tokens of a channel
         assert not rows[attending, channel].isfinite().any()
         others = [d for d in range(64) if d != channel]
         assert rows[:, others].isfinite().all()

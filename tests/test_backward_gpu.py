@@ -29,7 +29,7 @@ def normal(x, seed):
 
 
 def differentiate(q, k, v, dout, dlse=None, *, deterministic=False, **call):
-    """(out, lse), and (dq, dk, dv) of the kernel, out of poisoned memory."""
+    """(out, lse) and (dq, dk, dv) of the kernel, run in poisoned memory."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     with poisoned():
         out, lse = fps.attention(
@@ -42,7 +42,7 @@ def differentiate(q, k, v, dout, dlse=None, *, deterministic=False, **call):
 
 
 def check(q, k, v, *, seed, kind="gaussian", with_lse=False, deterministic=False, **call):
-    """The kernel's gradients of one call, once they are known to honour the contract."""
+    """The kernel's gradients of one call, checked against the contract."""
     wide_logits, dout = KINDS[kind].wide_logits, normal(q, seed + 1) * KINDS[kind].dout[q.dtype]
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     exact_out, exact_lse = reference.emulated_attention(*leaves, **call, dtype=torch.float64)
@@ -152,7 +152,7 @@ DETERMINISTIC = {
 @BOTH_HEAD_DIMS
 @pytest.mark.parametrize(("grid", "config"), DETERMINISTIC.values(), ids=DETERMINISTIC.keys())
 def test_deterministic(grid, config, head_dim, seed):
-    """The same bits every time, and up to a few last bits those of a call whose sums come in another order."""
+    """The same bits every time; a call that sums in another order differs in the last bits only."""
     q, k, v = make_qkv("gaussian", grid=grid, tile=config.tile, heads=3, head_dim=head_dim, seed=seed)
     dout = normal(q, seed + 1)
     call = {"grid": grid, "config": config}
@@ -161,7 +161,7 @@ def test_deterministic(grid, config, head_dim, seed):
         _, again = differentiate(q, k, v, dout, **call, deterministic=True)
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
     _, free = differentiate(q, k, v, dout, **call, deterministic=False)
-    for a, b in zip(free, first, strict=True):  # a bf16 here and there falls the other way
+    for a, b in zip(free, first, strict=True):  # a few bf16 values round the other way
         assert (a.float() - b.float()).norm() < 2e-3 * b.float().norm()
 
 
@@ -184,8 +184,8 @@ def test_the_global_setting_makes_it_deterministic(seed, monkeypatch):
 
 
 @pytest.mark.parametrize("names", ["q", "k", "v", "qk", "kv", "qv"])
-def test_gradients_of_some(names, seed):
-    """Of those that ask for one, and the same as if all had."""
+def test_gradients_of_some_inputs(names, seed):
+    """Only inputs that require a gradient get one, equal to that of a call where all do."""
     q, k, v = make_qkv("gaussian", grid=GRID, tile=CONFIG.tile, seed=seed)
     dout, call = (
         normal(q, seed + 1),
@@ -209,7 +209,7 @@ def test_gradients_of_some(names, seed):
     ids=["expanded", "channels apart", "address + 2"],
 )
 def test_any_gradient_of_the_output_is_taken(strange, seed):
-    """Autograd hands over what it has: sums, for example, give expanded gradients."""
+    """Autograd passes gradients of any strides: a sum, for example, gives an expanded one."""
     q, k, v = make_qkv("gaussian", grid=GRID, tile=CONFIG.tile, seed=seed)
     dout = strange(normal(q, seed + 1))
     call = {"grid": GRID, "config": CONFIG, "deterministic": True}
@@ -241,7 +241,7 @@ def test_gradient_checkpointing(seed):
 
 @pytest.mark.parametrize("smooth_k", [False, True])
 def test_compile_traces_through(smooth_k, seed):
-    """Forward and backward in one graph each, and the bits of eager."""
+    """Forward and backward are one graph each, and give the bits of eager mode."""
     config = fps.AttentionConfig(tile=(5, 6, 4), window=(1, 3, 3), smooth_k=smooth_k)
     q, k, v = make_qkv("gaussian", grid=GRID, tile=config.tile, seed=seed)
     dout = normal(q, seed + 1)

@@ -1,7 +1,7 @@
-"""What the API says no to, what it falls back from, and what importing it may touch. Runs anywhere.
+"""What the API refuses, when it falls back, and what its import may touch. Runs anywhere.
 
-The checks that come after the choice of a Hopper GPU are reached with fake CUDA tensors, which have shapes
-and no memory; test_runtime_gpu.py has those that need memory.
+Fake CUDA tensors, which have shapes and no memory, reach the checks behind the choice of a Hopper GPU;
+test_runtime_gpu.py has the checks that need memory.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def tensor(*shape, dtype=torch.bfloat16, device="cpu"):
 
 @pytest.fixture
 def device(backend, monkeypatch):
-    """Where a backend's tensors live. For "sm90" the device is fake, but claims to be a Hopper GPU."""
+    """The device of a backend's tensors. For "sm90" it is fake and claims to be a Hopper GPU."""
     if backend == "reference":
         yield "cpu"
         return
@@ -105,7 +105,7 @@ def test_no_floating_point_tensor(backend, device, name):
 
 @BACKENDS
 def test_heads_first_called_nhd(backend, device):
-    """The likeliest slip: 192 heads of 2 tokens, which the grid does not have."""
+    """The most likely mistake: it reads as 192 heads of 2 tokens, and the grid has 192 tokens."""
     with pytest.raises(ValueError, match=says(r"\bq:", "2 tokens", "NHD", "192")):
         attend(tensor(1, 2, 192, 64, device=device), backend=backend)
 
@@ -202,7 +202,7 @@ def test_quantized_once(backend, device, tensor_layout):
     assert (out.shape, out.dtype, lse.shape) == (q.shape, q.dtype, (2, 3, 192))
     dense = replace(CONFIG, window=None)
     assert fps.attention(quantized, config=dense).shape == q.shape
-    # Saying again what the object says is allowed.
+    # Repeating the object's own values is allowed.
     assert fps.attention(quantized, grid=GRID, scale=0.125, tensor_layout=tensor_layout).shape == q.shape
 
 
@@ -254,7 +254,7 @@ def test_quantized_otherwise(change, error, words):
 
 REPLACED = {
     "grid": (8, 6, 4),
-    "config": replace(CONFIG, tile=(3, 2, 2)),  # of equal size: the operands' shapes would not give it away
+    "config": replace(CONFIG, tile=(3, 2, 2)),  # equal in size, so the operands' shapes do not reveal it
     "scale": 0.5,
     "tensor_layout": "HND",
     "dtype": torch.float16,
@@ -294,7 +294,7 @@ def test_every_field_of_quantized_is_guarded():
 
 
 def test_quantized_with_what_none_stands_for():
-    """A tile of the plan's own, and a brick of one tile, are no other rounding."""
+    """Naming the planned tile, or a brick of one tile, does not change the rounding."""
     q = tensor()
     quantized = fps.quantize_qkv(q, q, q, grid=GRID, backend="reference")
     planned = fps.plan(GRID).best.tile
@@ -354,7 +354,7 @@ def test_sm90_dtypes(monkeypatch, dtype):
 
 @pytest.mark.parametrize("capability", [80, 89, 100, 120])
 def test_sm90_devices(monkeypatch, capability):
-    """The kernels are of one architecture; a newer GPU cannot run them either."""
+    """The kernels are built for one architecture; a newer GPU cannot run them either."""
     with FakeTensorMode():
         q = tensor(device="cuda")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -388,8 +388,8 @@ def test_backend_for_names_what_would_run(monkeypatch):
 
 @pytest.fixture
 def pretended_kernel(monkeypatch):
-    """Fake tensors on the CPU, and a backend said to be the kernel, whose ops have fakes. A fake CUDA tensor cannot
-    require a gradient where there is no CUDA.
+    """Fake tensors on the CPU, with the kernel as the chosen backend, whose ops have fakes. Without CUDA, a fake CUDA
+    tensor cannot require a gradient.
     """
     monkeypatch.setattr(api, "backend_for", lambda *_: ("sm90", "it is pretended"))
     with FakeTensorMode():
@@ -399,7 +399,7 @@ def pretended_kernel(monkeypatch):
 @pytest.mark.parametrize("smooth_k", [False, True])
 @pytest.mark.parametrize("names", ["q", "k", "v", "qk", "qv", "kv", "qkv"])
 def test_gradient_of_the_kernel(names, smooth_k, pretended_kernel):
-    """Of out and lse, in whichever of q, k, v asks for it, and only there."""
+    """Gradients of out and lse reach those of q, k, v that require one, and no others."""
     config = replace(CONFIG, smooth_k=smooth_k)
     operands = {n: tensor().requires_grad_(n in names) for n in "qkv"}
     out, lse = fps.attention(**operands, grid=GRID, config=config, return_lse=True)
@@ -421,7 +421,7 @@ def test_second_derivative_of_the_kernel_is_refused(pretended_kernel):
 
 @pytest.mark.parametrize("quant", ["fp8", "none"])
 def test_default_device_and_mode_of_the_first_call(quant):
-    """What is kept from call to call is on the CPU, and can be saved for a backward."""
+    """Tensors cached between calls are on the CPU, and can be saved for a backward."""
     code = f"""
 import torch, fpsattention as fps
 from fpsattention.core import flex
@@ -466,19 +466,19 @@ def test_gradient_of_the_reference(name):
         assert not fps.attention(**operands, **call).requires_grad
 
 
-# The ops themselves: what they are not told of q, k and v they would read past the end of.
+# The ops themselves check their operands: a kernel would read past the end of wrong ones.
 
 SIZES = GRID, 3, 0  # grid and text lengths: 195 tokens
 PACKED = torch.zeros(ops.call_of(CONFIG, *SIZES, 1, 2, 64, torch.bfloat16, 0.125, "NHD").sections.end).byte()
 
 
 def run(op, arguments: dict):
-    """What the op does on a GPU, up to the launch."""
+    """The op's work on a GPU, up to the launch."""
     return op._init_fn(**arguments)
 
 
 def packed_arguments(**changes):
-    """Arguments of `attend` for 195 tokens, on the CPU: right until a kernel would be launched."""
+    """Arguments of `attend` for 195 tokens, on the CPU: legal up to the launch."""
     call = dict(zip(("grid", "prefix_len", "suffix_len"), SIZES, strict=True))
     call |= {"config": CONFIG.spec, "scale": 0.125, "tensor_layout": "NHD"}
     call |= {"prefix_valid": torch.ones(1, dtype=torch.int32), "suffix_valid": None}
@@ -595,7 +595,7 @@ def test_empty(backend, device, batch, grid):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8], ids=str)
 def test_poison_works(dtype):
-    """The helper of the GPU tests, here on the CPU; and it leaves no trace."""
+    """The helper of the GPU tests, here on the CPU. It restores the settings it changes."""
     before = torch.are_deterministic_algorithms_enabled()
     with poisoned():
         x = torch.empty(1000, dtype=dtype)
@@ -604,7 +604,7 @@ def test_poison_works(dtype):
 
 
 def test_strict_mode_refuses_the_fallback(monkeypatch):
-    """Also after a lenient call has already given its notice."""
+    """Even after a lenient call has warned of the fallback."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         monkeypatch.delenv("FPSATTENTION_STRICT", raising=False)
@@ -663,8 +663,8 @@ def test_fallback_warns_of_the_callers_line(call, quant, monkeypatch):
 
 
 def test_import_touches_no_gpu():
-    """Without a GPU the package imports, and on any machine importing it does not start CUDA, nor load what
-    older versions of torch do not have.
+    """The package imports without a GPU. On any machine its import does not start CUDA, and does not load modules that
+    older versions of torch lack.
     """
     code = """
 import sys, torch
@@ -680,7 +680,7 @@ print(fpsattention.__version__)
 
 
 def test_import_needs_no_distributed_torch():
-    """torch can be built without it, and its collectives with a gradient are in a private module."""
+    """torch can be built without distributed, and its differentiable collectives are in a private module."""
     code = """
 import sys
 sys.modules["torch.distributed._functional_collectives"] = None
@@ -698,7 +698,7 @@ except AttributeError as error:
 
 
 def test_compiled_module_needs_neither_torch_nor_cuda():
-    """It is loaded alone: its symbols resolve without torch's libraries, the CUDA runtime or the driver."""
+    """The module loads alone: its symbols resolve without torch's libraries, the CUDA runtime or the driver."""
     origin = importlib.util.find_spec("fpsattention._C").origin
     code = f"""
 import importlib.util, sys

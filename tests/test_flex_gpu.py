@@ -56,7 +56,7 @@ def test_autocast(seed):
 
 
 def test_a_graph_keeps_its_masks(monkeypatch, seed):
-    """Replayed after its masks would have been dropped and their memory been given to others."""
+    """A graph is replayed after the cache has dropped its masks and their memory could be reused."""
     monkeypatch.setattr(flex, "_kept", flex._Cache(1))
     static = qkv(seed)
     refused = pytest.raises(RuntimeError, match="make the same call once before the capture")
@@ -79,14 +79,14 @@ def test_a_graph_keeps_its_masks(monkeypatch, seed):
 
 
 def test_masks_of_another_stream(monkeypatch, seed):
-    """Dropped and made again on one stream while another still reads them."""
+    """One stream drops masks and makes them anew while another still reads them."""
     monkeypatch.setattr(flex, "_kept", flex._Cache(1))
     inputs = qkv(seed)
     want = attend(*inputs)
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(100_000_000)  # some 60 ms
+        torch.cuda._sleep(100_000_000)  # about 60 ms
         got = attend(*inputs)
     for w in (1, 3):
         attend(*inputs, replace(CONFIG, window=(2, 1, w)))
@@ -96,7 +96,7 @@ def test_masks_of_another_stream(monkeypatch, seed):
 
 
 def test_in_a_callers_graph(seed):
-    """It breaks the graph, and compiles by itself."""
+    """The call breaks the graph, and compiles by itself."""
     torch.compiler.reset()
     inputs = qkv(seed)
     compiled = torch.compile(lambda *x: attend(*x) + 1)

@@ -1,4 +1,4 @@
-"""The judge is tested: wrong outputs must fail `check_attention`, right ones must pass.
+"""Tests of the judge: wrong outputs must fail `check_attention`, right ones must pass.
 
 On the CPU the emulation with a little noise plays the kernel; on a GPU the kernel plays itself. Every
 mutation is a mistake a kernel can make.
@@ -23,7 +23,7 @@ LN2 = math.log(2)
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `attend` is what a kernel gives for it, or for a variation of it."""
+    """One call. `attend` computes it, or a variation of it, as a kernel would."""
 
     grid: tuple[int, int, int]
     config: fps.AttentionConfig
@@ -65,7 +65,7 @@ class Case:
 
 
 # Tiles of 12 tokens in slots of 128, and tiles that fill their slot of 512: one wrong row of 512 is the
-# smallest fault that the per-tile rule has to see.
+# smallest fault that the per-tile rule must catch.
 GRIDS = {
     "small tiles": ((4, 9, 20), fps.AttentionConfig(tile=(2, 3, 2), window=(1, 3, 3))),
     "full slots": ((8, 16, 40), fps.AttentionConfig(tile=(8, 8, 8), window=(1, 1, 3))),
@@ -92,7 +92,7 @@ def expected(case):
 
 
 def broken_rules(case, expected, out, lse) -> set[str]:
-    """The rules an output breaks; and `check_attention` must agree that there are some, or none."""
+    """The rules that an output breaks. Asserts that `check_attention` raises exactly when there are some."""
     _, exact, emulated = expected
     geometry = case.resolved.geometry
     tile_of_token = geometry.tile_of_token.to(out.device)
@@ -115,7 +115,7 @@ def test_emulation_passes(case, expected):
     assert rules == set()
 
 
-# Mutations: (case, inputs) -> (out, lse). The rule that must catch each stands beside it.
+# Mutations: (case, inputs) -> (out, lse). Each is listed with the rule that must catch it.
 
 
 def zero_output(case, q, k, v):
@@ -124,7 +124,7 @@ def zero_output(case, q, k, v):
 
 
 def noise_output(case, q, k, v):
-    """Right in size and spread, and unrelated."""
+    """Noise of the right size and spread."""
     out, lse = case.attend(q, k, v)
     return out.roll(1, dims=-1), lse
 
@@ -171,14 +171,14 @@ def window_shifted(case, q, k, v):
 
 
 def _with_padding_keys(case, out, lse, count):
-    """`count` more keys with score 0 and value 0."""
+    """The output with `count` more keys of score 0 and value 0."""
     more = torch.logaddexp(lse, lse.new_tensor(math.log(count)))
     return (out.float() * (lse - more).exp().transpose(1, 2)[..., None]).to(out.dtype), more
 
 
 def unmasked_padding_of_one_tile(case, q, k, v):
     geometry = case.resolved.geometry
-    # A tile that fills its slot has no padding: there, a block of another tile's rows stands in.
+    # A tile that fills its slot has no padding; there the fault takes a block of another tile's rows.
     padding = geometry.slot - math.prod(case.config.tile) or 128
     return _with_padding_keys(case, *case.attend(q, k, v), padding)
 
@@ -229,7 +229,7 @@ def lse_in_log2_units(case, q, k, v):
 
 
 def lse_off_by_one_octave(case, q, k, v):
-    """One row's maximum was taken after the sum was scaled with the previous one."""
+    """One row's LSE is off by a factor of 2: its maximum was taken after its sum was scaled with the previous one."""
     out, lse = (x.clone() for x in case.attend(q, k, v))
     lse[0, 1, 5] += LN2
     return out, lse
@@ -287,7 +287,7 @@ def test_wrong_output_fails(case, expected, mutation):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mutation", [zero_output, missing_value_scale, one_row_unwritten, one_stale_nan])
 def test_wrong_output_fails_with_wide_logits(device, mutation):
-    """What wide logits are granted does not let these through."""
+    """The wider limits of wide logits do not let these pass."""
     case = Case(*GRIDS["small tiles"], device)
     q, k, v = make_qkv("key_outliers", grid=case.grid, tile=case.config.tile, device=device, seed=5)
     exact = reference.exact_attention(q, k, v, grid=case.grid, config=case.config)
@@ -299,7 +299,7 @@ def test_wrong_output_fails_with_wide_logits(device, mutation):
 
 
 def test_failure_names_the_place(case, expected):
-    """The report leads to the wrong element."""
+    """The report names the wrong element."""
     out, lse = (x.clone() for x in case.attend(*expected[0]))
     out[0, 17, 1] = 0
     out[0, 17, 1, 5] = 90.0
@@ -323,7 +323,7 @@ def test_zero_reference_needs_a_zero_output():
 @pytest.mark.parametrize("border", ["clamp", "truncate"])
 @pytest.mark.parametrize("window", [(1, 3, 3), (3, 1, 9), (1, 1, 1), None])
 def test_row_oracle_agrees_with_the_reference(window, border, seed):
-    """Two statements of the contract, written apart: geometry, scales, rounding, LSE."""
+    """Two independent versions of the contract agree: geometry, scales, rounding, LSE."""
     grid, config = (5, 7, 9), fps.AttentionConfig(tile=(2, 2, 2), window=window, border=border)
     q, k, v = make_qkv("peaked", grid=grid, tile=config.tile, device="cpu", seed=seed)
     resolved = config.resolve(grid, 2)

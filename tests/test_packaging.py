@@ -1,6 +1,6 @@
-"""What is shipped: the sdist holds what a build reads and nothing large, and the compiled module's stub is true.
+"""The sdist holds what a build reads and nothing large; the compiled module's stub matches the module.
 
-And how it is built: with what, when CMake is configured anew, and that a module that is gone is not packed again.
+The build: its tools, when it configures CMake anew, and that it does not pack a deleted module.
 """
 
 import ast
@@ -27,7 +27,7 @@ PACKAGE = ROOT / "python" / "fpsattention"
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory) -> dict[str, int]:
-    """Files of an sdist and their bytes, made in a copy of the sources: setuptools writes beside them."""
+    """{file: size in bytes} of an sdist, made in a copy of the sources, as setuptools writes beside them."""
     folder = tmp_path_factory.mktemp("sdist")
     tree = folder / "tree"
     for name in ("kernels", "include", "python", "examples", "tests"):
@@ -66,7 +66,7 @@ def test_the_sdist_holds_nothing_large_or_compiled(sdist):
 
 @pytest.fixture
 def configured(tmp_path):
-    """A function that configures with a stand-in for CMake, and says how often that has been called."""
+    """A function that configures with a stand-in for CMake, and returns how often CMake was called."""
 
     def configure(*options: str, nvcc: tuple[int, ...] = (13, 0, 88)) -> int:
         write = "import sys; open(sys.argv[1], 'a').write('x')"
@@ -90,7 +90,7 @@ def test_a_build_with_other_tools_is_configured_again(configured):
     ]
 
 
-def test_a_build_is_configured_again_where_that_has_failed(configured, tmp_path):
+def test_a_build_is_configured_again_after_a_failure(configured, tmp_path):
     configured("a")
     with pytest.raises(subprocess.CalledProcessError):
         setup.configure(
@@ -99,7 +99,7 @@ def test_a_build_is_configured_again_where_that_has_failed(configured, tmp_path)
     assert configured("a") == 2
 
 
-def test_what_an_earlier_build_packed_goes(tmp_path):
+def test_a_deleted_module_is_not_packed_again(tmp_path):
     command = setup.Build(Distribution())
     command.build_base = str(tmp_path)
     command.ensure_finalized()
@@ -121,14 +121,14 @@ def functions_of_the_stub() -> dict[str, ast.arguments]:
 
 
 def signature_of(name: str) -> ast.arguments:
-    """As pybind11 writes it into the docstring: positional parameters are arg0, arg1, ..."""
+    """The signature in pybind11's docstring: positional parameters are arg0, arg1, ..."""
     line = getattr(_C, name).__doc__.splitlines()[0]
     (node,) = ast.parse(f"def {line}: ...").body
     return node.args
 
 
 def described(arg: ast.arg) -> str:
-    """What a stub and pybind11 both say of a parameter: how deep its sequences nest, and the type of an element."""
+    """What a stub and pybind11 both give of a parameter: the depth of its sequences and the type of an element."""
     text = ast.unparse(arg.annotation).replace("_Triple", "Sequence[int]")
     (kind,) = set(re.findall(r"\b(?:Supports)?(Int|Float|int|float|bool|str)\b", text))
     return f"{text.count('Sequence[')} {kind.lower()}"

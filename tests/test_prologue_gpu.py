@@ -38,7 +38,7 @@ def values(x: fps.QuantizedQKV):
 @pytest.mark.parametrize("rope", [True, False], ids=["rope", "no rope"])
 @pytest.mark.parametrize("norm", ["all heads", "each head", None])
 def test_contract(norm, rope, config, dtype, head_dim, seed):
-    """The same codes, but for the few whose values lie where rounding tips: the norm's sum has an order of its own."""
+    """The same codes, except a few whose values lie near a rounding boundary: the norm is summed in another order."""
     about = {"norm": norm, "rope": rope, "batch": 2, "seed": seed, "device": "cuda", "dtype": dtype}
     (q, k, v), given = inputs(GRID, 3, head_dim, **about)
     call = {"grid": GRID, "config": config, "backend": "sm90"}
@@ -52,7 +52,7 @@ def test_contract(norm, rope, config, dtype, head_dim, seed):
         assert ((a - b).abs() > 1e-2 * b.abs()).float().mean() <= 5e-3
     ours, theirs = (packed.sections(call_of(x), *x.operands) for x in (got, want))
     torch.testing.assert_close(ours.v_amax, theirs.v_amax, rtol=0, atol=0)
-    torch.testing.assert_close(ours.norms, theirs.norms, rtol=5e-3, atol=0)  # of rounded rows
+    torch.testing.assert_close(ours.norms, theirs.norms, rtol=5e-3, atol=0)  # norms of rounded rows
     out, expected = fps.attention(got).float(), fps.attention(want).float()
     assert (out - expected).norm() <= 5e-3 * expected.norm()
 
@@ -66,7 +66,7 @@ def test_layouts_and_strides(seed):
     together = torch.stack((q, k, v), dim=2).unbind(2)
     strided = fps.norm_rope_quantize(*together, **call)
     of_want = values(want)
-    # The kernel loads pairs of weights: here they do not start on 8 bytes.
+    # The kernel loads weights in pairs; these do not start on 8 bytes.
     weights = {x: torch.cat([given[x].float()[:1], given[x].float()])[1:] for x in ("q_weight", "k_weight")}
     shifted = fps.norm_rope_quantize(q, k, v, **call | weights)
     for got in (hnd, strided, shifted):

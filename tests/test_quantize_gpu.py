@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 
 
 def quantize(q, k, v, config, grid, tensor_layout="NHD"):
-    """(call, packed operands), these out of poisoned memory."""
+    """(call, packed operands); the operands are written into poisoned memory."""
     call = call_of(q, config, grid, tensor_layout)
     with poisoned():
         return call, ops.launch_quantize(call, q, k, v, None, None)
@@ -95,8 +95,8 @@ def test_bits_of_nasty_inputs(kind, dtype, seed):
 
 
 def test_bits_of_every_bfloat16(seed):
-    """All finite bfloat16 values, in tiles of like magnitude: ties, subnormals, and the least amax that
-    counts, 2^-100.
+    """All finite bfloat16 values, in tiles of similar magnitude: ties, subnormals, and the least amax that is
+    not rounded to zero, 2^-100.
     """
     every = torch.arange(0x7F80, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     grid, tile = (1, 1, 1024), (1, 1, 32)  # 32 tiles of 32 tokens of 64 channels, each value twice
@@ -142,8 +142,8 @@ def test_padding_rows_are_zero(grid, tile, head_dim):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_smooth_k(head_dim, dtype, tensor_layout, quant_tile, seed):
-    """The mean is summed in another order than the reference's, so its last bits, the scale's, and now and
-    then a code may differ: by one step, in one value of a thousand. Q and V do not take part.
+    """The mean is summed in another order than the reference's, so its last bits and the scale's may differ,
+    and one code in a thousand, by one step. Q and V are not affected.
     """
     grid, tile = (7, 11, 13), (3, 4, 4)
     config = fps.AttentionConfig(tile=tile, quant_tile=quant_tile, smooth_k=True)
@@ -190,7 +190,7 @@ def test_layouts_give_the_same_codes(seed):
 
 
 def test_same_codes_every_time(seed):
-    """Also where sums and maxima are gathered over many blocks: the mean of K, bricks, V's channels."""
+    """Sums and maxima over many blocks included: the mean of K, bricks, V's channels."""
     grid = (17, 45, 40)
     config = fps.AttentionConfig(tile=(7, 9, 2), quant_tile=(7, 9, 8), smooth_k=True)
     qkv = make_qkv("key_mean", grid=grid, tile=config.tile, head_dim=128, seed=seed)

@@ -1,4 +1,4 @@
-"""The receipt vouches for these sources; and the check of receipts catches the ones that do not."""
+"""The receipt vouches for these sources, and the check refuses a receipt that does not."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_added_source_makes_the_receipt_stale(tree, name):
     ("old", "new", "stale"),
     [("4.2", "4.3", True), ('requires = ["', 'requires = ["setuptools", "', True), ("fps", "other", False)],
 )
-def test_of_pyproject_the_build_requirements_count(tree, old, new, stale):
+def test_build_requirements_of_pyproject_count(tree, old, new, stale):
     path = tree / "pyproject.toml"
     assert path.read_text().count(old) == 1
     path.write_text(path.read_text().replace(old, new))

@@ -1,6 +1,6 @@
 """How the Hopper kernels behave in a program: memory layouts, streams, graphs, compile, huge offsets, errors.
 
-What is computed is test_attention_gpu.py's business; here results are compared bit for bit with a plain call.
+test_attention_gpu.py checks the values; here results are compared bit for bit with a plain call.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def assert_same(got, want):
         assert torch.equal(a, b), f"{name}: {(a != b).sum()} of {a.numel()} elements differ"
 
 
-# Ways to lay [B, L, H, D] values out in memory: x (contiguous) -> the same values, elsewhere.
+# Memory layouts of [B, L, H, D]: each maps a contiguous x to a tensor of equal values and other strides.
 
 
 def inside(x, before, after):
-    """The same values, in the middle of a larger NaN-filled tensor: more of each axis before and after."""
+    """The same values as a slice of a larger tensor, which holds NaN before and after it on each axis."""
     shape = [b + n + a for b, n, a in zip(before, x.shape, after, strict=True)]
     outer = torch.full(shape, math.nan, dtype=x.dtype, device=x.device)
     view = outer[tuple(slice(b, b + n) for b, n in zip(before, x.shape, strict=True))]
@@ -68,7 +68,7 @@ LAYOUTS = {
 def test_strided_input(layout, tensor_layout, dtype, seed):
     qkv = random_qkv(seed, dtype=dtype)
     want, want_lse = attend(*qkv)
-    # Each operand in its own way, so that their strides cannot be taken for each other's.
+    # Each operand has another layout, so that a kernel that mixes up their strides fails.
     for operand in range(3):
         moved = [layout(x) if i == operand else x for i, x in enumerate(qkv)]
         assert torch.equal(moved[operand], qkv[operand])
@@ -98,7 +98,7 @@ def test_expanded_heads(seed):
     ],
     ids=["address + 2", "address + 8", "rows of D + 1", "rows from channel 4", "channels apart"],
 )
-def test_what_cannot_be_loaded_is_refused(break_it, name, seed):
+def test_strides_that_cannot_be_loaded_are_refused(break_it, name, seed):
     """Rows that do not start on 16 bytes, or are not contiguous: the error names the operand and the rule."""
     operands = dict(zip("qkv", random_qkv(seed), strict=True))
     operands[name] = break_it(operands[name])
@@ -161,12 +161,15 @@ def test_inputs_are_left_alone(seed):
 
 
 def test_runs_on_the_current_stream(seed):
-    """The inputs arrive late on a stream of their own: a launch on any other would read the NaN before."""
+    """The inputs are written late, on a stream of their own: a launch on any other stream would read NaN."""
     qkv = random_qkv(seed)
     want = attend(*qkv)
     late = [torch.full_like(x, math.nan) for x in qkv]
     stream = torch.cuda.Stream()
-    for cycles in (0, 100_000_000):  # first to fill the stream's memory pool, then some 60 ms late
+    for cycles in (
+        0,
+        100_000_000,
+    ):  # the first call fills the stream's memory pool; the second waits about 60 ms
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
             torch.cuda._sleep(cycles)
@@ -199,7 +202,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_never_waits_for_the_gpu(config, seed):
-    """Nor on the first call for a grid, when lists and tables are made."""
+    """Not even in the first call for a grid, which makes lists and tables."""
     grid = (5, 13, 16)
     qkv = random_qkv(seed, grid=grid)
     before = torch.cuda.get_sync_debug_mode()
@@ -232,7 +235,7 @@ def test_cuda_graph(config, seed):
 @pytest.mark.parametrize("tensor_layout", ["NHD", "HND"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_compile_traces_through(config, tensor_layout, seed):
-    """fullgraph=True makes any graph break an error; eager as the backend below keeps it to tracing."""
+    """fullgraph=True makes any graph break an error; the backend "eager" traces without compiling."""
     torch._dynamo.reset()
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     for batch in (1, 2):
@@ -259,7 +262,7 @@ def test_compile_with_inductor(seed):
 
 
 def test_sizes_become_symbols(seed):
-    """Sizes that change are compiled twice, not each time; gradients too."""
+    """Changing sizes compile twice, not every time, with gradients as well."""
 
     def call(q, k, v, t):
         return fps.attention(q, k, v, grid=(t, 16, 16), config=config, deterministic=True)
@@ -280,7 +283,7 @@ def test_sizes_become_symbols(seed):
 @pytest.mark.parametrize("tensor_layout", ["NHD", "HND"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_opcheck(config, tensor_layout, seed):
-    """The ops' schemas say what they do, and their fakes the shapes, strides and dtypes that come out."""
+    """The ops match their schemas; their fakes give the shapes, strides and dtypes of the results."""
     q, k, v = random_qkv(seed, tensor_layout=tensor_layout)
     utils = ("test_schema", "test_faketensor")
     rest = None, None, list(GRID), 0, 0, config.spec, 0.125, tensor_layout
@@ -288,7 +291,7 @@ def test_opcheck(config, tensor_layout, seed):
     packed = ops.quantize(q, k, v, *rest)
     args = packed, *rest, q.shape[0], 3, q.shape[3], q.dtype
     torch.library.opcheck(torch.ops.fpsattention.attend.default, args, test_utils=utils)
-    # An eager call goes past the ops, to the same launches.
+    # An eager call makes the same launches without the ops.
     call = {"grid": GRID, "config": config, "scale": 0.125, "tensor_layout": tensor_layout}
     want = fps.attention(q, k, v, **call, return_lse=True)
     assert_same(ops.attend(*args), want)

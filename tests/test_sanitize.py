@@ -1,5 +1,5 @@
-"""tests/sanitize.py reads what compute-sanitizer writes, and judges it. The logs here are in the tool's format, as its
-manual and its version 2026.4 have it."""
+"""tests/sanitize.py reads what compute-sanitizer writes, and judges it. The logs here have the format of version
+2026.4."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_reports_of_a_log():
             "========= COMPUTE-SANITIZER\n=========     at f()\n========= ERROR SUMMARY: 0 errors\n",
             "did not begin",
         ),
-        # A line that is no report, such as a warning about the tool itself, counts as one.
+        # Any other line, such as a warning about the tool itself, counts as a report.
         (
             CLEAN.format("ERROR", "errors") + "========= Target application returned an error\n",
             "counts 0 reports, its log shows 1",
@@ -77,18 +77,18 @@ def test_a_log_that_cannot_be_trusted_is_refused(log, message):
         sanitize.parse(log)
 
 
-def test_what_is_unknown_is_told_once_a_kind():
+def test_each_kind_of_unknown_report_is_told_once():
     (wrong,) = sanitize.judge("initcheck", sanitize.parse(UNINITIALISED), [WAR])
     assert wrong.startswith("initcheck: 2 reports such as\n Uninitialized")
     assert "thread (352,0,0) in block (0,0,0)" in wrong
 
 
-def test_what_is_known_passes_and_nothing_else_does():
+def test_only_known_reports_pass():
     bwd, fwd = sanitize.parse(HAZARDS)
     assert sanitize.judge("racecheck", [bwd], [WAR]) == []
     (wrong,) = sanitize.judge("racecheck", [bwd, fwd], [WAR])
     assert "attn_fwd_sm90" in wrong and "attn_bwd_sm90" not in wrong
-    # The same kernel, but not the pattern.
+    # The kernel matches, the pattern does not.
     write_first = fwd.replace("attn_fwd_sm90", "attn_bwd_sm90")
     (wrong,) = sanitize.judge("racecheck", [bwd, write_first], [WAR])
     assert "between Write access" in wrong
@@ -125,13 +125,13 @@ def test_the_list_holds_refills_and_no_more(kernel):
     assert not any(x.matches("memcheck", hazards("Read", "Write", kernel, 64)) for x in sanitize.KNOWN)
 
 
-def test_what_is_known_and_gone_must_leave_the_list():
+def test_an_entry_without_a_report_must_leave_the_list():
     (wrong,) = sanitize.judge("racecheck", [], [WAR])
     assert "no longer reported" in wrong and "attn_bwd_sm90" in wrong
-    assert sanitize.judge("initcheck", [], [WAR]) == []  # another tool's
+    assert sanitize.judge("initcheck", [], [WAR]) == []  # the entry belongs to another tool
 
 
-def test_cases_of_the_tools_are_there():
+def test_the_cases_of_the_tools_exist():
     for names in sanitize.TOOLS.values():
         assert set(names) <= set(sanitizer_cases.CASES)
 
@@ -192,7 +192,7 @@ def test_known_reports_pass_with_their_reason(tool, capsys):
     assert "made up for these tests" in capsys.readouterr().out
 
 
-def test_a_tool_that_there_is_not_is_refused(capsys):
+def test_an_unknown_tool_is_refused(capsys):
     with pytest.raises(SystemExit):
         sanitize.main(["leakcheck"])
     assert (

@@ -22,7 +22,7 @@ COUNTS = TEXT_CASES["counts"]
 
 
 def close(got, want):
-    """Of two pairs of out [B, L, H, D] and lse [B, H, L]."""
+    """Assert that two pairs of out [B, L, H, D] and lse [B, H, L] agree."""
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-9, atol=1e-9)
 
@@ -48,7 +48,7 @@ def test_emulated_attention(case, seed):
 
 @ALL
 def test_quantize(case, seed):
-    """Bit for bit: every run has a scale of its own, of its valid tokens, and V's scale is of all valid tokens."""
+    """Bit for bit: a text tile's scale covers its valid tokens, V's scale all valid tokens."""
     q, k, v = case.make_qkv(dtype=torch.bfloat16, seed=seed)
     resolved = case.config().resolve(case.grid, case.heads, case.prefix_len, case.suffix_len)
     x = reference.quantize(q, k, v, resolved, case.layout, **case.counts())
@@ -72,7 +72,7 @@ def test_quantize(case, seed):
 
 @ALL
 def test_gradient_of_exact_attention(case, seed):
-    """Against autograd through the masked softmax, out and lse; tokens that are not valid have gradient 0."""
+    """Against autograd through the masked softmax, for out and lse; invalid tokens have gradient 0."""
     qkv = case.make_qkv(seed=seed)
     generator = torch.Generator().manual_seed(seed)
     dout, dlse = random_gradients(case, qkv, generator)
@@ -84,7 +84,7 @@ def test_gradient_of_exact_attention(case, seed):
     attending = masks.any(-1)
     masks |= ~attending[
         ..., None
-    ]  # something finite for those that attend nothing; their gradient is left out below
+    ]  # finite rows for queries that attend nothing; their gradient is left out below
     heads_first = (to_nhd(x, case.layout).transpose(1, 2) for x in leaves)
     scale = qkv[0].shape[-1] ** -0.5 if case.scale is None else case.scale
     out, lse = brute.masked_softmax(*heads_first, masks, scale)
@@ -113,7 +113,7 @@ def straight_through(case, qkv, dout, dlse):
     v8, v_step, k_mean = x["v8"].transpose(1, 2), x["v_step"][:, :, None], x["k_mean"][:, :, None]
     dout, dlse = to_nhd(dout, case.layout).double().transpose(1, 2), dlse.double()
     z = (q @ k.mT * scale * math.log2(math.e)).masked_fill(~text_cases.masks_of(case), -math.inf)
-    m = z.amax(-1, keepdim=True).ceil().clamp(min=-1e9)  # of a query that attends nothing
+    m = z.amax(-1, keepdim=True).ceil().clamp(min=-1e9)  # finite for a query that attends nothing
     p = (z - m).exp2()
     l = p.sum(-1, keepdim=True).clamp(min=1e-300)  # noqa: E741
     p8 = text_cases.e4m3((448 * p).float()).double() / (448 * l)
@@ -159,11 +159,11 @@ def test_emulated_backward(case, seed):
                 text_cases.check_gradients(case, wrong, want, got)
 
 
-# What a wrong kernel might do.
+# Mistakes that a kernel might make.
 
 
 def missed_key(case):
-    """No query but its own sees the last valid text key."""
+    """Only its own query sees the last valid text key."""
     masks = text_cases.masks_of(case)
     for sample in range(case.batch):
         text = [i for i in case.valid(sample).nonzero()[:, 0].tolist() if i not in case.video]
@@ -223,7 +223,7 @@ def invalid_query_computed(case):
 
 
 def text_keys_of_the_first_tile_only(case):
-    """A window that knows nothing of runs: of the video, one tile alone sees the text keys."""
+    """A window that ignores text tiles: of the video, only the first tile sees the text keys."""
     masks = text_cases.masks_of(case)
     later = [case.video.start + i for tile in brute.tile_tokens(case.grid, case.tile)[1:] for i in tile]
     masks[:, :, later, : case.video.start] = False
@@ -245,7 +245,7 @@ def text_keys_of_the_first_tile_only(case):
     ],
 )
 def test_wrong_attention_is_told_from_right(mutation):
-    """Both by this file's own comparison and by the rules that judge a kernel."""
+    """This file's own comparison and the rules that judge a kernel both fail it."""
     qkv = COUNTS.make_qkv(head_dim=64, dtype=torch.bfloat16, invalid=1.0)
     right = attend(reference.exact_attention, COUNTS, qkv, "none")
     emulated = attend(reference.emulated_attention, COUNTS, qkv)
@@ -259,7 +259,7 @@ def test_wrong_attention_is_told_from_right(mutation):
 
 
 def test_wrong_scales_are_told_from_right(seed):
-    """Large invalid tokens that joined amax would show; a run without a valid token has scale 1."""
+    """Large invalid tokens would show in amax; a text tile without a valid token has scale 1."""
     case = TEXT_CASES["counts that empty a run"]
     q, k, v = case.make_qkv(dtype=torch.float32, seed=seed, invalid=50.0)
     resolved = case.config().resolve(case.grid, case.heads, case.prefix_len, case.suffix_len)
@@ -308,7 +308,7 @@ def test_geometry(case):
     assert g.waste == pytest.approx(rows / case.tokens - 1)
 
 
-def test_runs_are_no_tiles_of_the_grid():
+def test_text_tiles_are_no_tiles_of_the_grid():
     g = TileGeometry((4, 4, 4), (2, 2, 2), 130, 1)
     assert (g.n_video_tiles, g.n_tiles) == (8, 11)
     with pytest.raises(IndexError, match=r"8 must be in \[0, 8\)"):
@@ -333,7 +333,7 @@ def test_explain():
 
 @ALL
 def test_api_on_the_reference(case, seed):
-    """`attention` and `quantize_qkv` hand everything on."""
+    """`attention` and `quantize_qkv` pass all arguments on."""
     qkv = case.make_qkv(dtype=torch.bfloat16, seed=seed)
     call = case.call()
     got = fps.attention(*qkv, **call, return_lse=True, backend="reference")
@@ -434,7 +434,7 @@ def test_more_tokens_than_indices():
 
 
 def test_counts_out_of_range_are_clamped_where_they_cannot_be_checked():
-    """As a kernel does that gets them."""
+    """The reference clamps them as the kernels do."""
     g = TileGeometry((1, 1, 2), (1, 1, 2), 3, 2)
     valid = reference.valid_tokens(g, counts(-4, 9), counts(1, 7))
     assert valid.int().tolist() == [[0, 0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1, 1]]
@@ -442,7 +442,7 @@ def test_counts_out_of_range_are_clamped_where_they_cannot_be_checked():
 
 @pytest.mark.parametrize("case", ["several text tiles", "counts", "smooth_k, counts, bricks"])
 def test_ops(case):
-    """Their fakes: shapes with the runs' blocks; gradients of q, k, v and of nothing else."""
+    """The fakes give shapes with the text tiles' blocks, and gradients of q, k, v alone."""
     case = TEXT_CASES[case]
     shape = (case.batch, case.tokens, case.heads, 64)
     if case.layout == "HND":
@@ -471,8 +471,8 @@ def test_ops(case):
 
 
 def test_the_kernels_call_is_one_graph(monkeypatch):
-    """Under torch.compile, for lengths that change from call to call too: nothing looks at the counts, or at a symbolic
-    length. In place of the kernels their fakes run.
+    """Under torch.compile, lengths that change between calls included: no code reads the counts or a symbolic length.
+    The fakes run in place of the kernels.
     """
     monkeypatch.setattr(api, "backend_for", lambda *_: ("sm90", "it is pretended"))
 
@@ -492,7 +492,7 @@ def test_the_kernels_call_is_one_graph(monkeypatch):
 
 
 def test_without_text_tokens_nothing_changes(seed):
-    """Zero lengths are no lengths; sections whose tokens are all invalid leave the video's rows as they are."""
+    """Zero lengths change nothing, and sections of invalid tokens alone leave the video's rows as they are."""
     case = TextCase(
         (2, 5, 6), (2, 3, 2), (1, 1, 3), prefix_len=3, suffix_len=2, prefix_valid=(0,), suffix_valid=(0,)
     )

@@ -1,4 +1,4 @@
-"""Text and other text tokens on the Hopper kernels: forward and gradient, and what is left of invalid tokens."""
+"""Text tokens on the Hopper kernels: forward and gradient, and the results of invalid tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from text_cases import TEXT_CASES, TextCase, check_attention, check_gradients
 
 pytestmark = pytest.mark.gpu
 
-# Of many tiles, with sections that end in the middle of a block, fill several runs, or are longer than the video.
+# Grids of many tiles; sections that end inside a block, fill several text tiles, or are longer than the video.
 CASES = TEXT_CASES | {
     "text last, windowed": TextCase((6, 18, 20), (3, 6, 5), (1, 3, 3), suffix_len=256, heads=3),
     "text first, slot of 384": TextCase((10, 16, 20), (6, 8, 8), (1, 1, 3), prefix_len=226, batch=2),
@@ -37,7 +37,7 @@ EVERY_CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 def outcome(case: TextCase, q, k, v, dout, dlse, deterministic=False):
-    """out, lse and gradients of the kernels, out of poisoned memory."""
+    """out, lse and gradients of the kernels, run in poisoned memory."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     call = case.call(device="cuda") | {"backend": "sm90", "deterministic": deterministic}
     with poisoned():
@@ -58,8 +58,8 @@ def gradients_of(case: TextCase, q, seed):
 @BOTH_DTYPES
 @EVERY_CASE
 def test_contract(case, dtype, head_dim, seed):
-    # Half the usual scale: with the mean and sizes that K has here, scores stay below some ten in log2 units, beyond
-    # which the tensor core's accumulator moves codes of P.
+    # Half the usual scale keeps scores below about ten (log2) despite K's mean and sizes here. Above that the tensor
+    # core's accumulator moves codes of P.
     case = replace(case, scale=0.5 * head_dim**-0.5)
     q, k, v = case.make_qkv(head_dim, dtype, seed, "cuda")
     dout, dlse = gradients_of(case, q, seed + 1)
@@ -73,7 +73,7 @@ def test_contract(case, dtype, head_dim, seed):
 
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     exact = reference.emulated_attention(*leaves, **call, dtype=torch.float64)
-    exact[1].data[exact[1] == -math.inf] = 0  # so that 0 times them is no NaN
+    exact[1].data[exact[1] == -math.inf] = 0  # so that 0 * lse is not NaN
     exact = torch.autograd.grad(exact, leaves, (dout.double(), dlse.double()))
     emulated = reference.emulated_backward(q, k, v, out, lse, dout, dlse, **call)
     check_gradients(case, *([to_nhd(x, case.layout) for x in three] for three in (grads, exact, emulated)))
@@ -81,7 +81,7 @@ def test_contract(case, dtype, head_dim, seed):
 
 @EVERY_CASE
 def test_invalid_tokens_do_not_matter(case, seed):
-    """What they hold, and their gradients, change no bit; and the same call has the same bits, deterministically."""
+    """Their values and gradients change no bit, and a deterministic call repeats its bits."""
     dtype = torch.bfloat16
     qkv = case.make_qkv(128, dtype, seed, "cuda", invalid=math.nan)
     others = case.make_qkv(128, dtype, seed, "cuda", invalid=1000.0)
@@ -109,7 +109,7 @@ def test_counts_beyond_the_section_are_clamped(seed):
 
 
 def test_quantised_once_and_compiled(seed):
-    """The same bits through quantize_qkv, under torch.compile, and from counts that are a strided view."""
+    """quantize_qkv, torch.compile and counts in a strided view give the bits of the plain call."""
     case = CASES["padded text"]
     q, k, v = case.make_qkv(128, torch.bfloat16, seed, "cuda")
     call = case.call(device="cuda")

@@ -1,5 +1,5 @@
-"""Calls with text tokens before and after the grid's: cases, what each query attends, and attention of that, written
-a second time, query by query, to compare with. Nothing here comes from the package but its config.
+"""Calls with text tokens before and after the grid's: cases, which keys each query attends, and attention computed
+query by query, to compare with. Of the package only the config is used.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class TextCase:
 
     @property
     def windows(self) -> list[tuple[int, int, int]]:
-        """One for each head."""
+        """The window of each head."""
         window = self.window or self.grid  # as many tiles as there are tokens: everything
         return list(window) if isinstance(window[0], tuple) else [window] * self.heads
 
@@ -95,7 +95,7 @@ class TextCase:
         return mask
 
     def groups(self, tile: tuple[int, int, int]) -> list[list[int]]:
-        """The tokens that share one scale: bricks of so many tokens, then the prefix's runs, then the suffix's."""
+        """The tokens that share one scale: bricks of `tile` tokens, then the prefix's text tiles, then the suffix's."""
         slot = 128 * -(-math.prod(self.tile) // 128)
         groups = [[self.video.start + i for i in brick] for brick in brute.tile_tokens(self.grid, tile)]
         for section in (range(self.prefix_len), range(self.video.stop, self.tokens)):
@@ -159,7 +159,7 @@ TEXT_CASES = {
 }  # fmt: skip
 
 
-# Attention of what a case says, query by query.
+# Attention of a case, query by query.
 
 
 def masks_of(case: TextCase) -> torch.Tensor:
@@ -186,7 +186,7 @@ def _by_query(attend_row, masks, head_dim, device):
 
 
 def exact(case: TextCase, q, k, v, masks=None):
-    """(out [B, L, H, D], lse [B, H, L]) in fp64 by the softmax's definition, under the case's masks or these."""
+    """(out [B, L, H, D], lse [B, H, L]) in fp64 by the softmax's definition, under `masks` or the case's own."""
     q, k, v = (to_nhd(x, case.layout).double() for x in (q, k, v))
     scale = q.shape[3] ** -0.5 if case.scale is None else case.scale
 
@@ -214,7 +214,9 @@ def quantized(case: TextCase, q, k, v) -> dict[str, torch.Tensor]:
 
     def put(into, x):  # x: the values that share one scale
         amax = x.abs().max() if x.numel() else x.new_zeros(())
-        top = torch.full_like(amax, 448)  # no Python number: torch would multiply by its rounded inverse
+        top = torch.full_like(
+            amax, 448
+        )  # a tensor: with a Python number, torch multiplies by the rounded inverse of amax
         if amax > 2.0**-100:
             into.copy_(e4m3(x * (top / amax)))
         return amax / top if amax > 2.0**-100 else torch.ones_like(amax)
@@ -262,7 +264,7 @@ def emulated(case: TextCase, q, k, v):
     return _by_query(attend_row, masks_of(case), q.shape[3], q.device)
 
 
-# For a kernel: the rules of compare.py hold for every sample's valid tokens, and the others are as defined.
+# For a kernel: a sample's valid tokens obey the rules of compare.py, invalid ones hold the values of the contract.
 
 
 def check_attention(case: TextCase, out, lse, exact, exact_lse, emu, emu_lse) -> None:

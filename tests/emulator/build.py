@@ -21,9 +21,9 @@ GMMA = Path("cute/arch/mma_sm90_gmma.hpp")
 CUTE_UTIL = Path("cute/arch/util.hpp")
 FLAGS = [
     *("-std=c++17", "-O2", "-march=native", "-fPIC", "-fvisibility=hidden", "-w", "-fpermissive"),
-    "-ffp-contract=off",  # nvcc fuses, but which products it fuses is not ours to guess
+    "-ffp-contract=off",  # nvcc fuses some products; which ones is unknown
     "-fno-strict-aliasing",
-    "-fno-gnu-unique",  # several builds in one process have variables of their own
+    "-fno-gnu-unique",  # each build in a process gets its own variables
 ]
 
 
@@ -73,7 +73,7 @@ def check_hopper() -> None:
 
 
 def as_cpp(source: str) -> str:
-    """A .cu file with what no macro can translate rewritten."""
+    """A .cu file as C++: rewrites what no macro can translate."""
     source = source.replace(
         "extern __shared__ char smem_bytes[];", "char *smem_bytes = emulator::shared_memory();"
     )
@@ -85,7 +85,7 @@ def as_cpp(source: str) -> str:
 
 
 def emulated_gmma(source: str) -> str:
-    """CUTLASS's wgmma wrappers, whose bodies for hosts, which only fail, call the emulator."""
+    """CUTLASS's wgmma wrappers with calls of the emulator in place of their host code, which only fails."""
     for what, call in (("fence", ""), ("wait_group<N>", "wgmma_wait(N)"), ("commit_group", "wgmma_commit()")):
         failure = f'CUTE_INVALID_CONTROL_PATH("Attempting to use wgmma.{what} without CUTE_ARCH_MMA_SM90A_ENABLED");'
         source = replace(source, failure, f"emulator::{call};" if call else "")
@@ -126,7 +126,7 @@ class Mutation:
 
     Attributes:
         source: the kernel's file, without suffix.
-        replacements: text that occurs once in it, and what stands there instead: whole statements, or an expression.
+        replacements: {text: its replacement}. Each text occurs once in the source: whole statements, or an expression.
     """
 
     source: str
@@ -134,7 +134,7 @@ class Mutation:
 
 
 def mutated(text: str, source: str, mutations: Sequence[Mutation]) -> str:
-    """A kernel's source with both sides of every mutation of it, and a switch. Numbers count from 1."""
+    """A kernel's source with the original and the fault of each of its mutations, and a switch. Numbers start at 1."""
     variants: dict[str, list[tuple[int, str]]] = {}
     for number, mutation in enumerate(mutations, 1):
         for old, new in mutation.replacements.items() if mutation.source == source else ():
@@ -152,7 +152,7 @@ def mutated(text: str, source: str, mutations: Sequence[Mutation]) -> str:
 
 
 def compiler(folder: Path) -> list[str]:
-    """The command, without files, that compiles a source against the headers that `build` left in this folder."""
+    """The compiler's command, without files, for the headers that `build` has put into this folder."""
     dirs = [folder / "include", ROOT / "include", HERE, *include_dirs()]
     return ["g++", *FLAGS, *(f"-I{path}" for path in dirs), "-include", str(HERE / "emulator.h")]
 
@@ -182,7 +182,7 @@ def build(folder: Path, mutations: Sequence[Mutation] = ()) -> Path:
         run([*command, "-c", str(source), "-o", str(target)])
         return target
 
-    # The longest first.
+    # The longest compilation first.
     sources.sort(key=lambda path: not path.stem.startswith("attn"))
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))

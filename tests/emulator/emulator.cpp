@@ -1,17 +1,16 @@
 // Runs CUDA kernels for Hopper on the CPU. Every CUDA thread is a fiber; a scheduler picks CTAs and threads at random,
-// from a seed. What the hardware does on its own time happens at a random later time: bulk copies land some steps after
-// they were issued, a few of them very late, and a wgmma runs as late as the kernel lets it (or, `eager`, as early),
-// each warp's 16 rows on their own: a warp's wait says nothing of the other three. Until then its accumulator and the
-// copy's destination hold NaN, as does memory that was never written. So a missing wait shows in the results. What no
-// program may do ends in an exception: a deadlock, misaligned addresses, registers touched while a wgmma uses them, a
-// proxy fence left out.
+// from a seed. Asynchronous operations happen at a random later time: a bulk copy lands some steps after it was issued,
+// sometimes very late; a wgmma runs as late as the kernel lets it (or, with `eager`, as early), the 16 rows of each
+// warp separately, as one warp's wait does not cover the other three. Until then the accumulator and the copy's
+// destination hold NaN, as does memory that was never written. So a missing wait shows in the results. Illegal programs
+// end in an exception: a deadlock, misaligned addresses, registers touched while a wgmma uses them, a missing proxy
+// fence.
 //
-// Proxy fences must stand in the thread that issues (kernels/README.md): between the barrier after which it may read
-// what others wrote and its wgmma or bulk reduction, and before a bulk copy over what threads have read. A GPU would
-// accept a fence on the other side of the barrier as well.
+// Proxy fences must be in the issuing thread (kernels/README.md): between the barrier that orders other threads' writes
+// and its wgmma or bulk reduction, and before a bulk copy that overwrites what threads have read. A GPU would also
+// accept a fence on the other side of the barrier.
 //
-// Not modelled: memory ordering otherwise (all memory is sequentially consistent), time, and how the tensor core
-// rounds.
+// Not modelled: other memory ordering (all memory is sequentially consistent), time, and the tensor core's rounding.
 #include "emulator.h"
 
 #include <sys/mman.h>
@@ -53,8 +52,8 @@ struct Wgmma {
     bool accumulate;
     uint64_t fenced_at;
 };
-// When stmatrix last wrote some bytes of shared memory, and when a bulk copy last filled them. Loads are not seen: what
-// a copy brought and no wgmma has read counts as read by threads.
+// When stmatrix last wrote some bytes of shared memory, and when a bulk copy last filled them. Loads are not observed:
+// bytes of a copy that no wgmma has read count as read by threads.
 constexpr int kChunk = 16;
 struct Chunk {
     uint64_t written_at = 0, filled_at = 0;
@@ -83,12 +82,12 @@ struct Thread {
     std::deque<Wgmma> in_flight;
     uint64_t issued = 0;
     std::vector<uint64_t> groups;                   // wgmmas issued before each commit
-    std::map<float *, std::vector<float>> results;  // of accumulators in flight, by their first register
-    uint64_t fenced_at = 0, acquired_at = 0;        // when it last fenced shared memory, or passed a barrier
-    bool acquired_global = false;                   // and has not fenced global memory since
+    std::map<float *, std::vector<float>> results;  // accumulators in flight, by their first register
+    uint64_t fenced_at = 0, acquired_at = 0;        // when it last fenced shared memory; when it last passed a barrier
+    bool acquired_global = false;                   // passed a barrier and has not fenced global memory since
 };
 
-// 32 lanes meet, leave a row of words each, and the last one to come does the work.
+// Each of 32 lanes leaves a row of words; the last one to arrive does the work.
 struct Meeting {
     uint32_t words[32][5], shared[32];
     int arrived = 0;
@@ -100,7 +99,7 @@ struct CtaBarrier {
 };
 struct Mbarrier {
     int arrivals = 0, pending = 0;
-    bool fenced = false;  // the copy engine knows of it
+    bool fenced = false;  // visible to the copy engine
     long bytes = 0;
     uint32_t phase = 0;
 };
@@ -108,16 +107,16 @@ struct Copy {
     char *to;
     const char *from;
     int bytes;
-    void *barrier;            // null: a reduction to global memory,
-    Thread *issuer;           // for which this thread may wait
-    long due;                 // step of the CTA before which nothing happens to it
-    std::vector<float> read;  // a reduction reads first, and adds later
+    void *barrier;            // null for a reduction to global memory
+    Thread *issuer;           // may wait for the reduction
+    long due;                 // earliest step of the CTA at which it can happen
+    std::vector<float> read;  // a reduction reads its source first and adds later
 };
 
 struct Cta {
     uint3 index{};
     int live = 0;    // threads that have not ended
-    long steps = 0;  // in which some of them ran
+    long steps = 0;  // steps in which a thread ran
     char *memory = nullptr;
     std::vector<Thread> threads;
     CtaBarrier barrier;
@@ -144,7 +143,7 @@ char *allocate(size_t bytes) {
     return static_cast<char *>(memory);
 }
 
-// Stores the callee-saved registers on this stack, its pointer in *save, and goes on where the other one stopped.
+// Saves the callee-saved registers on this stack and its pointer in *save, and resumes the other stack.
 extern "C" void emulator_switch(void **save, void *to);
 asm(R"(
 .text
@@ -213,7 +212,7 @@ void start(Cta &cta, uint3 index, int threads) {
         thread.index = i;
         thread.done = false;
         thread.stack = stack;
-        // As emulator_switch leaves a stack: six registers, then where to go; below a null return address.
+        // The stack as emulator_switch leaves it: six registers, the address to go to, and a null return address.
         void **top = reinterpret_cast<void **>(stack + kStackBytes - 64);
         *--top = nullptr;
         *--top = reinterpret_cast<void *>(&thread_main);
@@ -222,7 +221,7 @@ void start(Cta &cta, uint3 index, int threads) {
     }
 }
 
-// All 32 lanes leave `words`; the last one runs `work` on what was left; then all go on.
+// All 32 lanes leave `words`; the last one to arrive runs `work` on them; then all continue.
 template <class Work>
 Meeting &meet(const uint32_t *words, int count, Work work) {
     Meeting &meeting = current->cta->warps[current->index / 32];
@@ -264,7 +263,7 @@ void complete_phase(Mbarrier &barrier) {
     }
 }
 
-// When what the copy engine does next may happen.
+// Earliest step of the copy engine's next operation: mostly this one, sometimes a much later one.
 long due(const Cta &cta) {
     return cta.steps + (random_number() % 8 == 0 ? long(random_number() % kSlowCopy) : 0);
 }
@@ -293,7 +292,7 @@ void land(Cta &cta, size_t which) {
     complete_phase(barrier);
 }
 
-// A CTA may leave additions to global memory to the end of the kernel, but nothing that needs its shared memory.
+// A CTA may end before its additions to global memory happen, but not while the copy engine uses its shared memory.
 void finish(Cta &cta) {
     while (!cta.copies.empty()) {
         if (cta.copies[0].barrier != nullptr || cta.copies[0].read.empty()) {
@@ -303,8 +302,8 @@ void finish(Cta &cta) {
     }
 }
 
-// Shared-memory address of an element of a wgmma operand: row or column `mn`, place `k` in the sum. The fields and
-// their meaning are those of PTX's matrix descriptor.
+// Shared-memory address of an element of a wgmma operand: row or column `mn`, index `k` of the sum. The fields are
+// those of PTX's matrix descriptor.
 uint32_t element_address(const Cta &cta, uint64_t descriptor, bool mn_major, int mn, int k, int bytes) {
     const uint32_t start = (descriptor & 0x3fff) << 4;
     const uint32_t leading = (descriptor >> 16 & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
@@ -346,7 +345,7 @@ bool issued_by_all(const Cta &cta, int warpgroup, uint64_t number) {
     return std::all_of(first, first + 128, [&](const Thread &t) { return t.issued > number; });
 }
 
-// The first wgmma in flight of a warp, once all threads of its warpgroup have issued it. False: they have not.
+// Runs a warp's first wgmma in flight. False when a thread of its warpgroup has not issued it yet.
 bool execute(Cta &cta, int warp) {
     if (!issued_by_all(cta, warp / 4, cta.executed[warp])) {
         return false;
@@ -453,7 +452,7 @@ void yield() {
 }
 
 char *shared_memory() {
-    return current->cta->memory + 16;  // the runtime promises no more than 16 bytes of alignment
+    return current->cta->memory + 16;  // the runtime guarantees 16 bytes of alignment only
 }
 
 uint32_t shared_address(const void *p) {
@@ -532,7 +531,7 @@ void mbarrier_arrive(void *barrier) {
     Mbarrier &mbarrier = mbarrier_of(*current->cta, barrier);
     --mbarrier.pending;
     complete_phase(mbarrier);
-    // Whoever has arrived may be late with what comes next, and find that others went on without it.
+    // A thread that has arrived may be delayed here, while others go on.
     for (int late = random_number() % 8 == 0 ? 64 : 0; late > 0; --late) {
         yield();
     }
@@ -667,7 +666,7 @@ void run(dim3 grid, int threads, size_t shared_bytes, std::function<void()> body
     const size_t at_once = shared_bytes > 0 ? concurrent_ctas : 1;
     ctas.resize(std::max(ctas.size(), at_once));
     for (Cta &cta : ctas) {
-        cta.live = 0;  // a launch that failed leaves some
+        cta.live = 0;  // a failed launch leaves some
         cta.copies.clear();
     }
     const unsigned total = grid.x * grid.y * grid.z;
@@ -688,8 +687,8 @@ void run(dim3 grid, int threads, size_t shared_bytes, std::function<void()> body
             return;
         }
         Cta &cta = *live[random_number() % live.size()];
-        // All threads from a random one on, or 32 of them, or a few: then a warp is torn apart in the middle of what no
-        // barrier protects.
+        // All threads from a random one on, or 32 of them, or a few: a few tear a warp apart where no barrier
+        // protects it.
         const int counts[] = {threads, 32, 8};
         const int first = int(random_number() % threads), count = counts[random_number() % 3];
         for (int i = 0; i < count; ++i) {
@@ -713,7 +712,7 @@ void run(dim3 grid, int threads, size_t shared_bytes, std::function<void()> body
 
 }  // namespace emulator
 
-// For ctypes: how the launches from now on are scheduled.
+// Called through ctypes: sets the schedule of later launches.
 extern "C" __attribute__((visibility("default"))) void emulator_configure(int ctas, int eager, uint64_t seed,
                                                                           int mutation) {
     emulator::active_mutation = mutation;
@@ -735,7 +734,7 @@ cudaError_t cudaMemsetAsync(void *begin, int value, size_t bytes, cudaStream_t) 
     return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr, int) {
-    *value = 3;  // SMs, so that CTAs of the persistent forward take several items
+    *value = 3;  // SMs: few, so that a CTA of the persistent forward takes several work items
     return cudaSuccess;
 }
 cudaError_t cudaFuncSetAttribute(const void *, cudaFuncAttribute, int) {

@@ -1,5 +1,5 @@
-// What the kernels' sources see in place of nvcc: the CUDA language as plain C++, and the device's side of it as
-// functions of the emulator. The build puts this file in front of every source.
+// The CUDA language as plain C++ for the kernels' sources, with device functions from the emulator. The build
+// includes this file first in every source.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -33,20 +33,20 @@
 using std::max;
 using std::min;
 
-// Of the thread that runs at the moment.
+// Indices of the running thread.
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 
 namespace emulator {
 
-// Which of the faults that the build has put into the kernels is active; 0: none.
+// Number of the active mutation; 0: none.
 inline int active_mutation = 0;
 
 [[noreturn]] void fail(const char *format, ...);
 void run(dim3 grid, int threads, size_t shared_bytes, std::function<void()> body);
 
-// Lets other threads run. Whoever waits calls it in a loop; `progress` says that something happened, so that a
-// deadlock can be told from a wait.
+// Lets other threads run. A waiting thread calls it in a loop; `progress` means that something happened, which tells
+// a wait from a deadlock.
 void yield();
 void progress();
 
@@ -54,7 +54,7 @@ char *shared_memory();
 uint32_t shared_address(const void *p);
 
 void barrier(int threads);
-// What lane `from` passes; all 32 lanes of a warp must call it.
+// The value that lane `from` passes; all 32 lanes of a warp must call it.
 uint32_t shuffle(uint32_t x, int from);
 bool all(bool x);
 void store_matrices(uint32_t row, const uint32_t (&words)[4]);
@@ -67,10 +67,10 @@ bool mbarrier_completed(void *barrier, uint32_t parity);
 void fence_mbarrier_init();
 void bulk_copy(void *shared, const void *global, int bytes, void *barrier);
 void bulk_reduce_add(float *global, const float *shared, int bytes);
-// For all that this thread has issued: until it has been read, or added as well.
+// Waits for all reductions of this thread: until their source is read, or until they are added as well.
 void bulk_wait(bool until_read);
 
-// Proxy fences, and what makes the one for global memory necessary.
+// Proxy fences, and the event that makes the one for global memory necessary.
 void fence_proxy_shared();
 void fence_proxy_global();
 void acquired_global();

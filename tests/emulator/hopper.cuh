@@ -104,7 +104,7 @@ inline int opaque(int x) {
 
 inline float exp2_approx(float x) {
     const float y = std::exp2(x);
-    return y < 0x1p-126f ? 0.0f : y;  // NaN stays
+    return y < 0x1p-126f ? 0.0f : y;  // keeps NaN
 }
 
 inline uint32_t pack_e4m3(float x0, float x1, float x2, float x3) {
