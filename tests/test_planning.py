@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brute import tile_tokens
-from fpsattention.core import planning
+from fpsattention.core import planning, support
 from fpsattention.core.config import AttentionConfig
 from fpsattention.core.explain import plan
 from fpsattention.core.planning import PATCH
@@ -171,7 +171,8 @@ def test_explanation_of_dense_and_of_per_head_windows():
 def test_explanation_says_what_runs(monkeypatch, quant, capability, head_dim, runs):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(support, "_capability", lambda device: capability)
     config = AttentionConfig(tile=(2, 2, 2), window=(1, 1, 3), quant=quant)
     assert runs in plan((4, 4, 8)).explain(config, head_dim=head_dim)
 
