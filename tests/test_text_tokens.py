@@ -323,7 +323,7 @@ def test_explain():
     config = fps.AttentionConfig(tile=(7, 9, 2), window=(3, 3, 9))
     text = plan.explain(config, heads=40, prefix_len=226, suffix_len=3)
     assert "75,600 tokens" in text and "(3, 5, 40) = 600 tiles" in text
-    assert "prefix 226 and suffix 3 tokens in 3 runs of up to 128" in text
+    assert "prefix 226 and suffix 3 tokens in 3 text tiles of up to 128" in text
     assert "the reference (emulated FP8)" in text
     assert "text" not in plan.explain(config, heads=40)
 

@@ -1,4 +1,8 @@
-"""Checks of arguments: each function returns the argument in its plain form, or raises an error that names it."""
+"""Checks of arguments.
+
+Errors name the argument, its value, the rule and the nearest legal value. `as_...` functions return the argument in its
+plain form.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +19,13 @@ from .. import _C
 
 Triple = tuple[int, int, int]
 
-
-MAX_TOKENS = 2**31 - _C.MAX_SLOT  # token indices are int32 in the kernels, rounded up to tiles too
+MAX_INT = 2**31 - 1
+MAX_TOKENS = MAX_INT - (
+    _C.MAX_SLOT - 1
+)  # token indices are int32 in the kernels, also after rounding up to a slot
+MAX_SCALE = 2.0**126  # fp32 holds it also after the factor log2(e)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+LAYOUTS = {"NHD": "[B, L, H, D]", "HND": "[B, H, L, D]"}
 
 
 class _Shown(reprlib.Repr):
@@ -24,19 +33,19 @@ class _Shown(reprlib.Repr):
 
     MOST = 80  # characters
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.maxother = self.MOST
 
-    def repr1(self, x, level):
-        if isinstance(x, torch.Tensor) and not (x.is_cpu and x.numel() <= 4):  # a GPU would stop
+    def repr1(self, x: object, level: int) -> str:
+        if isinstance(x, torch.Tensor) and not (x.is_cpu and x.numel() <= 4):  # values on a GPU cost a wait
             return f"a {x.dtype} tensor of shape {self.repr1(list(x.shape), level)}"
         try:
             return super().repr1(x, level)
-        except Exception:  # of the value's own: Python refuses to print an int of 4,300 digits, for one
+        except Exception:  # the value's own repr fails; Python refuses to print an int of 4,300 digits
             return f"<{type(x).__name__}>"
 
-    def __call__(self, x) -> str:
+    def __call__(self, x: object) -> str:
         text = self.repr(x)
         return text if len(text) <= self.MOST else f"{text[: self.MOST - 3]}..."
 
@@ -44,22 +53,24 @@ class _Shown(reprlib.Repr):
 shown = _Shown()
 
 
-def _is_integer(x) -> bool:
+# Both ask for int first. torch.compile treats a symbol as an int, but knows none of its attributes, and its index would
+# become a constant of the graph.
+
+
+def _is_integer(x: object) -> bool:
     return not isinstance(x, bool) and (isinstance(x, int) or hasattr(x, "__index__"))
 
 
-def _plain(x) -> int:
+def _plain(x: int) -> int:
     return x if isinstance(x, int) else operator.index(x)
 
 
 def as_triple(name: str, value: Sequence[int], least: int) -> Triple:
     """`value` as three plain ints (t, h, w), each at least `least`.
 
-    Raises TypeError when it is no sequence of integers, ValueError when it has not three or one is too small;
-    both name the argument.
+    Raises TypeError for anything but a sequence of integers, ValueError unless it has three, none below `least`.
     """
-
-    if type(value) is tuple and len(value) == 3:  # the usual case, in little time: every call comes here
+    if type(value) is tuple and len(value) == 3:  # fast path: every call of attention comes here
         t, h, w = value
         if type(t) is type(h) is type(w) is int and t >= least and h >= least and w >= least:
             return t, h, w
@@ -75,7 +86,7 @@ def as_triple(name: str, value: Sequence[int], least: int) -> Triple:
         raise ValueError(f"{form()}; got {len(value)}")
     try:
         t, h, w = (_plain(x) for x in value)
-    except TypeError:  # a tensor of floats has the attribute too
+    except TypeError:  # a tensor of floats has __index__ too
         raise TypeError(form()) from None
     if t < least or h < least or w < least:
         nearest = max(t, least), max(h, least), max(w, least)
@@ -84,7 +95,7 @@ def as_triple(name: str, value: Sequence[int], least: int) -> Triple:
 
 
 def as_int(name: str, value: int, least: int, most: int | None = None) -> int:
-    """`value` as a plain int from `least` to `most`. Raises TypeError or ValueError that name the argument."""
+    """`value` as a plain int from `least` to `most`; None: no upper bound. Raises TypeError or ValueError."""
 
     def rule() -> str:
         bounds = f"at least {least}" if most is None else f"at least {least} and at most {most}"
@@ -94,7 +105,7 @@ def as_int(name: str, value: int, least: int, most: int | None = None) -> int:
         raise TypeError(rule())
     try:
         number = _plain(value)
-    except TypeError:  # a tensor of floats has the attribute too
+    except TypeError:  # a tensor of floats has __index__ too
         raise TypeError(rule()) from None
     if number < least or (most is not None and number > most):
         raise ValueError(f"{rule()}; nearest legal value {least if number < least else most}")
@@ -102,7 +113,7 @@ def as_int(name: str, value: int, least: int, most: int | None = None) -> int:
 
 
 def as_grid(value: Sequence[int]) -> Triple:
-    """`value` as a token grid (T, H, W); an axis of 0 makes the empty grid. Raises as `as_triple` does."""
+    """`value` as a token grid (T, H, W). A grid with an axis of 0 is empty. Raises as `as_triple` does."""
     grid = as_triple("grid", value, 0)
     if math.prod(grid) > MAX_TOKENS:
         raise ValueError(
@@ -112,7 +123,7 @@ def as_grid(value: Sequence[int]) -> Triple:
 
 
 def shrink_tile(tile: Triple) -> Triple:
-    """A tile near `tile` that fits in a slot, made by shortening the longest axis."""
+    """A tile that fits in a slot: `tile`, its longest axis shortened until it does."""
     axes = [min(x, _C.MAX_SLOT) for x in tile]
     while math.prod(axes) > _C.MAX_SLOT:
         axes[axes.index(max(axes))] -= 1
@@ -121,7 +132,7 @@ def shrink_tile(tile: Triple) -> Triple:
 
 
 def as_tile(value: Sequence[int]) -> Triple:
-    """`value` as a tile (t, h, w) in tokens, at most `_C.MAX_SLOT` of them. Raises as `as_triple` does."""
+    """`value` as a tile of (t, h, w) tokens, at most `_C.MAX_SLOT` in all. Raises as `as_triple` does."""
     tile = as_triple("tile", value, 1)
     if math.prod(tile) > _C.MAX_SLOT:
         raise ValueError(
@@ -132,77 +143,89 @@ def as_tile(value: Sequence[int]) -> Triple:
 
 
 def as_truncate(border: str) -> bool:
-    """Whether `border`, "clamp" or "truncate", cuts the window at the grid's edge; ValueError for another."""
+    """Whether `border` cuts the window at the grid's edge. Raises ValueError unless it is "clamp" or "truncate"."""
     if not isinstance(border, str) or border not in ("clamp", "truncate"):
         raise ValueError(f'border: {shown(border)} must be "clamp" or "truncate"')
     return border == "truncate"
 
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+def as_scale(scale: float | None, head_dim: int) -> float:
+    """`scale` as a plain float; None: head_dim ** -0.5. Raises TypeError or ValueError."""
+    if scale is None:
+        return head_dim**-0.5
 
+    def rule() -> str:
+        return f"scale: {shown(scale)} must be a positive number, at most 2**126"
 
-MAX_SCALE = 2.0**126  # in the log2 domain still a number of fp32
+    # Ask for float first: torch.compile cannot trace a test against numbers.Real.
+    if type(scale) not in (int, float) and (type(scale) is bool or not isinstance(scale, numbers.Real)):
+        raise TypeError(rule())
+    if not 0 < scale <= MAX_SCALE:
+        raise ValueError(rule())
+    return float(scale)
 
 
 def check_layout(tensor_layout: str) -> None:
     """Raises ValueError for an unknown layout."""
-    if not isinstance(tensor_layout, str) or tensor_layout not in ("NHD", "HND"):
-        raise ValueError(
-            f'tensor_layout: {shown(tensor_layout)} must be "NHD" ([B, L, H, D]) or "HND" ([B, H, L, D])'
-        )
+    if not isinstance(tensor_layout, str) or tensor_layout not in LAYOUTS:
+        legal = " or ".join(f'"{name}" ({shape})' for name, shape in LAYOUTS.items())
+        raise ValueError(f"tensor_layout: {shown(tensor_layout)} must be {legal}")
 
 
 def to_heads_first(x: torch.Tensor, tensor_layout: str) -> torch.Tensor:
-    """A view of `x` as [B, H, L, D], from "NHD" [B, L, H, D] or "HND" [B, H, L, D]. Its own inverse. Raises ValueError
-    for an unknown layout.
+    """View "NHD" [B, L, H, D] or "HND" [B, H, L, D] as [B, H, L, D]. The function is its own inverse.
+
+    Raises ValueError for an unknown layout.
     """
     check_layout(tensor_layout)
     return x.transpose(1, 2) if tensor_layout == "NHD" else x
 
 
-def kind_of(x) -> str:
-    """What an error calls x: the dtype of a tensor, the type of anything else."""
+def kind_of(x: object) -> str:
+    """The name of x in an error: the dtype of a tensor, the type of anything else."""
     return str(x.dtype) if isinstance(x, torch.Tensor) else type(x).__name__
 
 
 def check_tensor(name: str, x: torch.Tensor, tensor_layout: str) -> None:
-    """Raises TypeError unless x is a dense tensor of one of `DTYPES`, ValueError unless it has the four dimensions of
-    the layout, at least one head and one channel.
+    """Raises TypeError unless x is a dense tensor of one of `DTYPES`; ValueError unless it has four dimensions, with at
+    least one head and one channel.
     """
     if not isinstance(x, torch.Tensor) or x.dtype not in DTYPES:
         raise TypeError(f"{name}: must be a tensor of {', '.join(map(str, DTYPES))}, got {kind_of(x)}")
     if x.layout is not torch.strided or x.is_nested:
         kind = "a nested tensor" if x.is_nested else x.layout
         raise TypeError(f"{name}: must be a dense tensor (torch.strided), got {kind}")
-    if x.dim() != 4:
-        shape = "[B, L, H, D]" if tensor_layout == "NHD" else "[B, H, L, D]"
-        raise ValueError(f"{name}: must have 4 dimensions {shape}, got shape {shown(list(x.shape))}")
     check_layout(tensor_layout)
+    if x.dim() != 4:
+        shape = LAYOUTS[tensor_layout]
+        raise ValueError(f"{name}: must have 4 dimensions {shape}, got shape {shown(list(x.shape))}")
     _, second, third, channels = x.shape
     if not (third if tensor_layout == "NHD" else second) or not channels:
-        raise ValueError(f"{name}: shape {list(x.shape)} has no heads or no channels; at least 1 of each")
+        raise ValueError(
+            f"{name}: shape {list(x.shape)} has no heads or no channels; at least 1 of each is needed"
+        )
 
 
 def dispatches(x: torch.Tensor) -> bool:
-    """Whether x says itself what an op does with it, as a FakeTensor: there are no values to compute with."""
+    """Whether x is of a tensor class that handles every op itself, as FakeTensor does. It may have no values."""
     return type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
 
 
 def as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensors as torch's own attention takes them under autocast: in its dtype, save those of fp64."""
+    """Cast the tensors to autocast's dtype where it is enabled. As in torch's own attention, fp64 stays as it is."""
+    return tuple(map(_as_autocast, tensors))
 
-    def cast(x):
-        if not isinstance(x, torch.Tensor) or x.device.type == "meta":  # which autocast does not know
-            return x
-        if not torch.is_autocast_enabled(x.device.type) or x.dtype not in DTYPES or x.dtype == torch.float64:
-            return x
-        return x.to(torch.get_autocast_dtype(x.device.type))
 
-    return tuple(map(cast, tensors))
+def _as_autocast(x: torch.Tensor) -> torch.Tensor:
+    if not isinstance(x, torch.Tensor) or x.device.type == "meta":  # torch raises when asked about "meta"
+        return x
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype not in DTYPES or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def check_values(name: str, x: torch.Tensor) -> None:
-    """Raises TypeError when x has no values of its own."""
+    """Raises TypeError when x is a tensor without values, as a FakeTensor is."""
     if isinstance(x, torch.Tensor) and dispatches(x):
         raise TypeError(
             f"{name}: is a {type(x).__name__}, which has no values to compute with; give a plain torch.Tensor"
@@ -210,8 +233,9 @@ def check_values(name: str, x: torch.Tensor) -> None:
 
 
 def refuse_transforms(name: str, x: torch.Tensor) -> None:
-    """Raises RuntimeError where a derivative or a batch would be lost, or fail far from here: under forward-mode
-    differentiation and the transforms of torch.func.
+    """Raises RuntimeError under forward-mode differentiation and inside the transforms of torch.func.
+
+    There a derivative or a batch dimension would be lost without a word, or torch would raise an obscure error.
     """
     if not isinstance(x, torch.Tensor):
         return
@@ -221,7 +245,7 @@ def refuse_transforms(name: str, x: torch.Tensor) -> None:
             f"not have; differentiate backward (torch.autograd.grad), or use torch's scaled_dot_product_attention "
             f"under sdpa_kernel(SDPBackend.MATH)"
         )
-    # Behind torch.compile none of its wrappers are left; torch itself asks in this way.
+    # Under torch.compile no wrappers are left. Elsewhere torch's own code asks in this way.
     if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
         raise RuntimeError(
             f"{name}: is inside a transform of torch.func (vmap, grad, vjp or one built on them), which attention does "
@@ -231,7 +255,7 @@ def refuse_transforms(name: str, x: torch.Tensor) -> None:
 
 
 def grouped(name: str, x: torch.Tensor, q: torch.Tensor, tensor_layout: str) -> str:
-    """What to do about x, k or v of the same tokens as q, if it has a head for each group of q's; else nothing."""
+    """Advice for an error if x (k or v) has fewer heads than q, as in grouped-query attention; otherwise ""."""
     dim = 2 if tensor_layout == "NHD" else 1
     alike = [n == m for i, (n, m) in enumerate(zip(x.shape, q.shape, strict=True)) if i != dim]
     if not all(alike) or not 0 < x.shape[dim] < q.shape[dim] or q.shape[dim] % x.shape[dim]:
@@ -245,10 +269,10 @@ def check_inputs(
     prefix_len: int = 0, suffix_len: int = 0,
     prefix_valid: torch.Tensor | None = None, suffix_valid: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Check that q, k, v are alike, fill the grid and the sections of text tokens, and have counts that fit.
+    """Check q, k and v against each other, and their token count against the grid and the text tokens.
 
-    Raises TypeError for what is no tensor of `DTYPES`, no integer length or no int32 tensor of counts, ValueError for a
-    rank, shape, dtype, device or token count that does not fit, and on the CPU for a count out of range.
+    Raises TypeError for anything but tensors of `DTYPES`, integer lengths and int32 counts; ValueError for a rank,
+    shape, dtype, device or token count that does not fit, and on the CPU for a count of valid tokens out of range.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         refuse_transforms(name, x)
@@ -256,7 +280,7 @@ def check_inputs(
         if x is not q:
             _check_alike(name, x, q, tensor_layout)
     if q.device.type == "meta":
-        raise ValueError("q: has no values, its device is meta; move it to a CUDA device or the CPU")
+        raise ValueError("q: is on device meta and has no values; move it to a CUDA device or the CPU")
     prefix_len, suffix_len = as_int("prefix_len", prefix_len, 0), as_int("suffix_len", suffix_len, 0)
     tokens, video = q.shape[1 if tensor_layout == "NHD" else 2], math.prod(as_grid(grid))
     if tokens != video + prefix_len + suffix_len:
@@ -282,24 +306,11 @@ def _check_alike(name: str, x: torch.Tensor, q: torch.Tensor, tensor_layout: str
             raise ValueError(f"{name}: {what} {mine} must be that of q, {first}{advice}")
 
 
-def as_scale(scale: float | None, head_dim: int) -> float:
-    """`scale` as a plain float; None is head_dim ** -0.5. Raises TypeError or ValueError that name it."""
-    if scale is None:
-        return head_dim**-0.5
+def _check_valid(name: str, valid: torch.Tensor, section: str, length: int, q: torch.Tensor) -> None:
+    """Check the counts of valid tokens in a section of `length` tokens, one count for each sample of q [B, ...].
 
-    def rule() -> str:
-        return f"scale: {shown(scale)} must be a positive number, at most 2**126"
-
-    # torch.compile knows what is a float, but not what is registered as a number.
-    if type(scale) not in (int, float) and (type(scale) is bool or not isinstance(scale, numbers.Real)):
-        raise TypeError(rule())
-    if not 0 < scale <= MAX_SCALE:
-        raise ValueError(rule())
-    return float(scale)
-
-
-def _check_valid(name: str, valid, section: str, length: int, q: torch.Tensor) -> None:
-    """Raise unless `valid` counts tokens of a section this long in each sample of q [B, ...]."""
+    `section` is the argument that gives the length.
+    """
     if not isinstance(valid, torch.Tensor) or valid.dtype != torch.int32:
         raise TypeError(
             f"{name}: must be an int32 tensor with one count for each sample, got {kind_of(valid)}"
@@ -312,7 +323,7 @@ def _check_valid(name: str, valid, section: str, length: int, q: torch.Tensor) -
         )
     if valid.device != q.device:
         raise ValueError(f"{name}: device {valid.device} must be that of q, {q.device}")
-    # Elsewhere there is nothing to look at, or looking would stop the device.
+    # A traced tensor has no values, and reading a GPU's would wait for the GPU.
     if valid.is_cpu and not torch.compiler.is_compiling() and not dispatches(valid):
         for sample, count in enumerate(valid.tolist()):
             if not 0 <= count <= length:

@@ -1,4 +1,4 @@
-"""What to attend and how to round it: the user's `AttentionConfig` and the form of it that fits one grid."""
+"""Tile, window and rounding of attention: the user's `AttentionConfig`, and `ResolvedConfig`, its form for one grid."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, cast
 
 from .. import _C
-from .checks import Triple, as_grid, as_int, as_tile, as_triple, as_truncate, shown
+from .checks import MAX_INT, Triple, as_grid, as_int, as_tile, as_triple, as_truncate, shown
 from .geometry import TileGeometry, tile_geometry
 from .planning import ranked
 
 AXES = "thw"
-MAX_INT = 2**31 - 1
+Border = Literal["clamp", "truncate"]
+Quant = Literal["fp8", "none"]
 
 
 @dataclass(frozen=True)
@@ -23,29 +24,29 @@ class AttentionConfig:
     """Tile, window and rounding of an attention call (arXiv 2506.04648, section 3). Immutable, hashable.
 
     Attributes:
-        tile: tokens (t, h, w) of a tile, at most 512; None lets `plan(grid)` choose. Any grid is legal: edge
-            tiles are ragged. The tile is the unit of sparsity and of the scales of Q and K.
-        window: tiles (wt, wh, ww) that a query tile attends, each odd or at least the number of tiles on its
-            axis (then it is the whole axis); or one such triple per head; None attends everything.
+        tile: tokens (t, h, w) of a tile, at most 512 in all; None: the best tile of `plan(grid)`. Any grid is legal:
+            tiles at the edge may be ragged. The tile is the unit of sparsity and of the scales of Q and K.
+        window: tiles (wt, wh, ww) that a query tile attends, or one such triple per head; None: all tiles. Each number
+            is odd, or at least the number of tiles on its axis and then means the whole axis.
         border: "clamp" shifts the window inward at the grid's edge, so that every query tile sees equally
             many key tiles (arXiv 2502.04507); "truncate" cuts it (arXiv 2506.04648, Eq. 2).
         quant: "fp8" rounds Q, K, P and V to E4M3; "none" does not round.
-        quant_tile: tokens (t, h, w) of the brick whose tiles share one scale, a whole multiple of the tile on
-            each axis; None: the tile itself. Coarser costs accuracy, not time.
-        smooth_k: subtract K's mean over the tokens before rounding it. Changes nothing in exact arithmetic.
+        quant_tile: tokens (t, h, w) of a brick, whose tiles share one scale; a whole multiple of the tile on each axis;
+            None: the tile itself. A coarser brick costs accuracy and saves no time.
+        smooth_k: subtract K's mean over the tokens before rounding. Without rounding it would not change the output.
 
     Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value.
     """
 
     tile: Triple | None = None
     window: Triple | tuple[Triple, ...] | None = None
-    border: Literal["clamp", "truncate"] = "clamp"
-    quant: Literal["fp8", "none"] = "fp8"
+    border: Border = "clamp"
+    quant: Quant = "fp8"
     quant_tile: Triple | None = None
     smooth_k: bool = False
 
-    def __post_init__(self):
-        def put(name, value):
+    def __post_init__(self) -> None:
+        def put(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
         if self.tile is not None:
@@ -71,10 +72,11 @@ class AttentionConfig:
 
     @property
     def spec(self) -> str:
-        """This config as ops take it, for example "7.9.2||3.3.9|clamp|fp8|": tile, quant_tile, windows, border, quant,
-        smooth_k. Numbers are hexadecimal; what is None is empty.
+        """This config as a string for torch ops: tile, quant_tile, windows, border, quant and smooth_k.
+
+        For example "7.9.2||3.3.9|clamp|fp8|". Numbers are hexadecimal; None and False are empty.
         """
-        return self._spec  # type: ignore[attr-defined]  # of __post_init__; a field would show in fields()
+        return self._spec  # type: ignore[attr-defined]  # set by __post_init__; a field would show in fields()
 
     @classmethod
     def from_spec(cls, spec: str) -> AttentionConfig:
@@ -82,24 +84,24 @@ class AttentionConfig:
         return _from_spec(spec)
 
     def __hash__(self) -> int:
-        return hash(self.spec)  # a string keeps its hash: every call of attention looks its config up
+        return hash(self.spec)  # a string caches its hash, and every call of attention looks its config up
 
     def resolve(
         self, grid: Sequence[int], heads: int, prefix_len: int = 0, suffix_len: int = 0
     ) -> ResolvedConfig:
-        """This config for a grid (T, H, W) of tokens, a number of heads, and text tokens before and after the grid's.
-        Cached.
+        """This config for a grid (T, H, W) of tokens, a number of heads, and the lengths of the text. Cached.
 
-        Raises TypeError or ValueError when the window does not fit the grid or the heads, or a length is no integer
-        of at least 0.
+        Raises TypeError or ValueError if the window does not fit the grid or the heads, or unless both lengths are
+        integers of at least 0.
         """
         lengths = as_int("prefix_len", prefix_len, 0), as_int("suffix_len", suffix_len, 0)
         return _resolve(self, as_grid(grid), as_int("heads", heads, 1, MAX_INT), *lengths)
 
 
 def _spec_of(config: AttentionConfig) -> str:
-    # Hexadecimal, which has no limit of digits. torch.compile makes a constant of an index.
     def by(triple: Triple | None) -> str:
+        # Python limits the digits of a decimal int, not of a hexadecimal one. torch.compile cannot format a symbol, but
+        # makes a constant of its index.
         return ".".join([f"{operator.index(n):x}" for n in triple or ()])
 
     windows = config.window or ()
@@ -113,7 +115,7 @@ _DEFAULT = AttentionConfig()
 
 
 def as_config(value: AttentionConfig | None) -> AttentionConfig:
-    """`value`; None is the default config. Raises TypeError for anything else."""
+    """`value`, or the default config for None. Raises TypeError for anything else."""
     if value is None:
         return _DEFAULT
     if not isinstance(value, AttentionConfig):
@@ -127,13 +129,13 @@ def as_config(value: AttentionConfig | None) -> AttentionConfig:
 
 @dataclass(frozen=True)
 class ResolvedConfig:
-    """An `AttentionConfig` fitted to one grid; windows are cut to their axes. Immutable, hashable.
+    """An `AttentionConfig` for one grid. Windows are cut to their axes. Immutable, hashable.
 
     Attributes:
         grid, tile, quant_tile: tokens per axis.
         windows: triples of tiles; one for all heads, or one per head.
         border, quant, smooth_k: as in `AttentionConfig`.
-        prefix_len, suffix_len: text tokens before and after the grid's.
+        prefix_len, suffix_len: text tokens before and after the video tokens.
     """
 
     grid: Triple
@@ -148,7 +150,7 @@ class ResolvedConfig:
 
     @property
     def geometry(self) -> TileGeometry:
-        """Of the grid's tiles and the text tokens."""
+        """The geometry of the grid, the tile and the text tokens."""
         return tile_geometry(self.grid, self.tile, self.prefix_len, self.suffix_len)
 
     @property
@@ -158,37 +160,35 @@ class ResolvedConfig:
 
     @property
     def brick(self) -> Triple:
-        """Tiles per axis that share one scale, at most the tiles there are."""
+        """Tiles per axis that share one scale, at most the number of tiles on the axis."""
         per_axis = zip(self.quant_tile, self.tile, self.geometry.tiles, strict=True)
         t, h, w = (min(b // t, max(n, 1)) for b, t, n in per_axis)
         return t, h, w
 
     @property
     def density(self) -> float:
-        """Attended pairs of tokens over all pairs, mean over the heads."""
+        """Attended pairs of tokens as a fraction of all pairs, mean over the heads."""
         per_head = [self.geometry.density(w, self.border) for w in self.windows]
         return sum(per_head) / len(per_head)
 
     @property
     def item_fill(self) -> float:
-        """Query blocks over the places for them in the Hopper kernel's work items, of full tiles.
+        """Fraction of the places in the Hopper kernel's work items that hold a query block, for full tiles.
 
-        An item takes three blocks of 64 rows of one tile group, tiles that see the same keys (kernels/README.md,
-        "Windows").
+        A work item has three places for blocks of 64 rows. All its blocks belong to one tile group, whose tiles see the
+        same keys (kernels/README.md, "Windows").
         """
         group = _C.tile_group(self.grid, self.tile, self.windows)
         blocks = math.prod(group) * self.geometry.slot // _C.QUERY_BLOCK
         return blocks / (-(-blocks // _C.BLOCKS_PER_ITEM) * _C.BLOCKS_PER_ITEM) if blocks else 1.0
 
 
-def _as_window(value) -> Triple | tuple[Triple, ...]:
+def _as_window(value: Sequence) -> Triple | tuple[Triple, ...]:
     per_head = isinstance(value, Sequence) and len(value) > 0 and isinstance(value[0], Sequence)
     if not per_head:
         return as_triple("window", value, 1)
     if len(value) > _C.MAX_WINDOWS:
-        raise ValueError(
-            f"window: {len(value)} windows of single heads, at most {_C.MAX_WINDOWS} are possible"
-        )
+        raise ValueError(f"window: {len(value)} windows, one per head; at most {_C.MAX_WINDOWS} are possible")
     return tuple(as_triple(f"window[{head}]", triple, 1) for head, triple in enumerate(value))
 
 
@@ -204,22 +204,23 @@ def _check_quant_tile(quant_tile: Triple, tile: Triple) -> None:
 @lru_cache(maxsize=1024)
 def _from_spec(spec: str) -> AttentionConfig:
     def triples(text: str) -> tuple[Triple, ...]:
-        return tuple(tuple(int(n, 16) for n in part.split(".")) for part in text.split(",") if part)
+        parts = (part.split(".") for part in text.split(",") if part)
+        return tuple((int(t, 16), int(h, 16), int(w, 16)) for t, h, w in parts)
 
     tile, quant_tile, windows, border, quant, smooth_k = spec.split("|")
     per_head = triples(windows)
     return AttentionConfig(
         tile=next(iter(triples(tile)), None),
         window=(per_head[0] if len(per_head) == 1 else per_head) or None,
-        border=border,
-        quant=quant,
+        border=cast(Border, border),
+        quant=cast(Quant, quant),
         quant_tile=next(iter(triples(quant_tile)), None),
         smooth_k=bool(smooth_k),
     )
 
 
 def fit_window(window: Triple, tiles: Triple) -> Triple:
-    """`window`, entries that cover their axis cut to it. Raises ValueError for an even one that does not."""
+    """`window` cut to the tiles of each axis. Raises ValueError for an even number that does not cover its axis."""
     for axis, w, n in zip(AXES, window, tiles, strict=True):
         if w < n and w % 2 == 0:
             raise ValueError(
@@ -243,7 +244,7 @@ def _resolve(
         windows = (windows,)
     if len(windows) not in (1, heads):
         raise ValueError(
-            f"window: {len(windows)} windows of single heads for {heads} heads; give one triple, or {heads}"
+            f"window: {len(windows)} windows, one per head, for {heads} heads; give one triple, or {heads}"
         )
     windows = tuple(fit_window(w, tiles) for w in windows)
     if len(set(windows)) == 1:

@@ -1,4 +1,4 @@
-"""`plan`: the best tiles of a grid, and an account of them for people."""
+"""`plan`: the best tiles of a grid, and `Plan.explain`: what a config means on it, in words."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 
 import torch
 
-from .checks import Triple, as_grid, as_int
-from .config import MAX_INT, AttentionConfig, ResolvedConfig, as_config
+from .checks import MAX_INT, Triple, as_grid, as_int
+from .config import AXES, AttentionConfig, ResolvedConfig, as_config
 from .planning import TileChoice, ranked
 from .support import HEAD_DIMS, hopper_obstacle
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The best tiles of one grid. `print(plan.explain())` says what they mean.
+    """The best tiles of one grid. `print(plan.explain())` puts them in words.
 
     Attributes:
         grid: tokens (T, H, W).
-        candidates: tiles, best first; the best few of every slot size.
+        candidates: the best tiles of each slot size, all sorted best first.
     """
 
     grid: Triple
@@ -28,7 +28,7 @@ class Plan:
 
     @property
     def best(self) -> TileChoice:
-        """The first of `candidates`: the tile of a config with tile=None."""
+        """The first of `candidates`. A config with tile=None takes this tile."""
         return self.candidates[0]
 
     def explain(
@@ -39,15 +39,16 @@ class Plan:
         prefix_len: int = 0,
         suffix_len: int = 0,
     ) -> str:
-        """An account for people: tile, waste, window, density, work, legal windows, and what would run here.
+        """A text for people: tile, waste, window, density, legal windows, work, and what would run on this machine.
 
         Args:
-            config: what to explain; None explains dense FP8 attention with the best tile.
-            heads: number of heads; None: as many as the config has windows.
+            config: the config to explain; None: dense FP8 attention with the best tile.
+            heads: number of heads; None: one for each window of the config.
             head_dim: channels per head.
-            prefix_len, suffix_len: text tokens before and after the grid's; all count as valid.
+            prefix_len, suffix_len: text tokens before and after the video tokens; all count as valid.
 
-        Raises as `AttentionConfig.resolve` does, and for a head_dim that is no integer of at least 1.
+        Raises TypeError or ValueError as `AttentionConfig.resolve` does, and unless head_dim is an integer of at least
+        1.
         """
         config, head_dim = as_config(config), as_int("head_dim", head_dim, 1, MAX_INT)
         if heads is None:
@@ -58,14 +59,13 @@ class Plan:
 
 
 def plan(grid: Sequence[int], *, top: int = 3) -> Plan:
-    """Rank tiles for a token grid (T, H, W) by padding waste, near-equal ones by compactness and size.
-    Cached.
+    """Rank tiles for a token grid by padding waste; near-equal ones by compactness and size. Cached.
 
     Args:
-        grid: tokens per axis; any grid is legal.
-        top: tiles kept of each slot size.
+        grid: tokens (T, H, W); any grid is legal.
+        top: number of tiles of each slot size in the result.
 
-    Raises TypeError or ValueError when the grid is not three integers, each at least 0, or `top` no integer of at least
+    Raises TypeError or ValueError unless the grid is three integers, each at least 0, and `top` an integer of at least
     1.
     """
     grid = as_grid(grid)
@@ -73,7 +73,7 @@ def plan(grid: Sequence[int], *, top: int = 3) -> Plan:
 
 
 def explain_tile(plan: Plan, resolved: ResolvedConfig, heads: int, head_dim: int) -> list[str]:
-    """The lines of `Plan.explain` on one config; the first nine characters of each say what it is about."""
+    """The lines of `Plan.explain` about one config. The first nine characters of each line are its label."""
     g, border = resolved.geometry, resolved.border
     attended = sum(g.attended_pairs(w, border) for w in resolved.windows)
     computed = sum(g.computed_pairs(w, border) for w in resolved.windows)
@@ -87,14 +87,14 @@ def explain_tile(plan: Plan, resolved: ResolvedConfig, heads: int, head_dim: int
         else f"E4M3, Q and K scaled by {scales}{', K smoothed' if resolved.smooth_k else ''}"
     )
     kind = f"border {border!r}{' (dense)' if dense else ''}"
-    legal = "; ".join(_legal(n, axis) for n, axis in zip(g.tiles, "thw", strict=True))
+    legal = "; ".join(_legal(n, axis) for n, axis in zip(g.tiles, AXES, strict=True))
     overhead = f"; the kernel computes {computed / attended:.2f} times that" if attended else ""
-    runs = g.n_tiles - g.n_video_tiles
-    cut = f"{runs:,} run{'s' * (runs > 1)} of up to {g.slot}"
+    text_tiles = g.n_tiles - g.n_video_tiles
+    cut = f"{text_tiles:,} text tile{'s' * (text_tiles > 1)} of up to {g.slot}"
     sections = f"prefix {g.prefix_len:,} and suffix {g.suffix_len:,} tokens in {cut}"
     return [
         f"grid     {plan.grid}: {math.prod(plan.grid):,} tokens",
-        *([f"text    {sections}, attended by all"] if runs else []),
+        *([f"text     {sections}, attended by all"] if text_tiles else []),
         f"tile     {g.tile}: {math.prod(g.tile)} tokens in a slot of {g.slot} rows; "
         f"{g.tiles} = {g.n_video_tiles:,} tiles; padding waste {g.waste:.1%}",
         f"window   {windows} tiles, {kind}; density {resolved.density:.3f}",
@@ -111,7 +111,8 @@ def _item_fill(fill: float) -> str:
     if fill > 0.9:
         return text
     return (
-        f"{text}; all have with a tile of 321 to 384 tokens, or a window as long as an axis of several tiles"
+        f"{text}; a tile of 321 to 384 tokens, or a window that covers an axis of several tiles, gives all of them "
+        f"queries"
     )
 
 
@@ -129,13 +130,14 @@ def _legal(n: int, axis: str) -> str:
 
 
 def what_runs(resolved: ResolvedConfig, head_dim: int) -> str:
-    """What would run for a config on this machine, and why nothing better."""
+    """The backend that a config would run on here, and the reason if it is not the fastest one."""
     if resolved.quant == "none":
-        torchs = "torch SDPA" if resolved.windows == (resolved.geometry.tiles,) else "torch FlexAttention"
+        kernel = "torch SDPA" if resolved.windows == (resolved.geometry.tiles,) else "torch FlexAttention"
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-        return f"{torchs} on {gpu}" if gpu else f"the reference (exact attention): no GPU for {torchs}"
+        return f"{kernel} on {gpu}" if gpu else f"the reference (exact attention): no GPU for {kernel}"
     if head_dim not in HEAD_DIMS:
-        return f"the reference (emulated FP8): the Hopper kernel needs head_dim 64 or 128, not {head_dim}"
+        legal = " or ".join(map(str, HEAD_DIMS))
+        return f"the reference (emulated FP8): the Hopper kernel needs head_dim {legal}, not {head_dim}"
     if obstacle := hopper_obstacle():
         return f"the reference (emulated FP8): the Hopper kernel {obstacle}"
     return f"the FP8 Hopper kernel on {torch.cuda.get_device_name()}"

@@ -1,8 +1,8 @@
-"""Python face of the geometry rule: which token sits in which tile, and which tiles a query tile attends.
+"""Geometry of tiles and windows: the tile of each token, and the key tiles that each query tile attends.
 
-The rule itself is C++ (include/fpsattention/geometry.h, shared by host and device) and is reached through
-`_C`; this module turns its answers into index tensors and counts. All tensors live on the CPU, whatever the default
-device; those that are kept are plain tensors, whatever mode torch is in.
+The rule itself is C++ (include/fpsattention/geometry.h, shared by host and device). This module makes index tensors and
+counts from what `_C` returns. All tensors live on the CPU, whatever the default device. Cached ones are plain tensors,
+whatever mode torch is in.
 """
 
 from __future__ import annotations
@@ -21,23 +21,20 @@ from .checks import MAX_TOKENS, Triple, as_grid, as_int, as_tile, as_truncate, s
 T = TypeVar("T")
 
 
-# torch.compile knows that a symbol is an int, but not what attributes it has, and makes a constant of its index.
-
-
-def apart(make: Callable[..., T], *args) -> T:
+def apart(make: Callable[..., T], *args: object) -> T:
     """`make(*args)` in a thread of its own, for tensors that outlive the call.
 
-    What torch does to new tensors belongs to a thread: a mode makes fake or meta tensors of them, inference mode bars
-    them from autograd, torch.func wraps them. A new thread has none of that.
+    torch's modes belong to a thread. They would make new tensors fake, meta or inference tensors, or wrap them for
+    torch.func. A new thread has no mode.
     """
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(make, *args).result()
 
 
-class _Kept(cached_property):
-    """A property computed once, `apart`."""
+class _Kept(cached_property[torch.Tensor]):
+    """A tensor computed once, by `apart`."""
 
-    def __init__(self, compute):
+    def __init__(self, compute: Callable[[TileGeometry], torch.Tensor]) -> None:
         super().__init__(lambda instance: apart(compute, instance))
         self.__doc__ = compute.__doc__
 
@@ -45,27 +42,28 @@ class _Kept(cached_property):
 class TileGeometry:
     """A token grid (T, H, W) cut in tiles of (t, h, w) tokens. Get one from `tile_geometry`, which caches.
 
-    Edge tiles are ragged. Tiles are numbered in raster order of their coordinates. A tile owns `slot` rows:
-    its valid tokens first, in raster order, then padding. Windows are (wt, wh, ww) in tiles, each odd or at
-    least the number of tiles on its axis; `border` is "clamp" or "truncate" (Sliding Tile Attention, arXiv
-    2502.04507; FPSAttention, arXiv 2506.04648, Eq. 2).
+    Tiles at the edge may be ragged. Tiles are numbered in raster order. A tile owns `slot` rows: its tokens first, in
+    raster order, then padding. Windows are (wt, wh, ww) in tiles, each odd or at least the number of tiles on its axis.
+    `border` is "clamp" or "truncate" (Sliding Tile Attention, arXiv 2502.04507; FPSAttention, arXiv 2506.04648, Eq. 2).
 
-    Text tokens may lie before the video's (the prefix) and after them (the suffix). Each of
-    the two sections is cut, in order, in *runs* of `slot` tokens. A run is a tile of its own, outside the grid:
-    it attends everything, and everything attends it. Runs are numbered after the video's tiles, the prefix's first.
+    Text tokens may precede the video tokens (the prefix) and follow them (the suffix). Each of the two sections is cut
+    in *text tiles* of `slot` tokens, the last of which may hold fewer. A text tile lies outside the grid: it attends
+    everything, and everything attends it. Text tiles are numbered after the video's tiles, those of the prefix first.
 
     Attributes:
         grid, tile: tokens per axis.
-        prefix_len, suffix_len: tokens before and after the video's.
-        tiles: number of tiles per axis.
-        n_tokens, n_tiles: all tokens and all tiles, the text ones included.
+        prefix_len, suffix_len: text tokens before and after the video tokens.
+        tiles: tiles of the grid per axis.
+        n_tokens, n_tiles: all tokens and all tiles, those of the text included.
         n_video_tiles: tiles of the grid.
         n_text_tokens: prefix_len + suffix_len.
-        slot: rows per tile, a multiple of 128, at most 512.
-        blocks_per_tile: 128-row kernel blocks per slot.
+        slot: rows per tile: 128, 256, 384 or 512.
+        blocks_per_tile: 128-row blocks per slot.
     """
 
-    def __init__(self, grid: Sequence[int], tile: Sequence[int], prefix_len: int = 0, suffix_len: int = 0):
+    def __init__(
+        self, grid: Sequence[int], tile: Sequence[int], prefix_len: int = 0, suffix_len: int = 0
+    ) -> None:
         self.grid = as_grid(grid)
         self.tile = as_tile(tile)
         self.prefix_len = as_int("prefix_len", prefix_len, 0)
@@ -88,7 +86,7 @@ class TileGeometry:
 
     @property
     def n_rows(self) -> int:
-        """Rows of all slots, padding included."""
+        """Rows of all slots, including padding."""
         return self.n_tiles * self.slot
 
     @_Kept
@@ -101,7 +99,7 @@ class TileGeometry:
 
     @_Kept
     def text_tokens(self) -> torch.Tensor:
-        """int64 [n_text_tokens], ascending: indices of the prefix's and the suffix's tokens."""
+        """int64 [n_text_tokens], ascending: indices of the text tokens."""
         tokens = torch.arange(self.n_tokens, device="cpu")
         return torch.cat([tokens[: self.prefix_len], tokens[self.n_tokens - self.suffix_len :]])
 
@@ -119,13 +117,14 @@ class TileGeometry:
         return out
 
     def n_bricks(self, quant_tile: Sequence[int]) -> int:
-        """How many bricks `brick_of_tile` tells apart."""
+        """Number of bricks: boxes of `quant_tile` tokens in the grid, and one for each text tile."""
         per_axis = (-(-n // (b // t)) for n, b, t in zip(self.tiles, quant_tile, self.tile, strict=True))
         return math.prod(per_axis) + self.n_tiles - self.n_video_tiles
 
     def brick_of_tile(self, quant_tile: Sequence[int]) -> torch.Tensor:
-        """int64 [n_tiles]: the brick each tile is in; `quant_tile` is a whole multiple of the tile. A run of text
-        tokens is a brick of its own; these come after the grid's.
+        """int64 [n_tiles]: the brick of each tile. `quant_tile` is a whole multiple of the tile.
+
+        A text tile is a brick of its own, numbered after those of the grid.
         """
         per_axis = [
             torch.arange(n, device="cpu") // (b // t)
@@ -134,35 +133,31 @@ class TileGeometry:
         bricks = [int(x[-1]) + 1 if len(x) else 0 for x in per_axis]
         t, h, w = torch.meshgrid(*per_axis, indexing="ij")
         video = ((t * bricks[1] + h) * bricks[2] + w).reshape(-1)
-        runs = torch.arange(self.n_tiles - self.n_video_tiles, device="cpu")
-        return torch.cat([video, math.prod(bricks) + runs])
+        text_tiles = torch.arange(self.n_tiles - self.n_video_tiles, device="cpu")
+        return torch.cat([video, math.prod(bricks) + text_tiles])
 
     def coordinates(self, tile_index: int) -> Triple:
-        """Coordinates (t, h, w) of a tile of the grid. Raises IndexError when there is no such tile."""
+        """Coordinates (t, h, w) of a tile of the grid. Raises IndexError if there is no such tile."""
         if not 0 <= tile_index < self.n_video_tiles:
             raise IndexError(f"tile_index: {shown(tile_index)} must be in [0, {self.n_video_tiles})")
         rest, w = divmod(tile_index, self.tiles[2])
-        return (*divmod(rest, self.tiles[1]), w)
+        t, h = divmod(rest, self.tiles[1])
+        return t, h, w
 
     def _axis_keys(self, axis: int, window: Triple, border: str) -> list[list[int]]:
+        """The range [lo, hi) of key tiles on an axis, for each query tile on it."""
         n, truncate = self.tiles[axis], as_truncate(border)
         return [_C.axis_keys(i, n, window[axis], truncate) for i in range(n)]
 
     def key_boxes(self, window: Triple, border: str) -> torch.Tensor:
-        """int64 [n_video_tiles, 3, 2]: half-open range [lo, hi) of key tiles on each axis, for every query tile of the
-        grid.
-        """
-        per_axis = [
-            torch.tensor(self._axis_keys(axis, window, border), dtype=torch.int64, device="cpu").reshape(
-                -1, 2
-            )
-            for axis in range(3)
-        ]
+        """int64 [n_video_tiles, 3, 2]: range [lo, hi) of key tiles on each axis, for each tile of the grid."""
+        keys = (self._axis_keys(axis, window, border) for axis in range(3))
+        per_axis = [torch.tensor(x, dtype=torch.int64, device="cpu").reshape(-1, 2) for x in keys]
         index = torch.meshgrid(*(torch.arange(n, device="cpu") for n in self.tiles), indexing="ij")
         return torch.stack([x[i.reshape(-1)] for x, i in zip(per_axis, index, strict=True)], dim=1)
 
     def tiles_in(self, boxes: torch.Tensor) -> torch.Tensor:
-        """int64 [n, tiles of a box], ascending: the tiles in `boxes` [n, 3, 2] of equal sizes."""
+        """int64 [n, tiles of a box], ascending: the tiles in `boxes` [n, 3, 2], which have equal sizes."""
         sizes = (boxes[0, :, 1] - boxes[0, :, 0]).tolist()
         t, h, w = (boxes[:, axis, :1] + torch.arange(sizes[axis], device="cpu") for axis in range(3))
         _, n_h, n_w = self.tiles
@@ -177,7 +172,9 @@ class TileGeometry:
         """int64 [n], ascending: the query tiles that attend `key_tile` (the transpose of `key_tiles`)."""
         return self._box(key_tile, window, border, _C.axis_queries)
 
-    def _box(self, tile_index, window, border, axis_rule) -> torch.Tensor:
+    def _box(
+        self, tile_index: int, window: Triple, border: str, axis_rule: Callable[..., list[int]]
+    ) -> torch.Tensor:
         truncate = as_truncate(border)
         if self.n_video_tiles <= tile_index < self.n_tiles:
             return torch.arange(self.n_tiles, device="cpu")
@@ -185,11 +182,11 @@ class TileGeometry:
             axis_rule(i, n, w, truncate)
             for i, n, w in zip(self.coordinates(tile_index), self.tiles, window, strict=True)
         ]
-        runs = torch.arange(self.n_video_tiles, self.n_tiles, device="cpu")
-        return torch.cat([self.tiles_in(torch.tensor([box], device="cpu"))[0], runs])
+        text_tiles = torch.arange(self.n_video_tiles, self.n_tiles, device="cpu")
+        return torch.cat([self.tiles_in(torch.tensor([box], device="cpu"))[0], text_tiles])
 
     def tile_mask(self, window: Triple, border: str) -> torch.Tensor:
-        """bool [n_tiles, n_tiles]: which tiles (rows) attend which (columns)."""
+        """bool [n_tiles, n_tiles]: True where the query tile (row) attends the key tile (column)."""
         per_axis = []
         for axis, n in enumerate(self.tiles):
             keys = self._axis_keys(axis, window, border)
@@ -206,24 +203,24 @@ class TileGeometry:
         return mask
 
     def attended_pairs(self, window: Triple, border: str) -> int:
-        """Query-key pairs of tokens that attend each other, of one head; all text tokens count as valid."""
-        pairs = 1  # of the video: the attended set is a product of axes, so the count is too
+        """Attended query-key pairs of tokens of one head. All text tokens count as valid."""
+        pairs = 1  # of video tokens: a tile's keys are a box, so the count is a product over the axes
         for axis, n in enumerate(self.tiles):
             extent = [min(self.tile[axis], self.grid[axis] - i * self.tile[axis]) for i in range(n)]
             keys = self._axis_keys(axis, window, border)
             pairs *= sum(extent[i] * sum(extent[lo:hi]) for i, (lo, hi) in enumerate(keys))
-        # Text queries attend all tokens; the video's attend the text keys besides their window.
+        # Text queries attend all tokens. Video queries attend all text keys, besides their window.
         return pairs + self.n_text_tokens * (self.n_tokens + math.prod(self.grid))
 
     def density(self, window: Triple, border: str) -> float:
-        """Attended pairs as a fraction of all pairs; 1.0 where there are no tokens, and so nothing is left out."""
+        """Attended pairs as a fraction of all pairs; 1.0 for an empty grid without text tokens."""
         return self.attended_pairs(window, border) / self.n_tokens**2 if self.n_tokens else 1.0
 
     def computed_pairs(self, window: Triple, border: str) -> int:
-        """Query rows times key rows that the kernel computes, of one head.
+        """Query rows times key rows that the kernel computes for one head.
 
-        Counts every block that holds a valid token in full, its padding included: 64 query rows, 128 key rows. Blocks
-        of padding only are skipped by the kernel and are not counted.
+        A block that holds a token counts in full, with its padding: 64 query rows, 128 key rows. Blocks of padding only
+        do not count, since the kernel skips them.
         """
         truncate = as_truncate(border)
         query_blocks = (-(-self.valid // _C.QUERY_BLOCK)).tolist()
@@ -240,7 +237,7 @@ class TileGeometry:
 
     @cached_property
     def waste(self) -> float:
-        """Rows of all blocks that hold a token, over the number of tokens, less 1. 0 where there are none."""
+        """Rows of the 128-row blocks that hold a token, over the number of tokens, less 1; 0 without tokens."""
         if not self.n_tokens:
             return 0.0
         return (self._video_blocks + self._text_blocks) * _C.BLOCK / self.n_tokens - 1
@@ -252,11 +249,11 @@ class TileGeometry:
 
     @property
     def _text_blocks(self) -> int:
-        """128-row blocks of the runs that hold a token."""
+        """128-row blocks of the text tiles that hold a token."""
         return sum(-(-n // _C.BLOCK) for n in (self.prefix_len, self.suffix_len))
 
 
 @lru_cache(maxsize=64)
 def tile_geometry(grid: Triple, tile: Triple, prefix_len: int = 0, suffix_len: int = 0) -> TileGeometry:
-    """The `TileGeometry` of a grid, a tile and so many text tokens, shared between callers."""
+    """The `TileGeometry` of a grid, a tile and text lengths. Cached, so callers share it."""
     return TileGeometry(grid, tile, prefix_len, suffix_len)

@@ -1,37 +1,33 @@
-"""Choosing a tile: ranks the tiles of any token grid by the padding they cost, and explains the choice."""
+"""Choice of a tile: rank the tiles of a token grid by the padding that they cost."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 from .. import _C
 from .checks import Triple
 from .geometry import tile_geometry
 
-if TYPE_CHECKING:
-    pass
-
-# A token of the models this serves is a patch of 1 x 2 x 2 latent pixels; a compact tile is compact in those.
+# Latent pixels (t, h, w) of a token in most video models. Compactness is measured in latent pixels.
 PATCH = (1, 2, 2)
 
-# What a tile may waste more than another and still be preferred, because it is more compact (a window of it
-# reaches equally far in every direction) or smaller (finer windows, finer scales).
+# Extra waste accepted for a tile that is more compact (its windows reach equally far in every direction) or smaller
+# (finer windows, finer scales).
 WASTE_PER_DOUBLED_SURFACE = 0.04
 WASTE_PER_DOUBLED_SLOT = 0.02
 
 
 @dataclass(frozen=True)
 class TileChoice:
-    """A tile (t, h, w) in tokens for some grid.
+    """A tile for some grid.
 
     Attributes:
-        tile: tokens per axis.
-        slot: rows a tile owns in the kernels: 128, 256, 384 or 512.
+        tile: tokens (t, h, w) per axis.
+        slot: rows of a tile in the kernels: 128, 256, 384 or 512.
         tiles: tiles per axis.
-        waste: rows computed over tokens, less 1; padding inside 128-row blocks that hold a token.
+        waste: rows of the 128-row blocks that hold a token, over the number of tokens, less 1.
     """
 
     tile: Triple
@@ -42,7 +38,7 @@ class TileChoice:
 
 @lru_cache(maxsize=256)
 def ranked(grid: Triple, top: int = 3) -> tuple[TileChoice, ...]:
-    """Tiles for a grid, best first: `top` of each slot size. Cached."""
+    """The `top` best tiles of each slot size for a grid, all sorted best first. Cached."""
     kept: dict[int, list[TileChoice]] = {}
     for choice in sorted(_choices(grid), key=_rank):
         of_slot = kept.setdefault(choice.slot, [])
@@ -52,7 +48,7 @@ def ranked(grid: Triple, top: int = 3) -> tuple[TileChoice, ...]:
 
 
 def _choices(grid: Triple) -> list[TileChoice]:
-    """Every tile that fits in a slot and in the grid (an empty axis counts as one token)."""
+    """All tiles that fit in a slot and in the grid. An axis of 0 tokens counts as one."""
     t_max, h_max, w_max = (max(x, 1) for x in grid)
     return [
         _choice(grid, (t, h, w))
@@ -63,11 +59,12 @@ def _choices(grid: Triple) -> list[TileChoice]:
 
 
 def _choice(grid: Triple, tile: Triple) -> TileChoice:
-    g = tile_geometry.__wrapped__(grid, tile)  # thousands of tiles: leave the cache to those in use
+    g = tile_geometry.__wrapped__(grid, tile)  # past the cache, which thousands of tiles would flush
     return TileChoice(tile, g.slot, g.tiles, g.waste)
 
 
-def _rank(choice: TileChoice) -> tuple:
+def _rank(choice: TileChoice) -> tuple[float, int, Triple]:
+    """Sort key: the cost, then the slot and the tile to break ties."""
     t, h, w = (x * p for x, p in zip(choice.tile, PATCH, strict=True))
     surface = (t * h + h * w + w * t) / (3 * (t * h * w) ** (2 / 3))  # 1 for a cube
     cost = (
