@@ -1,4 +1,4 @@
-"""quant="none" on CUDA: windowed attention without rounding, by torch's FlexAttention."""
+"""Windowed attention without rounding (quant="none") on CUDA, by torch's FlexAttention."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import product
-from types import FunctionType, SimpleNamespace
+from types import FunctionType
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 
 from .. import _C
@@ -21,9 +23,8 @@ from .explain import plan
 from .geometry import apart
 from .reference import valid_tokens, zero_invalid
 
-# FlexAttention's lists take 16 bytes for every pair of blocks: 4 GiB for these.
-MAX_BLOCKS = 2**14
-LISTS = tuple(
+MAX_BLOCKS = 2**14  # FlexAttention's lists take 16 bytes for each pair of blocks, so at most 4 GiB
+LISTS = tuple(  # attributes of a BlockMask
     f"{full}{side}_{what}"
     for full in ("", "full_")
     for side in ("kv", "q")
@@ -31,27 +32,31 @@ LISTS = tuple(
 )
 
 
-def _attend(q, k, v, block_mask, scale):
-    """flex_attention that returns (out, lse)."""
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, block_mask: torch_flex.BlockMask, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) by torch's flex_attention."""
     aux = torch_flex.AuxRequest(lse=True)
     out, stats = torch_flex.flex_attention(q, k, v, block_mask=block_mask, scale=scale, return_aux=aux)
-    return out, stats.lse
+    return out, stats.lse  # type: ignore[return-value]  # not None, as AuxRequest asks for it
 
 
 @lru_cache(maxsize=256)
 def _compiled(kind: tuple) -> Callable:
     """`_attend`, compiled for one kind of call.
 
-    torch gives up on a function after some recompilations, 8 by default, counted by its code: so each kind has code of
-    its own, and the limit stays as the user has set it.
+    torch stops compiling a function after a number of recompilations, 8 by default, which it counts by code object. So
+    each kind of call has a code object of its own, and the user's limit stays as it is.
     """
     own = FunctionType(_attend.__code__.replace(), _attend.__globals__, _attend.__name__)
-    # fullgraph: uncompiled, it would fill memory with all scores; better an error than that.
+    # Without fullgraph, a graph break would run it uncompiled, which fills memory with all scores. Prefer an error.
     return torch.compile(own, fullgraph=True, dynamic=False)
 
 
-def _run(q, k, v, block_mask, scale: float, compiled: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_attend`, compiled or as it is; in a graph of the caller's it is a part of that."""
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, block_mask: torch_flex.BlockMask, scale: float, compiled: bool
+) -> tuple[Tensor, Tensor]:
+    """`_attend`, compiled if asked for. While the caller is compiled, it becomes part of the caller's graph."""
     if not compiled or torch.compiler.is_compiling():
         return _attend(q, k, v, block_mask, scale)
     gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
@@ -59,37 +64,56 @@ def _run(q, k, v, block_mask, scale: float, compiled: bool) -> tuple[torch.Tenso
     return _compiled((alike, gradient, block_mask.shape, scale))(q, k, v, block_mask, scale)
 
 
-class _Cache:
-    """Tensors made once and kept from call to call: the most recently used, up to a number of bytes.
+@dataclass
+class _Entry:
+    """A cached value.
 
-    Work that reads them may be under way on any stream when they are dropped, so the allocator is told of every stream
-    they were handed to. What was handed out while a CUDA graph was captured is never dropped: each replay reads it.
+    Attributes:
+        value: the value.
+        tensors: all its tensors.
+        size: their bytes.
+        streams: all streams that may read it.
+        captured: whether a CUDA graph reads it.
     """
 
-    def __init__(self, max_bytes: int):
+    value: Any
+    tensors: tuple[Tensor, ...]
+    size: int
+    streams: set[torch.cuda.Stream] = field(default_factory=set)
+    captured: bool = False
+
+
+class _Cache:
+    """Tensors kept from call to call: the most recently used ones, up to `max_bytes`.
+
+    Any stream that got an entry may still read it when the entry is dropped, so the allocator is told of these streams.
+    An entry that was handed out during the capture of a CUDA graph is never dropped, because each replay reads it.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.bytes = max_bytes, 0
-        self.entries: OrderedDict[tuple, SimpleNamespace] = OrderedDict()
+        self.entries: OrderedDict[tuple, _Entry] = OrderedDict()
         self.lock = threading.Lock()
 
-    def get(self, make: Callable, *key):
-        """The first of what `make(*key)` returns; the second is all tensors in it, which are on the device key[-1]."""
-        device, key = key[-1], (make, *key)
+    def get(self, make: Callable[..., tuple[Any, tuple[Tensor, ...]]], *args: Any) -> Any:
+        """The value that `make(*args)` returns, cached.
+
+        `make` returns (value, all tensors in it). They lie on the last of `args`, a device.
+        """
+        device, key = args[-1], (make, *args)
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         with self.lock:
             entry = self.entries.get(key)
             if entry is None:
                 if capturing:
                     raise RuntimeError(
-                        'config: quant="none" copies lists of tokens to the GPU in the first call of its kind, which a '
+                        'config: the first call of a kind with quant="none" copies lists of tokens to the GPU, which a '
                         "CUDA graph cannot capture; make the same call once before the capture"
                     )
-                value, tensors = apart(*key)
-                size = sum(x.nbytes for x in tensors)
-                entry = SimpleNamespace(
-                    value=value, tensors=tensors, size=size, streams=set(), captured=False
-                )
+                value, tensors = apart(make, *args)
+                entry = _Entry(value, tensors, sum(x.nbytes for x in tensors))
                 self.entries[key] = entry
-                self.bytes += size
+                self.bytes += entry.size
             self.entries.move_to_end(key)
             entry.captured |= capturing
             if device.type == "cuda":
@@ -99,7 +123,7 @@ class _Cache:
             return entry.value
 
     def _drop(self) -> None:
-        for key, entry in list(self.entries.items())[:-1]:  # the last is in use
+        for key, entry in list(self.entries.items())[:-1]:  # the last one is about to be used
             if self.bytes > self.max_bytes and not entry.captured:
                 for x, stream in product(entry.tensors, entry.streams):
                     x.record_stream(stream)
@@ -111,17 +135,18 @@ _kept = _Cache(2**30)
 
 
 def _check_blocks(resolved: ResolvedConfig) -> None:
+    """Raises ValueError for more blocks than `MAX_BLOCKS`."""
     blocks = resolved.geometry.n_tiles * resolved.geometry.blocks_per_tile
     if blocks > MAX_BLOCKS:
         raise ValueError(
             f"config: tile {resolved.tile} cuts grid {resolved.grid} in {blocks:,} blocks of {_C.BLOCK} rows; "
-            f'quant="none" on a GPU takes at most {MAX_BLOCKS:,}, since FlexAttention lists pairs of them; take a '
+            f'quant="none" on a GPU takes at most {MAX_BLOCKS:,}, since FlexAttention lists pairs of blocks; take a '
             f"larger tile, for example {plan(resolved.grid).best.tile}"
         )
 
 
-def _listed_blocks(resolved: ResolvedConfig, window: Triple) -> torch.Tensor:
-    """bool [query blocks, key blocks]: 128-row blocks with at least one attended pair of tokens."""
+def _listed_blocks(resolved: ResolvedConfig, window: Triple) -> Tensor:
+    """bool [query blocks, key blocks]: True for 128-row blocks with at least one attended pair of tokens."""
     geometry = resolved.geometry
     holds_tokens = (geometry.slot_tokens >= 0).reshape(-1, _C.BLOCK)[:, 0]
     listed = geometry.tile_mask(window, resolved.border)
@@ -130,8 +155,10 @@ def _listed_blocks(resolved: ResolvedConfig, window: Triple) -> torch.Tensor:
     return listed & holds_tokens & holds_tokens[:, None]
 
 
-def _window_mask(resolved: ResolvedConfig, partial_text: bool, device: torch.device):
-    """((BlockMask of the one window, `_listed_blocks`), all tensors of both)."""
+def _window_mask(
+    resolved: ResolvedConfig, partial_text: bool, device: torch.device
+) -> tuple[tuple[torch_flex.BlockMask, Tensor], tuple[Tensor, ...]]:
+    """((BlockMask of the only window, its `_listed_blocks`), all tensors of both)."""
     geometry = resolved.geometry
     token = (geometry.slot_tokens >= 0).flatten()
     listed = _listed_blocks(resolved, *resolved.windows)
@@ -139,55 +166,52 @@ def _window_mask(resolved: ResolvedConfig, partial_text: bool, device: torch.dev
     if partial_text:
         full_block[geometry.n_video_tiles * geometry.blocks_per_tile :] = False
 
-    def lists(blocks):
-        # A part at a time: argsort counts in int64.
+    def lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        # In parts, because argsort returns int64.
         indices = [x.byte().argsort(dim=-1, descending=True, stable=True).int() for x in blocks.split(1024)]
         return blocks.sum(-1, dtype=torch.int32)[None, None], torch.cat(indices)[None, None]
 
     token, listed_on_device = token.to(device), listed.to(device)
 
-    def key_is_token(b, h, q, kv):
+    def key_is_token(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return token[kv]
 
-    # Made on the CPU and copied: on a GPU other streams might read it before this one has made it.
+    # Made on the CPU and copied, which waits. If kernels made it on the GPU, another stream might read it too early.
+    partial, full = lists(listed & ~full_block), lists(listed & full_block)
     mask = torch_flex.BlockMask.from_kv_blocks(
-        *lists(listed & ~full_block),
-        *lists(listed & full_block),
-        BLOCK_SIZE=_C.BLOCK,
-        mask_mod=key_is_token,
+        partial[0], partial[1], full[0], full[1], BLOCK_SIZE=_C.BLOCK, mask_mod=key_is_token
     ).to(device)
     return (mask, listed_on_device), (token, listed_on_device, *(getattr(mask, name) for name in LISTS))
 
 
 @torch.compiler.disable
-def block_mask(resolved: ResolvedConfig, device: torch.device, compiled: bool, partial_text: bool = False):
-    """The BlockMask [1, windows, rows, rows] of tokens in slot order: which key blocks every query block
-    attends.
+def block_mask(
+    resolved: ResolvedConfig, device: torch.device, compiled: bool, partial_text: bool = False
+) -> torch_flex.BlockMask:
+    """The BlockMask [1, windows, rows, rows] for tokens in slot order: the key blocks that each query block attends.
 
-    Key blocks without padding are full; the others are partial and masked by row. With `partial_text` all blocks of
-    text tokens are partial, since a sample may have fewer valid ones (`_of_valid`). Compiled FlexAttention visits the
-    listed blocks only; uncompiled it knows nothing but the mask function, which then must hold the window as well.
+    Key blocks without padding are full; the others are partial and masked by row. With `partial_text` all text blocks
+    are partial, because some of their tokens may be invalid in a sample (`_of_valid`). Compiled FlexAttention visits
+    only the listed blocks. Uncompiled FlexAttention reads only the mask function, which then includes the window.
 
     Raises ValueError for more blocks than `MAX_BLOCKS`.
     """
     _check_blocks(resolved)
-    # One window at a time: heads combine few of them in many ways.
-    masks, listed = zip(
-        *(
-            _kept.get(_window_mask, replace(resolved, windows=(window,)), partial_text, device)
-            for window in resolved.windows
-        ),
-        strict=True,
-    )
+    # Cached by window, because heads combine few windows in many ways.
+    kept = [
+        _kept.get(_window_mask, replace(resolved, windows=(window,)), partial_text, device)
+        for window in resolved.windows
+    ]
+    masks = [mask for mask, _ in kept]
     mask = copy.copy(masks[0])
     if len(masks) > 1:
         for name in LISTS:
             setattr(mask, name, torch.cat([getattr(x, name) for x in masks], dim=1))
     if compiled:
         return mask
-    key_is_token, listed = mask.mask_mod, torch.stack(listed)
+    key_is_token, listed = mask.mask_mod, torch.stack([blocks for _, blocks in kept])
 
-    def attended(b, h, q, kv):
+    def attended(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         window = h if len(masks) > 1 else 0
         return key_is_token(b, h, q, kv) & listed[window, q // _C.BLOCK, kv // _C.BLOCK]
 
@@ -195,11 +219,11 @@ def block_mask(resolved: ResolvedConfig, device: torch.device, compiled: bool, p
     return mask
 
 
-def _of_valid(mask, valid_rows: torch.Tensor):
-    """The BlockMask of one call: only keys that are valid in their sample, `valid_rows` bool [B, rows]."""
+def _of_valid(mask: torch_flex.BlockMask, valid_rows: Tensor) -> torch_flex.BlockMask:
+    """`mask` restricted to the keys that are valid in each sample, `valid_rows` bool [B, rows]."""
     attended = mask.mask_mod
 
-    def attended_and_valid(b, h, q, kv):
+    def attended_and_valid(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return attended(b, h, q, kv) & valid_rows[b, kv]
 
     mask = copy.copy(mask)
@@ -207,8 +231,13 @@ def _of_valid(mask, valid_rows: torch.Tensor):
     return mask
 
 
-def _permutation(resolved: ResolvedConfig, device: torch.device):
-    """(token of every row, row of every token), twice; padding repeats its tile's first token, so it is harmless."""
+def _permutation(
+    resolved: ResolvedConfig, device: torch.device
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(value, tensors) for the cache; both are (token of each row, row of each token).
+
+    A row of padding repeats its tile's first token.
+    """
     geometry = resolved.geometry
     rows = geometry.slot_tokens
     tokens = torch.where(rows < 0, rows[:, :1], rows).flatten()
@@ -220,33 +249,34 @@ def _permutation(resolved: ResolvedConfig, device: torch.device):
 
 
 @torch.compiler.disable
-def permutation(resolved: ResolvedConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(token of every row, row of every token) on a device."""
+def permutation(resolved: ResolvedConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(token of each row, row of each token) on a device."""
     return _kept.get(_permutation, replace(resolved, windows=()), device)
 
 
 def flex_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     resolved: ResolvedConfig,
     scale: float,
     tensor_layout: str,
-    prefix_valid: torch.Tensor | None = None,
-    suffix_valid: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention under a window, not rounded to FP8 (arXiv 2502.04507). Differentiable on CUDA.
+    prefix_valid: Tensor | None = None,
+    suffix_valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention under a window, without rounding to FP8 (arXiv 2502.04507). Differentiable on CUDA.
 
     Args:
-        q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), as `attention` has checked them, on CUDA; elsewhere all
-            scores are held in memory.
+        q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), checked by the caller. On the CPU all scores are held in
+            memory.
         resolved: grid, tile, windows, border, prefix_len and suffix_len are used.
-        scale: of the scores before softmax.
+        scale: factor of the scores before softmax.
+        tensor_layout: "NHD" or "HND".
         prefix_valid, suffix_valid: int32 [B], as in `fpsattention.reference.exact_attention`.
 
-    Returns out, like q, and lse fp32 [B, H, L], natural logarithm, in the order of memory.
-    Raises RuntimeError while a CUDA graph is captured if no such call was made before; ValueError for a
-    tile that is too small for the grid (`MAX_BLOCKS`).
+    Returns out, like q, and lse fp32 [B, H, L], natural logarithm, with tokens in the order of q.
+    Raises RuntimeError during the capture of a CUDA graph unless the same call was made before; ValueError for a tile
+    that is too small for the grid (`MAX_BLOCKS`).
     """
     q, k, v = (to_heads_first(x, tensor_layout) for x in (q, k, v))
     if not resolved.geometry.n_tokens:
@@ -259,7 +289,7 @@ def flex_attention(
     if valid is not None:
         mask = _of_valid(mask, valid[:, token_of_row])
     q, k, v = (zero_invalid(x, valid)[:, :, token_of_row] for x in (q, k, v))
-    with torch.autocast(q.device.type, enabled=False):  # whose dtype q, k and v have
+    with torch.autocast(q.device.type, enabled=False):  # q, k and v have its dtype already
         out, lse = _run(q, k, v, mask, scale, q.is_cuda)
     out, lse = zero_invalid(out[:, :, row_of_token], valid), lse[:, :, row_of_token]
     if valid is not None:

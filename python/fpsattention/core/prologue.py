@@ -1,4 +1,4 @@
-"""What models do to Q and K ahead of attention, fused into their quantisation: `norm_rope_quantize`."""
+"""RMSNorm and rotary embedding of Q and K, fused into their quantisation: `norm_rope_quantize`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from . import checks, ops
 from .api import QuantizedQKV, check_rounding, check_window, quantize_qkv, set_up
 from .checks import as_grid, shown
-from .config import AttentionConfig, as_config
+from .config import AXES, AttentionConfig, as_config
 
 
 def norm_rope_quantize(
@@ -29,18 +29,18 @@ def norm_rope_quantize(
     tensor_layout: str = "NHD",
     backend: str = "auto",
 ) -> QuantizedQKV:
-    """What `quantize_qkv` gives for `norm_rope` of q and of k, and for v: on the Hopper kernels in one pass over each
-    besides one for the norms, where the three steps on their own read and write Q and K twice more.
+    """`quantize_qkv` of `norm_rope` of q, `norm_rope` of k, and v.
 
-    It gives no gradient.
+    The Hopper kernels read Q and K once for the norms and once for all the rest. As separate steps, norm, rotation and
+    quantisation would read and write Q and K twice more. The result has no gradient.
 
     Args:
         q, k, v: projections, [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), L = T * H * W tokens of the grid.
-        q_weight, k_weight, eps, rope: see `norm_rope`; both weights or none.
-        grid, config, scale, tensor_layout, backend: as in `attention`; config.quant must be "fp8", and smooth_k False:
-            K's mean would have to be known first.
+        q_weight, k_weight, eps, rope: as in `norm_rope`; both weights or none.
+        grid, config, scale, tensor_layout, backend: as in `attention`; config.quant must be "fp8", and config.smooth_k
+            False, since smoothing needs K's mean first.
 
-    Returns what `attention` takes in place of q, k and v.
+    Returns a `QuantizedQKV`, which `attention` takes in place of q, k and v.
     Raises as `quantize_qkv` and `norm_rope` do.
     """
     config, rope, no_text = as_config(config), _as_tables(rope), (0, 0, None, None)
@@ -49,7 +49,7 @@ def norm_rope_quantize(
     check_rounding(config, inputs, instead="hand norm_rope of q and k, and v, to attention")
     if config.smooth_k:
         raise ValueError(
-            "config: smooth_k=True needs the mean of K before it is rounded; use smooth_k=False, or norm_rope and "
+            "config: smooth_k=True needs the mean of K before K is rounded; use smooth_k=False, or norm_rope and then "
             "quantize_qkv"
         )
     cast = checks.as_autocast(q, k, v)
@@ -59,20 +59,21 @@ def norm_rope_quantize(
         raise ValueError(f"{missing}: is missing; give the weights of both norms, or none")
     for argument, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         _check(argument, q, weight, eps, rope, grid, tensor_layout)
-    if q_weight is not None and q_weight.numel() != k_weight.numel():
+    if q_weight is not None and k_weight is not None and q_weight.numel() != k_weight.numel():
         raise ValueError(
-            f"k_weight: has {k_weight.numel()} elements, q_weight {q_weight.numel()}; both norms must be of a head's "
-            f"channels, or both of all heads'"
+            f"k_weight: has {k_weight.numel()} elements, q_weight {q_weight.numel()}; both must be weights of a head's "
+            f"channels, or both of all heads' channels"
         )
     check_window(q, grid, config, tensor_layout)
-    if name == "reference" or cast[0].dtype != q.dtype:  # autocast is of attention, not of norm and rotation
+    if name == "reference" or cast[0].dtype != q.dtype:  # autocast casts after norm and rotation
         q, k = (
             norm_rope(x, weight, eps=eps, rope=rope, grid=grid, tensor_layout=tensor_layout)
             for x, weight in ((q, q_weight), (k, k_weight))
         )
-        about = {"grid": grid, "config": config, "scale": scale, "tensor_layout": tensor_layout}
-        return quantize_qkv(q, k, v, **about, backend=name)
-    weights = (None, None) if q_weight is None else (q_weight.detach(), k_weight.detach())
+        return quantize_qkv(
+            q, k, v, grid=grid, config=config, scale=scale, tensor_layout=tensor_layout, backend=name
+        )
+    weights = [None if x is None else x.detach() for x in (q_weight, k_weight)]
     packed = ops.norm_rope_quantize(
         *(q.detach(), k.detach(), v.detach(), *weights, eps, [x.detach() for x in rope]),
         *(list(grid), config.spec, scale, tensor_layout),
@@ -90,18 +91,19 @@ def norm_rope(
     rope: Sequence[Tensor] | None = None,
     tensor_layout: str = "NHD",
 ) -> Tensor:
-    """RMSNorm (arXiv 1910.07467, Eq. 4) of x and then rotary embedding of its three axes (arXiv 2104.09864, Eq. 34), in
-    fp32, rounded once.
+    """RMSNorm of x (arXiv 1910.07467, Eq. 4), then rotary embedding on three axes (arXiv 2104.09864, Eq. 34).
+
+    The arithmetic is in fp32; the result is rounded to x's dtype once.
 
     Args:
-        x: [B, L, H, D] or [B, H, L, D], L = T * H * W tokens of the grid.
-        weight: of the norm: [H * D], the mean square is of all heads' channels; [D], of each head's; None: no norm.
+        x: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), L = T * H * W tokens of the grid.
+        weight: weight of the norm. [H * D]: one mean square over the channels of all heads; [D]: one for each head;
+            None: no norm. Of any floating-point dtype.
+        grid: tokens (T, H, W).
         eps: added to the mean square.
-        rope: for each axis, cosine and sine of the angle by which a coordinate turns a pair of channels, fp32
-            [T, P_t, 2], [H, P_h, 2], [W, P_w, 2], P_t + P_h + P_w = D / 2. Channels (2i, 2i + 1) are pair i; the pairs
-            of t come first, then those of h, then of w. None, or empty: no rotation.
-
-        Weights and tables may be of any floating dtype; the arithmetic is in fp32.
+        rope: three tables [T, P_t, 2], [H, P_h, 2], [W, P_w, 2] of any floating-point dtype, P_t + P_h + P_w = D / 2:
+            cosine and sine of the angle by which a coordinate turns a pair of channels. Channels (2i, 2i + 1) are pair
+            i; the pairs of t come first, then those of h, then those of w. None or empty: no rotation.
 
     Returns a tensor like x.
     Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value.
@@ -134,7 +136,7 @@ def norm_rope(
 def _as_tables(rope: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
     if rope is None:
         return ()
-    rule = "rope: must be three floating-point tensors, of the axes t, h and w"
+    rule = "rope: must be three floating-point tensors, for the axes t, h and w"
     try:
         tables = tuple(rope)
     except TypeError:
@@ -145,8 +147,16 @@ def _as_tables(rope: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
     return tables
 
 
-def _check(name: str, x: Tensor, weight: Tensor | None, eps: float, rope: tuple, grid, tensor_layout: str):
-    """Raise unless x [B, L, H, D], or heads first, can be normalised and turned; `name` is that of the weight."""
+def _check(
+    name: str,
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    rope: tuple[Tensor, ...],
+    grid: Sequence[int],
+    tensor_layout: str,
+) -> None:
+    """Check the arguments of `norm_rope` for x. `name` is the weight's in errors."""
     _, heads, _, head_dim = checks.to_heads_first(x, tensor_layout).shape
     if not isinstance(eps, float) or not eps >= 0:
         raise ValueError(f"eps: {shown(eps)} must be a float of at least 0")
@@ -160,19 +170,21 @@ def _check(name: str, x: Tensor, weight: Tensor | None, eps: float, rope: tuple,
         if weight.dim() != 1 or weight.numel() not in (head_dim, heads * head_dim):
             raise ValueError(
                 f"{name}: shape {shown(list(weight.shape))} must be [{head_dim}], for a norm of each head, or "
-                f"[{heads * head_dim}], for one of all heads"
+                f"[{heads * head_dim}], for a norm of all heads together"
             )
     if not rope:
         return
     if len(rope) != 3:
-        raise ValueError(f"rope: {len(rope)} tables must be three, of the axes t, h and w")
-    for axis, table, n in zip("thw", rope, grid, strict=True):
+        raise ValueError(f"rope: {len(rope)} tables must be three, for the axes t, h and w")
+    for axis, table, n in zip(AXES, rope, grid, strict=True):
         if table.dim() != 3 or table.shape[0] != n or table.shape[2] != 2:
             raise ValueError(
                 f"rope: shape {shown(list(table.shape))} on axis {axis} must be [{n}, pairs, 2], cosines and sines"
             )
         if table.device != x.device:
-            raise ValueError(f"rope: device {table.device} on axis {axis} must be that of q, {x.device}")
+            raise ValueError(
+                f"rope: device {table.device} on axis {axis} must be that of the tensor it turns, {x.device}"
+            )
     if sum(table.shape[1] for table in rope) * 2 != head_dim:
         raise ValueError(
             f"rope: {[table.shape[1] for table in rope]} pairs must be {head_dim // 2} in all, half of head_dim"

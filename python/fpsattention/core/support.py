@@ -1,4 +1,4 @@
-"""What the Hopper kernels run on: the one place that knows GPUs, head_dims and dtypes."""
+"""What the Hopper kernels support: GPUs, head_dims and dtypes; and the choice of a backend by it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from torch import Tensor
 from .checks import shown
 from .config import AttentionConfig, as_config
 
+BACKENDS = ("auto", "sm90", "reference")
 HEAD_DIMS = (64, 128)
-DTYPES = {
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}  # torch's, and the compiled module's name for it
+DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}  # to the names that the compiled module uses
 CAPABILITY = (9, 0)
 
-_NEED = "needs a Hopper GPU (compute capability 9.0)"
+_NEED = f"needs a Hopper GPU (compute capability {CAPABILITY[0]}.{CAPABILITY[1]})"
 
 
 @cache
@@ -27,16 +25,18 @@ def _capability(device: int) -> tuple[int, int]:
 
 @torch.compiler.assume_constant_result
 def hopper_obstacle(device: int | None = None) -> str | None:
-    """Why the Hopper kernels cannot run on a CUDA device, None when they can.
+    """The reason why the Hopper kernels cannot run on a CUDA device; None if they can.
 
     Args:
         device: index of the device; None: the current one.
 
-    Returns the rest of a sentence whose subject is what needs the GPU.
+    Returns the predicate of a sentence, "needs a Hopper GPU ...", to which the caller adds a subject.
     """
-    if torch.version.hip is not None:  # such a torch calls AMD's GPUs "cuda", and numbers an MI200 (9, 0)
+    if (
+        torch.version.hip is not None
+    ):  # torch for ROCm calls AMD's GPUs "cuda" and gives an MI200 capability (9, 0)
         return f"{_NEED}, this torch is built for AMD GPUs (ROCm {torch.version.hip})"
-    if not torch.cuda.is_initialized() and not torch.cuda.is_available():  # the former is asked in no time
+    if not torch.cuda.is_initialized() and not torch.cuda.is_available():  # is_available takes longer
         return f"{_NEED}, torch finds no GPU"
     capability = _capability(torch.cuda.current_device() if device is None else device)
     if capability == CAPABILITY:
@@ -44,28 +44,27 @@ def hopper_obstacle(device: int | None = None) -> str | None:
     return f"{_NEED}, {torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
 
 
-BACKENDS = ("auto", "sm90", "reference")
-
-
 def backend_for(q: Tensor, config: AttentionConfig, backend: str = "auto") -> tuple[str, str]:
-    """What `attention` would run for such a q, and why.
+    """The backend that `attention` would take for q and config, and the reason.
 
-    Returns (name, reason). name: "sm90", this package's Hopper kernels; "torch", which takes quant="none" on a GPU
-    (FlexAttention with a BlockMask made from our plan, SDPA when dense); "reference", plain torch on any device.
-    Raises ValueError for an unknown backend, RuntimeError when backend="sm90" cannot run.
+    Returns (name, reason). name is one of
+        "sm90": this package's Hopper kernels;
+        "torch": torch's CUDA kernels, for quant="none": SDPA when dense, else FlexAttention under the config's window;
+        "reference": plain torch on any device.
+    Raises ValueError for an unknown backend, RuntimeError if backend="sm90" cannot run.
     """
     check_backend(backend)
     config = as_config(config)
     if backend == "reference":
         return "reference", "it was asked for"
-    if config.quant == "none":
-        if q.is_cuda:
-            return "torch", 'quant="none" runs on torch\'s own kernels'
-        obstacle = f'q: quant="none" runs on torch\'s CUDA kernels, q is on {q.device}'
-    else:
+    if config.quant == "fp8":
         obstacle = _sm90_obstacle(q)
         if obstacle is None:
             return "sm90", "FP8 on a Hopper GPU"
+    else:
+        if q.is_cuda:
+            return "torch", 'quant="none" runs on torch\'s own kernels'
+        obstacle = f'q: quant="none" runs on torch\'s CUDA kernels, q is on {q.device}'
     if backend == "sm90":
         raise RuntimeError(f'backend="sm90" cannot run: {obstacle}')
     return "reference", obstacle
@@ -78,13 +77,14 @@ def check_backend(backend: str) -> None:
 
 
 def _sm90_obstacle(q: Tensor) -> str | None:
+    """The reason why the Hopper kernels cannot take q; None if they can."""
     if not q.is_cuda:
         return f"q: must be on a CUDA device, got {q.device}"
     obstacle = hopper_obstacle(q.device.index)
     if obstacle is not None:
         return f"q: {obstacle}"
     if q.dtype not in DTYPES:
-        return f"q: dtype must be bfloat16 or float16, got {q.dtype}"
+        return f"q: dtype must be {' or '.join(DTYPES.values())}, got {q.dtype}"
     if q.shape[-1] not in HEAD_DIMS:
         return f"q: head_dim must be one of {HEAD_DIMS}, got {q.shape[-1]}"
     return None
