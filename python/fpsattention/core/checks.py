@@ -20,9 +20,8 @@ from .. import _C
 Triple = tuple[int, int, int]
 
 MAX_INT = 2**31 - 1
-MAX_TOKENS = MAX_INT - (
-    _C.MAX_SLOT - 1
-)  # token indices are int32 in the kernels, also after rounding up to a slot
+# Token indices are int32 in the kernels, also after rounding up to a slot.
+MAX_TOKENS = MAX_INT - (_C.MAX_SLOT - 1)
 MAX_SCALE = 2.0**126  # fp32 holds it also after the factor log2(e)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 LAYOUTS = {"NHD": "[B, L, H, D]", "HND": "[B, H, L, D]"}

@@ -100,8 +100,8 @@ class AttentionConfig:
 
 def _spec_of(config: AttentionConfig) -> str:
     def by(triple: Triple | None) -> str:
-        # Python limits the digits of a decimal int, not of a hexadecimal one. torch.compile cannot format a symbol, but
-        # makes a constant of its index.
+        # Python limits the digits of a decimal int, not of a hexadecimal one. Under torch.compile, operator.index makes
+        # a symbol a constant of the graph.
         return ".".join([f"{operator.index(n):x}" for n in triple or ()])
 
     windows = config.window or ()

@@ -24,7 +24,8 @@ from .geometry import apart
 from .reference import valid_tokens, zero_invalid
 
 MAX_BLOCKS = 2**14  # FlexAttention's lists take 16 bytes for each pair of blocks, so at most 4 GiB
-LISTS = tuple(  # attributes of a BlockMask
+# Attributes of a BlockMask.
+LISTS = tuple(
     f"{full}{side}_{what}"
     for full in ("", "full_")
     for side in ("kv", "q")
@@ -173,7 +174,7 @@ def _window_mask(
 
     token, listed_on_device = token.to(device), listed.to(device)
 
-    def key_is_token(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+    def key_is_token(b, h, q, kv):
         return token[kv]
 
     # Made on the CPU and copied, which waits. If kernels made it on the GPU, another stream might read it too early.
@@ -211,7 +212,7 @@ def block_mask(
         return mask
     key_is_token, listed = mask.mask_mod, torch.stack([blocks for _, blocks in kept])
 
-    def attended(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+    def attended(b, h, q, kv):
         window = h if len(masks) > 1 else 0
         return key_is_token(b, h, q, kv) & listed[window, q // _C.BLOCK, kv // _C.BLOCK]
 
@@ -223,7 +224,7 @@ def _of_valid(mask: torch_flex.BlockMask, valid_rows: Tensor) -> torch_flex.Bloc
     """`mask` restricted to the keys that are valid in each sample, `valid_rows` bool [B, rows]."""
     attended = mask.mask_mod
 
-    def attended_and_valid(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+    def attended_and_valid(b, h, q, kv):
         return attended(b, h, q, kv) & valid_rows[b, kv]
 
     mask = copy.copy(mask)

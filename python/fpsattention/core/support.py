@@ -1,4 +1,4 @@
-"""What the Hopper kernels support: GPUs, head_dims and dtypes; and the choice of a backend by it."""
+"""What the Hopper kernels support: GPUs, head_dims and dtypes, and the backend that follows from it."""
 
 from __future__ import annotations
 
@@ -32,9 +32,8 @@ def hopper_obstacle(device: int | None = None) -> str | None:
 
     Returns the predicate of a sentence, "needs a Hopper GPU ...", to which the caller adds a subject.
     """
-    if (
-        torch.version.hip is not None
-    ):  # torch for ROCm calls AMD's GPUs "cuda" and gives an MI200 capability (9, 0)
+    # torch for ROCm calls AMD's GPUs "cuda" and gives an MI200 capability (9, 0).
+    if torch.version.hip is not None:
         return f"{_NEED}, this torch is built for AMD GPUs (ROCm {torch.version.hip})"
     if not torch.cuda.is_initialized() and not torch.cuda.is_available():  # is_available takes longer
         return f"{_NEED}, torch finds no GPU"
