@@ -1,4 +1,4 @@
-"""AttentionConfig: what it accepts, what it says about what it does not, and how it fits a grid."""
+"""AttentionConfig: what it accepts, its errors, and how it resolves for a grid."""
 
 import dataclasses
 
@@ -44,7 +44,7 @@ def test_resolve_is_cached_and_hashable():
         ((99, 1, 39), 2, ((3, 1, 39),)),
         (((3, 3, 9),), 4, ((3, 3, 9),)),
         (((1, 1, 1), (3, 3, 9)), 2, ((1, 1, 1), (3, 3, 9))),
-        (((9, 3, 9), (3, 3, 9)), 2, ((3, 3, 9),)),  # equal once they are cut: one for all
+        (((9, 3, 9), (3, 3, 9)), 2, ((3, 3, 9),)),  # equal once they are cut, so one for all heads
         (None, 2, ((3, 5, 40),)),
     ],
 )
@@ -61,7 +61,7 @@ def test_bricks():
     config = AttentionConfig(tile=TILE, quant_tile=(28, 18, 8))
     resolved = config.resolve(GRID, 1)
     assert resolved.quant_tile == (28, 18, 8)
-    assert resolved.brick == (3, 2, 4)  # 4 tiles along t are more than there are
+    assert resolved.brick == (3, 2, 4)  # 4 tiles along t are cut to the 3 of the grid
     assert AttentionConfig(tile=TILE).resolve(GRID, 1).brick == (1, 1, 1)
 
 

@@ -1,4 +1,4 @@
-"""quant="none": what FlexAttention is told to compute, and on the CPU, uncompiled, what it computes."""
+"""quant="none": the BlockMask for FlexAttention, and the results of uncompiled FlexAttention on the CPU."""
 
 import itertools
 from functools import lru_cache
@@ -30,7 +30,7 @@ CONFIGS = [
 
 
 def seen_by_rows(mask, sample, h):
-    """bool [rows, rows]: what a compiled kernel makes of a BlockMask."""
+    """bool [rows, rows]: the pairs that a compiled kernel attends, read from the BlockMask as it does."""
     n = mask.shape[-1]
     index = torch.arange(n)
     by_row = mask.mask_mod(sample, h, index[:, None], index[None, :]).expand(n, n)
@@ -49,7 +49,7 @@ def seen_by_rows(mask, sample, h):
 
 
 def in_given_order(seen, rows):
-    """bool [L, L] from bool [rows, rows]."""
+    """bool [L, L], in the order of tokens, from bool [rows, rows]."""
     token = rows[rows >= 0]
     out = torch.zeros(len(token), len(token), dtype=torch.bool)
     out[token[:, None], token[None, :]] = seen[rows >= 0][:, rows >= 0]
@@ -58,7 +58,7 @@ def in_given_order(seen, rows):
 
 @pytest.mark.parametrize("config", [*CONFIGS, AttentionConfig(tile=(4, 4, 8), window=(1, 3, 1))])
 def test_block_mask_holds_the_attended_pairs_and_no_others(config):
-    """Read as a compiled kernel reads it: full blocks whole, partial ones through the mask function."""
+    """A compiled kernel attends full blocks whole, and masks partial ones by the mask function."""
     grid = (8, 12, 8) if config.tile == (4, 4, 8) else GRID
     resolved = config.resolve(grid, 2)
     mask = flex.block_mask(resolved, torch.device("cpu"), compiled=True)
@@ -96,12 +96,12 @@ def test_flex_is_exact_attention(config, layout):
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
 
 
-EXTRA = pytest.mark.parametrize("case", text_cases.TEXT_CASES.values(), ids=text_cases.TEXT_CASES.keys())
+TEXT = pytest.mark.parametrize("case", text_cases.TEXT_CASES.values(), ids=text_cases.TEXT_CASES.keys())
 
 
-@EXTRA
+@TEXT
 def test_block_mask_of_text_tokens(case):
-    """For every sample the pairs that query by query attend each other."""
+    """For every sample, the pairs are those that the case lists query by query."""
     resolved = case.config("none").resolve(case.grid, case.heads, case.prefix_len, case.suffix_len)
     rows = resolved.geometry.slot_tokens.flatten()
     valid = valid_tokens(resolved.geometry, *case.counts().values())
@@ -118,7 +118,7 @@ def test_block_mask_of_text_tokens(case):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@EXTRA
+@TEXT
 def test_flex_of_text_tokens_is_exact_attention(case):
     qkv = case.make_qkv(dtype=torch.float32)
     resolved = case.config("none").resolve(case.grid, case.heads, case.prefix_len, case.suffix_len)
@@ -141,7 +141,7 @@ class Stats(NamedTuple):
 
 
 def test_kinds_of_calls_beyond_torchs_limit(monkeypatch):
-    """torch gives up on a function after 8 recompilations, which a process's calls of all kinds soon are."""
+    """torch stops compiling a function after 8 recompilations. A process may have more kinds of calls."""
     stub = SimpleNamespace(flex_attention=lambda q, k, v, **_: (q + k, Stats(v)), AuxRequest=lambda lse: None)
     counter = CompileCounter()
     compile_ = torch.compile
@@ -155,14 +155,14 @@ def test_kinds_of_calls_beyond_torchs_limit(monkeypatch):
         assert torch.equal(out, x + x)
     assert counter.frame_count == 12
     flex._run(x, x, x, mask, 0.5, True)
-    assert counter.frame_count == 12, "of a kind that there was"
-    # In a graph of the caller's it is part of that.
+    assert counter.frame_count == 12, "this kind was compiled before"
+    # While the caller is compiled, it is part of the caller's graph.
     whole = compile_(lambda x: flex._run(x, x, x, mask, 0.5, True)[0] + 1, backend="eager", fullgraph=True)
     assert torch.equal(whole(x), 2 * x + 1) and counter.frame_count == 12
 
 
 def test_torchs_limit_stays_as_it_is_while_we_compile(monkeypatch):
-    """It is the process's, or the thread's, and others compile too."""
+    """The limit belongs to the process or the thread, where others compile too."""
     limits = []
 
     def compile_(call, **_):
@@ -181,7 +181,7 @@ def test_torchs_limit_stays_as_it_is_while_we_compile(monkeypatch):
 
 
 class Kept:
-    """A cache for 10 bytes of fake tensors on a GPU, whose stream and capture the test sets."""
+    """A cache for 10 bytes of stand-ins for GPU tensors. The test sets the current stream and whether it captures."""
 
     def __init__(self, monkeypatch):
         self.stream, self.capturing, self.recorded, self.made = "a", False, [], []
@@ -212,7 +212,7 @@ def test_the_least_recently_used_goes(kept):
 
 
 def test_the_allocator_is_told_of_every_stream(kept):
-    """Another stream may read what is dropped."""
+    """Another stream may still read a dropped tensor."""
     kept.get("x")
     kept.stream = "b"
     kept.get("x")
@@ -241,7 +241,7 @@ def test_nothing_is_made_for_a_graph(kept):
 
 
 def test_many_windows_are_made_once(monkeypatch):
-    """Heads combine few windows in many ways; more than four configs once rebuilt their masks in every call."""
+    """Heads combine few windows in many ways. The cache once held four configs, and rebuilt all masks beyond that."""
     monkeypatch.setattr(flex, "_kept", flex._Cache(2**30))
     windows = [(1, h, w) for h in (1, 3) for w in (1, 3, 5)]
     made = []
@@ -257,7 +257,7 @@ def test_many_windows_are_made_once(monkeypatch):
 
 @pytest.mark.parametrize("mode", ["fake", "inference", "grad"])
 def test_masks_are_of_no_mode(monkeypatch, mode):
-    """The first call for a window may come in a mode whose tensors are no good for any other."""
+    """The first call for a window may come in a mode whose tensors are unusable outside it."""
     monkeypatch.setattr(flex, "_kept", flex._Cache(2**30))
     tile_geometry.cache_clear()
     resolved = AttentionConfig(quant="none", tile=(5, 2, 1), window=(1, 1, 3)).resolve(GRID, 1)
@@ -281,7 +281,7 @@ def test_masks_are_of_no_mode(monkeypatch, mode):
 
 
 def test_small_tiles_of_a_long_video_are_refused():
-    """Every token a tile: lists of 75,600 x 75,600 blocks would take 90 GB."""
+    """With a tile for every token, lists of 75,600 x 75,600 blocks would take 90 GB."""
     resolved = AttentionConfig(quant="none", tile=(1, 1, 1), window=(3, 3, 3)).resolve((21, 45, 80), 1)
     with pytest.raises(
         ValueError, match=r"tile \(1, 1, 1\) .* 75,600 blocks .* 16,384.*larger tile, for example \(7, 9, 2"

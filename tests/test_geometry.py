@@ -14,9 +14,8 @@ from fpsattention.core.checks import MAX_TOKENS, as_grid, as_tile, shrink_tile
 from fpsattention.core.geometry import TileGeometry, tile_geometry
 
 BORDERS = ("clamp", "truncate")
-AXIS_CASES = [
-    (n, w, border) for n in range(1, 9) for w in legal_windows(n) for border in BORDERS
-]  # every axis of at most 8 tiles under every legal window
+# Every axis of at most 8 tiles, under every legal window.
+AXIS_CASES = [(n, w, border) for n in range(1, 9) for w in legal_windows(n) for border in BORDERS]
 
 
 @pytest.mark.parametrize(("n", "w", "border"), AXIS_CASES)
@@ -102,9 +101,8 @@ def test_counts_are_those_of_the_token_mask(case):
 
 
 def test_blocks_of_padding_only_are_not_counted():
-    g = TileGeometry(
-        (9, 8, 8), (8, 8, 8)
-    )  # a full tile of 512 tokens, and a ragged one of 64: 4 blocks of keys and 1, 8 of queries and 1
+    # Tiles of 512 and of 64 tokens: 4 and 1 blocks of keys, 8 and 1 blocks of queries.
+    g = TileGeometry((9, 8, 8), (8, 8, 8))
     assert g.valid.tolist() == [512, 64]
     assert g.computed_pairs((2, 1, 1), "clamp") == (8 + 1) * (4 + 1) * 64 * 128
     assert g.waste == pytest.approx(5 * 128 / 576 - 1)

@@ -1,6 +1,7 @@
-"""The reference gradients: exact attention's against finite differences; the straight-through one of the FP8
-contract against its formulas written out with full score matrices; the one with the kernels' 16-bit roundings
-against both.
+"""The reference gradients.
+
+The gradient of exact attention is compared with finite differences, the straight-through gradient of the FP8 contract
+with its formulas in full score matrices, and the gradient with the kernels' 16-bit roundings with both.
 """
 
 import itertools
@@ -82,7 +83,7 @@ class Dense:
         return [g.transpose(1, 2) for g in (dq, self.scale * ds.mT @ self.q, rounded.mT @ d)]
 
     def sizes(self, dout, dlse):
-        """The three gradients with all that is added up positive: what errors of the summands are relative to."""
+        """The three gradients with all summands made positive: the scale of their errors."""
         out, _, p, _ = self.forward()
         d, q, k, v = (x.abs() for x in (dout.double().transpose(1, 2), self.q, self.k, self.v))
         delta = (d * out.transpose(1, 2).abs()).sum(-1) + dlse.abs()
@@ -91,7 +92,7 @@ class Dense:
         return [g.transpose(1, 2) for g in (dq, self.scale * ds.mT @ q, p.mT @ d)]
 
     def in_16_bits(self, out, lse, dout, dlse):
-        """As the kernels compute it, the roundings of x, dO', V, K, Q and dS where they have them."""
+        """The gradients with the roundings of x, dO', V, K, Q and dS in the places where the kernels have them."""
 
         def bf16(x):
             return x.float().bfloat16().double()
@@ -125,7 +126,7 @@ SMALL = (2, 3, 4)  # in tiles of (1, 2, 3): ragged along h and w
     ],
 )
 def test_exact_has_the_gradient_of_finite_differences(config, tensor_layout, monkeypatch):
-    """And the gradient's own: it can be differentiated again."""
+    """The gradient can be differentiated again."""
     monkeypatch.setattr(reference, "BUDGET", 2**6)
     shape = (1, 24, 2, 3) if tensor_layout == "NHD" else (1, 2, 24, 3)
     leaves = [normal(*shape, seed=s).requires_grad_() for s in range(3)]
@@ -175,7 +176,7 @@ def test_emulation_has_the_gradient_of_the_contract(config, scale, small_budget)
 
 
 def test_without_rounding_emulation_has_the_gradient_of_finite_differences(monkeypatch):
-    """Scales are constants that cancel. And differentiating twice works."""
+    """Scales are constants that cancel. A second derivative works too."""
     monkeypatch.setattr(reference, "_StraightThrough", SimpleNamespace(apply=lambda x, rounded: x))
     leaves = [normal(1, 24, 2, 3, seed=s).requires_grad_() for s in range(3)]
     config = AttentionConfig(tile=(1, 2, 3), window=((1, 1, 2), (2, 1, 1)), border="truncate")
@@ -190,7 +191,7 @@ def test_without_rounding_emulation_has_the_gradient_of_finite_differences(monke
 
 
 def test_second_gradient_is_straight_through_too():
-    """In d(sum dV * w) / d(dO), the rounded P stand again."""
+    """d(sum dV * w) / d(dO) has the rounded P again."""
     leaves = [x.requires_grad_() for x in qkv(dtype=torch.float64)]
     dout, w = given()[0].requires_grad_(), normal(2, LENGTH, 3, 16, seed=9)
     config = FP8_CONFIGS[1]
@@ -214,7 +215,7 @@ def test_gradient_in_the_dtype_of_the_call(dtype):
     grads = gradients((out, lse), leaves, dout, dlse)
     assert {g.dtype for g in grads} == {dtype}
     for grad, expected in zip(grads, reference_gradients(q, k, v, dout, dlse, **call), strict=True):
-        # In bf16, delta comes of an fp32 out, and only the result is rounded: by 2^-9 at most of each element.
+        # In bf16, delta comes from out in fp32, and only the result is rounded: each element by 2^-9 at most.
         assert rms(grad, expected) < (2**-8 if dtype == torch.bfloat16 else 1e-5)
 
 
@@ -251,7 +252,7 @@ def test_gradient_checkpointing(use_reentrant):
 
 @pytest.mark.parametrize("config", [FP8_CONFIGS[0], FP8_CONFIGS[2]])
 def test_memory_of_the_gradient_is_bounded(config, monkeypatch):
-    """No buffer exceeds the budget, and what is kept for the backward are operands, not scores."""
+    """No buffer exceeds the budget, and the backward keeps operands, not scores."""
     leaves = [x.requires_grad_() for x in qkv(batch=1, heads=2)]
     call = {"grid": GRID, "config": config}
     dout, dlse = given(leaves[0].shape, torch.float32)
@@ -271,7 +272,7 @@ def test_memory_of_the_gradient_is_bounded(config, monkeypatch):
         grads = gradients(outputs, leaves, dout, dlse)
         rounded_in_parts = emulated_backward(*leaves, out, lse, dout, dlse, **call)
     assert largest.elements <= 2**13
-    # x8 of Q, K and V, scales by token and channel, indices; 39,200 scores are not among them.
+    # Room for x8 of Q, K and V, scales of tokens and channels, and indices, but not for 39,200 scores.
     assert sum(kept.values()) <= 6 * out.numel()
     for grad, want in zip(grads, expected, strict=True):
         assert rms(grad, want) < 1e-5
@@ -314,7 +315,7 @@ def test_every_rounding_is_where_the_kernels_have_it(config, tensor_layout, smal
     expected = Dense(q, k, v, config, 0.3).in_16_bits(laid_out(out), lse, dout, dlse)
     for grad, want in zip(grads, expected, strict=True):
         assert (grad.shape, grad.dtype) == (operands[0].shape, torch.float32)
-        assert rms(laid_out(grad), want) < 3e-4  # what lies at a tie in fp32 may round otherwise
+        assert rms(laid_out(grad), want) < 3e-4  # a value near a tie may round otherwise in fp32
 
 
 # Here dP - delta is as large as dP and the limit is relative to the gradient itself. In the others they cancel:
@@ -325,8 +326,9 @@ WELL_CONDITIONED = {"gaussian", "peaked", "channel_outliers", "zero_tile", "one_
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_roundings_to_16_bits_are_the_only_error(kind, dtype):
-    """Five of them enter dQ and dK, independently: of dO', V, dS, K or Q, and of the result; sqrt(5) times the error
-    of one, relative to what is summed up. (That of out enters through delta, a sum of many and small.)
+    """Five independent roundings enter dQ and dK: of dO', V, dS, K or Q, and the result. Together they err by sqrt(5)
+    times one of them, relative to the size of the summands. The rounding of out enters through delta, where it averages
+    out.
     """
     q, k, v = make_qkv(kind, grid=GRID, tile=TILE, dtype=dtype, device="cpu")
     dout, dlse = given(q.shape, dtype)

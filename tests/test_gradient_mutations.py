@@ -1,6 +1,6 @@
-"""The judge of gradients is tested: wrong ones must fail `check_gradients`, right ones must pass.
+"""Tests of `check_gradients`: wrong gradients must fail, right ones must pass.
 
-The emulation with the accumulator of the tensor core plays the kernel. Every mutation is a mistake a backward
+The emulation with the tensor core's accumulator stands in for the kernel. Every mutation is a mistake that a backward
 kernel can make.
 """
 
@@ -24,7 +24,7 @@ from test_reference import rms
 
 @contextmanager
 def tensor_core():
-    """Inside, the emulation adds up scores as the tensor core does: 32 channels at a time, 14 bits kept."""
+    """Inside, the emulation sums scores like the tensor core: 32 channels at a time, and keeps 14 bits."""
     scores = reference._scores
 
     def truncated(q8, q_scale, k8, k_scale, *rest):
@@ -40,7 +40,7 @@ def tensor_core():
 
 
 class Backward:
-    """One call: inputs, what the forward returned, both references. `kernel` is what a kernel gives for it."""
+    """One call: inputs, results of the forward, both reference gradients. `kernel` stands in for a kernel."""
 
     def __init__(self, case: Case, kind: str = "gaussian"):
         self.case, self.wide_logits = case, KINDS[kind].wide_logits
@@ -56,23 +56,23 @@ class Backward:
         self.emulated = self.backward()
 
     def backward(self, **changes):
-        """dq, dk, dv by the emulation; `changes` to its arguments."""
+        """dq, dk, dv by the emulation, with `changes` to its arguments."""
         tensors = dict(zip("qkv", self.qkv, strict=True))
         tensors |= {"out": self.out, "lse": self.lse, "dout": self.dout, "dlse": self.dlse}
         return reference.emulated_backward(**{**tensors, **self.call, **changes})
 
     def kernel(self, **changes):
-        """As `backward`, on the tensor core."""
+        """`backward` with the tensor core's accumulator."""
         with tensor_core():
             return self.backward(**changes)
 
     @cached_property
     def right(self):
-        """What a right kernel gives; not to be written to."""
+        """The gradients of a right kernel. Do not write to them."""
         return self.kernel()
 
     def broken_rules(self, grads) -> set[str]:
-        """The rules that gradients break; and `check_gradients` must agree that there are some, or none."""
+        """The rules that gradients break. Also asserts that `check_gradients` raises if there are any."""
         geometry, wide = self.case.resolved.geometry, {"wide_logits": self.wide_logits}
         judged = (grads, self.reference, self.emulated)
         found = compare.gradient_violations(*judged, geometry.tile_of_token, **wide)
@@ -101,7 +101,7 @@ def test_right_gradients_of_every_kind_pass(kind):
 
 
 def test_unrounded_p_in_dv_fails(backward, monkeypatch):
-    """It is closer to exact attention than the contract, but not the gradient of what the forward computed."""
+    """It is closer to exact attention, but not the gradient of the forward's result."""
     monkeypatch.setattr(reference, "_to_four_bits", lambda x: x.bfloat16().float())
     grads = backward.kernel()
     assert {"dv exact", "dv emulation"} <= backward.broken_rules(grads)
@@ -111,7 +111,7 @@ def test_unrounded_p_in_dv_fails(backward, monkeypatch):
     assert rms(grads[2], exact[0]) < rms(backward.emulated[2], exact[0])
 
 
-# Mutations: Backward -> (dq, dk, dv). The rules that must catch each stand beside it.
+# Mutations: Backward -> (dq, dk, dv). MUTATIONS lists the rules that must catch each.
 
 
 def zero_gradients(x):
@@ -126,7 +126,7 @@ def dropped_key_scale(x):
 
 
 def dropped_key_scale_in_dq(x):
-    """The same, where dQ is computed alone."""
+    """The same mistake in dQ alone."""
     dq, dk, dv = x.right
     return dropped_key_scale(x)[0], dk, dv
 
@@ -150,7 +150,7 @@ def missing_value_scale_in_dp(x):
 
 
 def transposed_list_off_by_one(x):
-    """Key tile j receives from the query tiles that attend j + 1."""
+    """Key tile j sums over the query tiles that attend j + 1."""
     width = x.case.config.tile[2]
 
     def shift(t, by):
@@ -167,7 +167,7 @@ def transposed_window_cut_at_the_border(x):
 
 
 def transposed_window_too_wide(x):
-    """Queries that do not attend a key tile send it a gradient."""
+    """Queries that do not attend a key tile contribute to its gradient."""
     t, h, w = x.case.config.window
     _, dk, dv = x.kernel(config=replace(x.case.config, window=(t, h, w + 2)))
     return x.right[0], dk, dv
@@ -305,6 +305,6 @@ def test_failure_names_the_gradient_and_the_place(backward, which):
 
 @pytest.mark.parametrize("mutation", [zero_gradients, swapped_heads, one_row_of_dq_unwritten, one_stale_nan])
 def test_wrong_gradients_fail_with_wide_logits(mutation):
-    """What wide logits are granted does not let these through."""
+    """The wider tolerance for wide logits does not let these pass."""
     backward = Backward(Case(*GRIDS["small tiles"], "cpu"), "key_outliers")
     assert backward.broken_rules(mutation(backward))

@@ -1,4 +1,4 @@
-"""No message is too long to be read, whatever it was given."""
+"""Error messages stay short whatever the value, and name the argument."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ CONFIG = fps.AttentionConfig(tile=(2, 2, 2))
 
 
 class Broken:
-    """Whose repr fails, as that of half-made objects does."""
+    """An object whose repr fails, as that of a half-made object may."""
 
     def __repr__(self):
         raise RuntimeError("no repr")
@@ -194,7 +194,7 @@ CALLS = {
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    """A group of this process alone."""
+    """A process group of this process alone."""
     path = tmp_path_factory.mktemp("group") / "store"
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=0, world_size=1)
     yield

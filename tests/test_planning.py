@@ -1,4 +1,4 @@
-"""plan(): the tiles it ranks, and what it says about them."""
+"""plan(): the ranking of tiles, and the text of Plan.explain."""
 
 import math
 from collections import Counter
@@ -64,7 +64,7 @@ def test_waste_of_the_best_is_small_on_the_grids_of_video_models():
 
 
 def test_the_work_does_not_grow_with_the_grid(monkeypatch):
-    """Once every tile that fits in a slot fits in the grid, there are no more to look at."""
+    """Tiles are limited by the slot once the grid is larger than any tile."""
     looked_at = Mock(wraps=planning._choice)
     monkeypatch.setattr(planning, "_choice", looked_at)
     grids = (512, 512, 512), (1200, 1200, 1200)

@@ -1,4 +1,4 @@
-"""`norm_rope` and `norm_rope_quantize` on the CPU: the definition, the reference backend, and bad input."""
+"""`norm_rope` and `norm_rope_quantize` on the CPU: definition, reference backend, errors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_norm_rope(head_dim, norm, rope, seed):
 
 
 def test_mutations_of_the_definition_show(seed):
-    """Axes or signs swapped, a norm of the other kind, a weight left out: none is near the definition."""
+    """The test above would notice swapped signs, a shifted table, the other kind of norm, or a weight left out."""
     (q, _, _), given = inputs(GRID, 3, 64, seed=seed)
     weight, eps, rope = given["q_weight"], given["eps"], given["rope"]
     want = expected(q, weight, GRID, eps, rope)
@@ -53,7 +53,7 @@ def test_mutations_of_the_definition_show(seed):
 
 @pytest.mark.parametrize("tensor_layout", ["NHD", "HND"])
 def test_reference_backend(tensor_layout, seed):
-    """What it gives is the attention of what was normalised and turned, to the bit."""
+    """Bit for bit the attention of separately normalised and rotated Q and K."""
     (q, k, v), given = inputs(GRID, 2, 64, seed=seed)
     layout = {"grid": GRID, "tensor_layout": tensor_layout}
     if tensor_layout == "HND":
@@ -66,7 +66,7 @@ def test_reference_backend(tensor_layout, seed):
 
 
 def test_fake(seed):
-    """The op's shapes, as torch.compile sees them."""
+    """The op's fake gives the shapes that torch.compile sees."""
     with FakeTensorMode():
         q = torch.zeros(2, 24, 3, 64, dtype=torch.bfloat16)
         weight = torch.zeros(192)

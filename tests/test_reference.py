@@ -336,8 +336,8 @@ def test_nasty_inputs(name, window):
     seen = {"grid": GRID, "config": config, "tensor_layout": "HND"}
     expected, expected_lse = exact_attention(x.q, x.k, x.v, **seen)
     size, _ = exact_attention(x.q, x.k, x.v.abs(), **seen)
-    # Half a step is 2**-4 of a normal 448 P, and 2**-10 of a subnormal one; l is at least 1/2, as m - max z <
-    # 1.
+    # Half a step of E4M3 is at most 2**-4 of a normal 448 P, and 2**-10 for a subnormal one. l is at least 1/2, because
+    # m - max z < 1.
     bound = size / 16 + LENGTH * 2 * 2**-10 / 448 * x.v.abs().amax(2, keepdim=True)
     assert ((out.transpose(1, 2) - expected).abs() <= bound * (1 + 1e-3)).all()
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-6, atol=2e-6)
@@ -345,7 +345,7 @@ def test_nasty_inputs(name, window):
 
 
 def test_equal_keys_show_the_bias_of_rounding_p_in_full():
-    """All P are 2**(z - m): their one rounding does not average out, and the contract does not hide it."""
+    """All P are equal, so the error of rounding them does not average out. The contract shows it in full."""
     q = torch.full((1, LENGTH, 1, 16), 0.5)
     v = torch.randn(1, LENGTH, 1, 16, generator=torch.Generator().manual_seed(0))
     out, lse = emulated_attention(q, q, v, grid=GRID, config=AttentionConfig(tile=TILE))
@@ -357,7 +357,7 @@ def test_equal_keys_show_the_bias_of_rounding_p_in_full():
     torch.testing.assert_close(lse, torch.full_like(lse, z * math.log(2) + math.log(LENGTH)))
 
 
-def test_nan_stays_with_those_who_see_it():
+def test_nan_reaches_only_the_queries_that_attend_it():
     q, k, v = qkv(batch=1, heads=2, head_dim=64)
     config = AttentionConfig(tile=TILE, window=(1, 1, 1))
     tile = brute.tile_tokens(GRID, TILE)[5]
@@ -472,7 +472,7 @@ def test_arithmetic_settings_of_torch_are_restored(attention):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation made."""
+    """Count the elements of the largest tensor that any operation makes."""
 
     elements = 0
 
@@ -588,7 +588,7 @@ def test_emulation_of_nothing_is_an_error():
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_coarse_products_are_not_used_and_the_setting_is_left_alone(monkeypatch, precision):
-    """It is one setting of the whole process, which other threads see: it is read, never set."""
+    """The setting belongs to the whole process, so the reference reads it and never sets it."""
     q, k, v = qkv()
     call = {**ARGS, "dtype": torch.float32}
     want = exact_attention(q, k, v, **call)
@@ -616,7 +616,7 @@ def test_coarse_products_are_not_used_and_the_setting_is_left_alone(monkeypatch,
 
 
 def test_coarse_products_are_replaced(monkeypatch):
-    """By products in fp64, since a GPU is not at hand to round to TF32."""
+    """fp64 replaces them. Without a GPU that rounds to TF32, the test only sees the dtype of the product."""
     a, b = torch.full((1, 1), 1 + 2.0**-20), torch.full((1, 1), 1 - 2.0**-20)
     seen = []
     product = torch.Tensor.__matmul__
@@ -627,7 +627,7 @@ def test_coarse_products_are_replaced(monkeypatch):
 
 
 def test_operands_of_the_fp8_arithmetic_fit_in_tf32_and_bf16(monkeypatch):
-    """So that its products need no care: 8 significant bits are enough for every operand of every product."""
+    """Its products need no care, because every operand has at most 8 significant bits."""
     operands = []
     product = torch.Tensor.__matmul__
 

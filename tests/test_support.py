@@ -1,4 +1,4 @@
-"""The one predicate that says whether the Hopper kernels can run, and that everything asks it."""
+"""`hopper_obstacle`: its answers, and that nothing else asks for the capability of a GPU."""
 
 import ast
 from pathlib import Path
@@ -16,14 +16,14 @@ CONFIG = fps.AttentionConfig(tile=(1, 3, 2))
 
 
 class Query:
-    """What `backend_for` looks at of a tensor on the first GPU of a torch that has one."""
+    """The attributes that `backend_for` reads, as of a tensor on the first GPU."""
 
     is_cuda, device, dtype, shape = True, torch.device("cuda", 0), torch.bfloat16, (1, 36, 2, 64)
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Pretends that there is one, of this capability; `rocm`: that torch is built for AMD's."""
+    """A function that pretends there is a GPU of a capability; `rocm` pretends that torch is built for AMD GPUs."""
 
     def pretend(capability, rocm=None):
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -70,7 +70,7 @@ def test_no_gpu(monkeypatch):
 
 
 def test_nothing_else_asks_for_the_capability():
-    """Besides support.py, and what lists the GPUs there are."""
+    """Only support.py reads `get_device_capability`."""
     asking = {
         path.relative_to(ROOT).as_posix()
         for folder in ("python", "tests", "examples", "bench")

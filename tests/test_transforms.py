@@ -37,7 +37,7 @@ def fakes(dtype=torch.bfloat16, device="cpu", grad=False):
 @pytest.mark.parametrize("tensor_layout", ["NHD", "HND"])
 @BOTH
 def test_fake_tensors(config, tensor_layout):
-    """They once reached compiled code by their data pointer. As SDPA gives: shapes, and gradients."""
+    """They get shapes and gradients, as from SDPA. They once reached compiled code by their data pointer."""
     with FakeTensorMode():
         q, k, v = fakes(grad=True)
         if tensor_layout == "HND":
@@ -76,7 +76,7 @@ def test_fake_tensors_elsewhere():
 
 @BOTH
 def test_fake_tensors_on_a_gpu_that_is_not_there(config):
-    """Memory is planned on machines without one."""
+    """Tools plan memory on machines without a GPU."""
     with FakeTensorMode():
         q, k, v = fakes(device="cuda")
         with warnings.catch_warnings():
@@ -100,13 +100,13 @@ def attempt(call):
 
 @pytest.mark.parametrize("mode", ["fake", "meta", "inference", "grad", "vmap", "jvp"])
 def test_the_first_call_leaves_plain_tensors(nothing_kept, mode):
-    """What is kept from it serves calls in no mode: right, and with a gradient."""
+    """Tensors cached by a call in a mode serve calls outside it, with right results and gradients."""
     want = fps.attention(*qkv(), config=CONFIG, **CALL)
     tile_geometry.cache_clear()
 
     def call(x):
         attempt(lambda: fps.attention(x, x, x, config=CONFIG, **CALL))
-        geometry = tile_geometry(GRID, CONFIG.tile)  # whether or not that call was refused
+        geometry = tile_geometry(GRID, CONFIG.tile)  # cached even if the call was refused
         made = [geometry.slot_tokens, geometry.valid, geometry.tile_of_token, geometry.text_tokens]
         assert all(type(t) is torch.Tensor and t.device.type == "cpu" for t in made)
         return x.sum()
@@ -181,7 +181,7 @@ def test_opcheck(kind, tensor_layout):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_quantised_operands_under_compile(monkeypatch, fused):
-    """In one graph, as on a Hopper GPU: in place of the kernels their fakes run."""
+    """One graph, as on a Hopper GPU. The ops' fakes run in place of the kernels."""
     monkeypatch.setattr(api, "backend_for", lambda *_: ("sm90", "it is pretended"))
     weight = torch.ones(64)
 
@@ -221,7 +221,7 @@ FORWARD = {
 @pytest.mark.parametrize("run", FORWARD.values(), ids=FORWARD.keys())
 @pytest.mark.parametrize("backend", ["reference", "sm90"])
 def test_forward_mode_is_refused_by_name(monkeypatch, backend, run):
-    """An op of torch.library would take the derivative for zero without a word."""
+    """An op of torch.library would silently give a derivative of zero."""
     monkeypatch.setattr(api, "backend_for", lambda *_: (backend, "it is pretended"))
     torch.compiler.reset()
     with pytest.raises(Exception, match="forward-mode derivative.*torch.func.jvp.*differentiate backward"):
@@ -261,7 +261,7 @@ def test_transforms_are_refused_by_name(monkeypatch, backend, run):
 
 
 def test_norm_rope_is_transformed():
-    """It is made of torch's own ops."""
+    """norm_rope consists of torch's own ops, so it can be transformed."""
     x, weight = qkv()[0], torch.linspace(1, 2, 64)
     norm = lambda x: fps.norm_rope(x, weight, grid=GRID)  # noqa: E731
     _, tangent = torch.func.jvp(norm, (x,), (x,))
@@ -277,7 +277,7 @@ def test_norm_rope_is_transformed():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @BOTH
 def test_autocast_is_that_of_sdpa(config, dtype):
-    """q, k and v are cast to its dtype; nothing inside is."""
+    """q, k and v are cast to autocast's dtype; nothing inside is cast."""
     inputs = qkv()
     want, want_lse = fps.attention(*(x.to(dtype) for x in inputs), config=config, return_lse=True, **CALL)
     with torch.autocast("cpu", dtype):
