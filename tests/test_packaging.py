@@ -115,44 +115,70 @@ def test_the_emulator_compiles_with_the_headers_of_the_build():
     assert len(extra) > 3 and set(extra) <= {*build_backend.TOOLS, *build_backend.COMPILER}
 
 
-def functions_of_the_stub() -> dict[str, ast.arguments]:
-    tree = ast.parse((PACKAGE / "_C.pyi").read_text())
-    return {node.name: node.args for node in tree.body if isinstance(node, ast.FunctionDef)}
+STUB = ast.parse((PACKAGE / "_C.pyi").read_text())
+FUNCTIONS = {node.name: node.args for node in STUB.body if isinstance(node, ast.FunctionDef)}
+CLASSES = {node.name: node for node in STUB.body if isinstance(node, ast.ClassDef)}
 
 
-def signature_of(name: str) -> ast.arguments:
-    """The signature in pybind11's docstring: positional parameters are arg0, arg1, ..."""
-    line = getattr(_C, name).__doc__.splitlines()[0]
-    (node,) = ast.parse(f"def {line}: ...").body
-    return node.args
+def signatures_of(function) -> list[ast.arguments]:
+    """As pybind11 writes them into the docstring, without self; unnamed parameters are arg0, arg1, ..."""
+    lines = [re.sub(r"^\d+\. ", "", line.strip()) for line in function.__doc__.splitlines()]
+    lines = [line for line in lines if re.match(r"\w*\(.*\) -> ", line)]
+    found = [ast.parse(f"def f{line[line.index('(') :]}: ...").body[0].args for line in lines]
+    return [_without_self(arguments) for arguments in found]
 
 
-def described(arg: ast.arg) -> str:
-    """What a stub and pybind11 both give of a parameter: the depth of its sequences and the type of an element."""
-    text = ast.unparse(arg.annotation).replace("_Triple", "Sequence[int]")
-    (kind,) = set(re.findall(r"\b(?:Supports)?(Int|Float|int|float|bool|str)\b", text))
+def _without_self(arguments: ast.arguments) -> ast.arguments:
+    if arguments.args and arguments.args[0].arg == "self":
+        arguments.args = arguments.args[1:]
+    return arguments
+
+
+def described(annotation: ast.expr) -> str:
+    """What a stub and pybind11 both say of a type: how deep its sequences nest, and the type of an element."""
+    text = ast.unparse(annotation).replace("_Triple", "Sequence[int]")
+    if "tuple[" in text:
+        return f"pair of {text.lower().count('int')}"
+    (kind,) = set(re.findall(rf"\b(?:Supports)?(Int|Float|int|float|bool|str|{'|'.join(CLASSES)})\b", text))
     return f"{text.count('Sequence[')} {kind.lower()}"
 
 
-def test_the_stub_has_the_functions_of_the_module():
-    functions = {name for name in dir(_C) if callable(getattr(_C, name)) and not name.startswith("__")}
-    stub = functions_of_the_stub()
-    assert stub.keys() == functions and len(functions) > 10
+def parameters(arguments: ast.arguments) -> list[tuple[str, str]]:
+    """Name and type of each parameter; those that pybind11 has no name for are positional in the stub."""
+    positional = [("", described(x.annotation)) for x in arguments.posonlyargs]
+    named = [*arguments.args, *arguments.kwonlyargs]
+    unnamed = re.compile(r"arg\d+")
+    return positional + [("" if unnamed.fullmatch(x.arg) else x.arg, described(x.annotation)) for x in named]
 
 
-@pytest.mark.parametrize("name", functions_of_the_stub())
+def test_the_stub_has_the_names_of_the_module():
+    there = {name: getattr(_C, name) for name in dir(_C) if not name.startswith("__")}
+    classes = {name for name, value in there.items() if isinstance(value, type)}
+    assert CLASSES.keys() == classes and {"ForwardParams", "BackwardParams"} <= classes
+    assert FUNCTIONS.keys() == {name for name, value in there.items() if callable(value)} - classes
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_stub_has_the_signatures_of_the_module(name):
-    found, real = functions_of_the_stub()[name], signature_of(name)
-    assert not found.args and not found.defaults and not any(found.kw_defaults)
-    assert not real.defaults and not any(real.kw_defaults)
-    positional = [described(x) for x in found.posonlyargs]
-    assert positional == [described(x) for x in (*real.posonlyargs, *real.args)]
-    assert [x.arg for x in found.kwonlyargs] == [x.arg for x in real.kwonlyargs]
-    assert [described(x) for x in found.kwonlyargs] == [described(x) for x in real.kwonlyargs]
+    assert [parameters(x) for x in signatures_of(getattr(_C, name))] == [parameters(FUNCTIONS[name])]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_stub_has_the_constructors_and_fields_of_the_module(name):
+    real, body = getattr(_C, name), CLASSES[name].body
+    assert [x.id for x in CLASSES[name].bases] == [
+        x.__name__ for x in real.__bases__ if hasattr(_C, x.__name__)
+    ]
+    constructors = [_without_self(node.args) for node in body if isinstance(node, ast.FunctionDef)]
+    made = signatures_of(real.__init__) if "__init__" in vars(real) else []
+    assert [parameters(x) for x in constructors] == [parameters(x) for x in made]
+    fields = {node.target.id: described(node.annotation) for node in body if isinstance(node, ast.AnnAssign)}
+    setters = {x: signatures_of(value.fset) for x, value in vars(real).items() if isinstance(value, property)}
+    assert fields == {x: described(setter[0].args[-1].annotation) for x, setter in setters.items()}
+    assert fields or name == "TileGrid"
 
 
 def test_the_stub_has_the_constants_of_the_module():
-    tree = ast.parse((PACKAGE / "_C.pyi").read_text())
-    stub = {x.target.id: ast.unparse(x.annotation) for x in tree.body if isinstance(x, ast.AnnAssign)}
+    stub = {x.target.id: ast.unparse(x.annotation) for x in STUB.body if isinstance(x, ast.AnnAssign)}
     constants = {name: type(getattr(_C, name)).__name__ for name in dir(_C) if name.isupper()}
     assert stub == constants and "BLOCK" in stub
