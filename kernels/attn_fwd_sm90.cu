@@ -315,7 +315,7 @@ __device__ void store(const ForwardParams &p, const WorkItem &item, const QueryB
         T *out = static_cast<T *>(p.out) + item.batch * p.out_strides.batch + item.head * p.out_strides.head +
                  token * p.out_strides.token;
         store_row<T, Cfg::kHeadDim>(out, valid, r, lane, [&](int i) { return o(i); });
-        if (valid && lane == 0) {
+        if (valid && lane == 0 && p.lse != nullptr) {
             const int64_t at = item.bh * g.tokens() + token;
             p.lse[at] = kLn2 * (row.m[r] + log2f(l[r]) - kLog2P) + (p.lse_shift == nullptr ? 0.0f : p.lse_shift[at]);
         }

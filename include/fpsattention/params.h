@@ -121,7 +121,7 @@ struct ForwardParams : WindowedCall {
     const float *norms;                   // [B, H, 2]
     const float *lse_shift;               // [B, H, L] or null
     void *out;                            // [B, H, L, D], dtype; rows of invalid text tokens are not written
-    float *lse;                           // [B, H, L], natural logarithm; likewise
+    float *lse;                           // [B, H, L], natural logarithm; likewise. Null: not wanted
     Strides out_strides;
     int *next_item;  // counter of work items; must be zero
 

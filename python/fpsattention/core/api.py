@@ -157,12 +157,12 @@ def attention(
         raise TypeError(f"deterministic: {shown(deterministic)} must be True, False or None")
     lengths, counts = (prefix_len, suffix_len), (prefix_valid, suffix_valid)
     given = _Given(grid, config, scale, tensor_layout, *lengths, *counts, backend, deterministic)
-    results = (
-        _attend_quantized(q, k, v, given)
+    out, lse = (
+        _attend_quantized(q, k, v, given, return_lse)
         if isinstance(q, QuantizedQKV)
         else _attend(q, k, v, given, return_lse)
     )
-    return results if return_lse else results[0]
+    return out if lse is None or not return_lse else (out, lse)
 
 
 class _Given(NamedTuple):
@@ -180,8 +180,8 @@ class _Given(NamedTuple):
     deterministic: bool | None
 
 
-def _attend(q: Tensor, k, v, given: _Given, with_lse: bool) -> tuple[Tensor, Tensor]:
-    """(out, lse); without `with_lse`, lse may be out."""
+def _attend(q: Tensor, k, v, given: _Given, with_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """(out, lse); without `with_lse`, lse may be None."""
     if given.grid is None:
         raise TypeError("grid: is missing; give the tokens (T, H, W)")
     config = as_config(given.config)
@@ -192,7 +192,7 @@ def _attend(q: Tensor, k, v, given: _Given, with_lse: bool) -> tuple[Tensor, Ten
     if name == "sm90":
         if not ops.is_watched(q, k, v):
             call = _call_of(q.shape, q.dtype, given.grid, config, scale, layout, *lengths)
-            return ops.launch_attention(call, q, k, v, *counts)[:2]
+            return ops.launch_attention(call, q, k, v, *counts, with_lse=with_lse)[:2]
         deterministic = given.deterministic
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
@@ -236,8 +236,8 @@ def set_up(q, k, v, grid, config, scale, tensor_layout, backend, *text) -> tuple
     return name, scale
 
 
-def _attend_quantized(x: QuantizedQKV, k, v, given: _Given) -> tuple[Tensor, Tensor]:
-    """(out, lse) of rounded operands, under the windows of another config if one is given."""
+def _attend_quantized(x: QuantizedQKV, k, v, given: _Given, with_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) of rounded operands, under the windows of another config if one is given; as in `_attend`."""
     _check_repeated(x, k, v, given)
     _check_untouched(x)
     config = x.config if given.config is None else _same_rounding(as_config(given.config), x)
@@ -261,7 +261,7 @@ def _attend_quantized(x: QuantizedQKV, k, v, given: _Given) -> tuple[Tensor, Ten
         rest = list(x.grid), *lengths, config.spec, x.scale, x.tensor_layout
         return ops.attend(packed, *counts, *rest, batch, heads, head_dim, x.dtype)
     call = _call_of(x.shape, x.dtype, x.grid, config, x.scale, x.tensor_layout, *lengths)
-    return ops.launch_attend(call, packed, *counts)
+    return ops.launch_attend(call, packed, *counts, with_lse)
 
 
 def _call_of(
@@ -370,7 +370,7 @@ def check_window(q, grid, config: AttentionConfig, tensor_layout: str, prefix_le
         config.resolve(grid, checks.to_heads_first(q, tensor_layout).shape[1], prefix_len, suffix_len)
 
 
-def _unquantized(q, k, v, with_lse: bool, about: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _unquantized(q, k, v, with_lse: bool, about: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     """quant="none" on a GPU: torch's SDPA where it can do all that is asked, else FlexAttention."""
     scale, layout = about["scale"], about["tensor_layout"]
     counts = about["prefix_valid"], about["suffix_valid"]
@@ -380,7 +380,7 @@ def _unquantized(q, k, v, with_lse: bool, about: dict[str, Any]) -> tuple[Tensor
     if everything and not with_lse:
         q, k, v = (checks.to_heads_first(x, layout) for x in (q, k, v))
         out = checks.to_heads_first(F.scaled_dot_product_attention(q, k, v, scale=scale), layout)
-        return out, out
+        return out, None
     if checks.dispatches(q):  # FlexAttention's lists of blocks have values
         return _exact(q, k, v, about)
     from .flex import flex_attention  # brings torch's compiler, which takes a second to import

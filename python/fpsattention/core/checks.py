@@ -212,6 +212,13 @@ def dispatches(x: torch.Tensor) -> bool:
 
 def as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Cast the tensors to autocast's dtype where it is enabled. As in torch's own attention, fp64 stays as it is."""
+    first = tensors[0]
+    if (
+        isinstance(first, torch.Tensor)
+        and not first.is_meta
+        and not torch.is_autocast_enabled(first.device.type)
+    ):
+        return tensors  # tensors of another device are refused later
     return tuple(map(_as_autocast, tensors))
 
 
@@ -278,7 +285,7 @@ def check_inputs(
         check_tensor(name, x, tensor_layout)
         if x is not q:
             _check_alike(name, x, q, tensor_layout)
-    if q.device.type == "meta":
+    if q.is_meta:
         raise ValueError("q: is on device meta and has no values; move it to a CUDA device or the CPU")
     prefix_len, suffix_len = as_int("prefix_len", prefix_len, 0), as_int("suffix_len", suffix_len, 0)
     tokens, video = q.shape[1 if tensor_layout == "NHD" else 2], math.prod(as_grid(grid))

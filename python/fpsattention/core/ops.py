@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -235,20 +235,21 @@ def launch_quantize(
 
 
 def launch_attend(
-    call: Call, packed: Tensor, prefix_valid: Tensor | None, suffix_valid: Tensor | None, fresh: bool = False,
-    stream: int | None = None
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(out, lse) of packed operands under the call's windows (arXiv 2506.04648, Eq. 2).
+    call: Call, packed: Tensor, prefix_valid: Tensor | None, suffix_valid: Tensor | None, with_lse: bool = True,
+    fresh: bool = False, stream: int | None = None
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """(out, lse) of packed operands under the call's windows (arXiv 2506.04648, Eq. 2); lse is None without `with_lse`.
 
     `fresh`: nothing has attended over the operands yet, so their work counter is still zero. `stream` is a
     cudaStream_t; None: the current one.
     """
     out = packed.new_empty(call.shape, dtype=call.dtype)
-    lse = packed.new_empty(call.lse_shape, dtype=torch.float32)
+    lse = packed.new_empty(call.lse_shape, dtype=torch.float32) if with_lse else None
     if call.is_empty:
         return out, lse
     _fill_text(call, out, 0.0, call.token_dim, prefix_valid, suffix_valid)
-    _fill_text(call, lse, -math.inf, 2, prefix_valid, suffix_valid)
+    if lse is not None:
+        _fill_text(call, lse, -math.inf, 2, prefix_valid, suffix_valid)
     at, base = call.sections, packed.data_ptr()
     params = _C.ForwardParams(call.forward_params)
     counts = _set_counts(params, prefix_valid, suffix_valid)  # noqa: F841  alive until the launch
@@ -256,7 +257,9 @@ def launch_attend(
     params.v_amax, params.norms = base + at.v_amax, base + at.norms
     if call.resolved.smooth_k:
         params.lse_shift = base + at.lse_shift
-    params.out, params.lse = out.data_ptr(), lse.data_ptr()
+    params.out = out.data_ptr()
+    if lse is not None:
+        params.lse = lse.data_ptr()
     next_item = None if fresh else packed.new_zeros(1, dtype=torch.int32)
     params.next_item = base + at.next_item if next_item is None else next_item.data_ptr()
     _launch(_C.attn_fwd, "fpsattention::attend", params, packed.device, stream)
@@ -264,12 +267,14 @@ def launch_attend(
 
 
 def launch_attention(
-    call: Call, q: Tensor, k: Tensor, v: Tensor, prefix_valid: Tensor | None, suffix_valid: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, packed operands) of Q, K and V."""
+    call: Call, q: Tensor, k: Tensor, v: Tensor, prefix_valid: Tensor | None, suffix_valid: Tensor | None,
+    with_lse: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """(out, lse, packed operands) of Q, K and V; lse is None without `with_lse`."""
     stream = _current_stream(q.device)  # looked up once: it takes as long as a launch
     packed = launch_quantize(call, q, k, v, prefix_valid, suffix_valid, stream=stream)
-    return *launch_attend(call, packed, prefix_valid, suffix_valid, fresh=True, stream=stream), packed
+    out, lse = launch_attend(call, packed, prefix_valid, suffix_valid, with_lse, fresh=True, stream=stream)
+    return out, lse, packed
 
 
 def launch_backward(
@@ -324,7 +329,9 @@ def _launch(
 
 
 def _current_stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
+    return torch.cuda.current_stream(
+        device.index
+    ).cuda_stream  # torch takes an index in less time than a device
 
 
 def _set_counts(params: _C.Call, prefix_valid: Tensor | None, suffix_valid: Tensor | None) -> list[Tensor]:
@@ -540,7 +547,7 @@ def attend(
     call = call_of(AttentionConfig.from_spec(config), *sizes)
     _check_packed(call, packed)
     _check_counts(call, packed.device, prefix_valid, suffix_valid)
-    return launch_attend(call, packed, prefix_valid, suffix_valid)
+    return cast(tuple[Tensor, Tensor], launch_attend(call, packed, prefix_valid, suffix_valid))
 
 
 @attend.register_fake
@@ -567,7 +574,8 @@ def attention(
     """(out, lse, packed operands) of Q, K and V; `deterministic` is of the backward."""
     about = grid, prefix_len, suffix_len, config, scale, tensor_layout
     call = _checked_call(q, k, v, prefix_valid, suffix_valid, *about)
-    return launch_attention(call, q, k, v, prefix_valid, suffix_valid)
+    results = launch_attention(call, q, k, v, prefix_valid, suffix_valid)
+    return cast(tuple[Tensor, Tensor, Tensor], results)
 
 
 @attention.register_fake
