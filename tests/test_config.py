@@ -1,6 +1,7 @@
 """AttentionConfig: what it accepts, its errors, and how it resolves for a grid."""
 
 import dataclasses
+import pickle
 
 import pytest
 from hypothesis import given
@@ -169,3 +170,35 @@ def test_errors_of_the_fit(kwargs, grid, heads, error, words):
 def test_item_fill(grid, tile, window, fill):
     heads = len(window) if window and isinstance(window[0], tuple) else 1
     assert AttentionConfig(tile=tile, window=window).resolve(grid, heads).item_fill == pytest.approx(fill)
+
+
+SPECS = [
+    AttentionConfig(),
+    AttentionConfig(tile=(7, 9, 2), window=(3, 3, 9), border="truncate"),
+    AttentionConfig(tile=(2, 2, 2), window=((1, 1, 3), (3, 1, 1)), quant="none"),
+    AttentionConfig(tile=(2, 2, 20), quant_tile=(4, 2, 40), smooth_k=True),
+    AttentionConfig(window=(10**5000 + 1, 1, 1)),
+]
+
+
+@pytest.mark.parametrize("config", SPECS, ids=range(len(SPECS)))
+def test_a_config_has_a_spec(config):
+    """It is what torch's ops take; a copy in another process must be found under it, too."""
+    again = AttentionConfig.from_spec(config.spec)
+    assert again == config and hash(again) == hash(config) and again.spec == config.spec
+    copy = pickle.loads(pickle.dumps(config))
+    assert copy == config and {config: 1}[copy] == 1
+    assert config.spec not in {x.spec for x in SPECS if x != config}
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "", "garbage", "2.2.2|||clamp|fp8|False", "2.2.2,3.3.3|||clamp|fp8|", "2.2|||clamp|fp8|", "02.2.2|||clamp|fp8|",
+        "9.9.9|||clamp|fp8|", "2.2.2||3.3.3|wrap|fp8|", "2.2.2|||clamp|fp4|", "2.2.2|||clamp|fp8||", "x" * 10_000,
+    ],
+)  # fmt: skip
+def test_what_is_no_spec_is_refused(spec):
+    with pytest.raises(ValueError, match=r"^config: .* must be the spec of an AttentionConfig") as error:
+        AttentionConfig.from_spec(spec)
+    assert len(str(error.value)) < 300

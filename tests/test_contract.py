@@ -9,13 +9,17 @@ from __future__ import annotations
 import importlib.util
 import math
 import pickle
+import threading
 import warnings
+from contextlib import nullcontext
 from dataclasses import fields, replace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
+import fake_kernels
 import fpsattention as fps
 import programs
 from fpsattention import _C
@@ -542,6 +546,8 @@ def test_operands_of_the_backward_are_checked(name, value):
         ("v", {"v": tensor(dtype=torch.float16)}),
         ("v", {"v": tensor(device="meta")}),
         ("q", {"grid": (4, 6, 9)}),
+        ("config", {"config": replace(CONFIG, quant="none").spec}),
+        ("config", {"config": "garbage"}),
         ("suffix_valid", {"suffix_valid": torch.ones(1, dtype=torch.int32)}),
         ("prefix_valid", {"grid": (4, 6, 7), "prefix_len": 24, "prefix_valid": torch.ones(1)}),
     ],
@@ -559,6 +565,9 @@ def test_operands_of_quantize_are_checked(op, name, changes):
     [
         ("q_weight", {"q_weight": torch.ones(63)}),
         ("k_weight", {"k_weight": torch.ones(128)}),
+        ("k_weight", {"k_weight": None}),
+        ("q_weight", {"q_weight": None}),
+        ("config", {"config": replace(CONFIG, smooth_k=True).spec}),
         (r"rope\[1\]", {"rope": [torch.ones(n, 11, 2) for n in (4, 5, 8)]}),
         (r"rope\[0\]", {"rope": [torch.ones(4), *(torch.ones(n, 16, 2) for n in (6, 8))]}),
         ("rope", {"rope": [torch.ones(n, 11, 2) for n in GRID]}),
@@ -569,6 +578,120 @@ def test_operands_of_norm_rope_quantize_are_checked(name, changes):
     call |= {"grid": GRID, "config": CONFIG.spec, "scale": 1.0, "tensor_layout": "NHD"}
     with pytest.raises(ValueError, match=rf"^{name}: "):
         run(ops.norm_rope_quantize, dict.fromkeys("qkv", tensor()) | call | changes)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The grid, text lengths and layout of each eager call that would launch; nothing runs."""
+    found = []
+
+    def launch(call, q, *_, with_lse=True):
+        found.append((call.resolved.grid, call.resolved.prefix_len, call.resolved.suffix_len, call.shape))
+        return (
+            torch.zeros(call.shape, dtype=call.dtype),
+            torch.zeros(call.lse_shape) if with_lse else None,
+            None,
+        )
+
+    monkeypatch.setattr(api, "backend_for", lambda *_: ("sm90", "it is pretended"))
+    monkeypatch.setattr(ops, "launch_attention", launch)
+    return found
+
+
+def test_sizes_given_as_tensors_are_read_in_every_call(launches):
+    """A tensor may change between two calls; what it held then must not decide what a kernel reads now."""
+    length, height = torch.tensor(300), torch.tensor(6)
+    for text, h in ((300, 6), (3, 6), (3, 2)):
+        length.fill_(text), height.fill_(h)
+        q = tensor(1, text + 4 * h * 8, 2, 64)
+        out = fps.attention(q, q, q, grid=(4, height, 8), config=CONFIG, prefix_len=length)
+        assert out.shape == q.shape and launches[-1] == ((4, h, 8), text, 0, tuple(q.shape))
+        assert all(type(n) is int for n in (*launches[-1][0], *launches[-1][1:3]))
+
+
+def test_eager_calls_return_what_is_asked_for(launches):
+    q = tensor()
+    assert isinstance(fps.attention(q, q, q, grid=GRID, config=CONFIG), torch.Tensor)
+    out, lse = fps.attention(q, q, q, grid=GRID, config=CONFIG, return_lse=True)
+    assert out.shape == q.shape and lse.shape == (1, 2, 192) and len(launches) == 2
+
+
+class Counted(torch.Tensor):
+    """A subclass, whose own class says what torch does with it."""
+
+
+@pytest.mark.parametrize(
+    "watcher", ["grad", "dispatch mode", "function mode", "trace", "profiler", "subclass", "counts"]
+)
+def test_what_watches_sees_the_op(launches, watcher):
+    """Past the op torch would record uninitialised memory as the result, or lose a gradient."""
+    q, counts, context = tensor(1, 195, 2, 64), torch.ones(1, dtype=torch.int32), nullcontext()
+    if watcher == "grad":
+        q.requires_grad_()
+    elif watcher == "dispatch mode":
+        context = FlopCounterMode(display=False)
+    elif watcher == "function mode":
+        context = torch.device("cpu")
+    elif watcher == "profiler":
+        context = torch.profiler.profile()
+    elif watcher == "subclass":
+        q = q.as_subclass(Counted)
+    elif watcher == "counts":
+        counts = counts.as_subclass(Counted)
+
+    def call(q):
+        return fps.attention(q, q, q, grid=GRID, config=CONFIG, prefix_len=3, prefix_valid=counts)
+
+    with fake_kernels.on_cpu(), context:
+        if watcher == "trace":
+            graph = torch.jit.trace(call, q, check_trace=False).graph
+            assert "fpsattention::attention" in str(graph)
+        else:
+            call(q)
+    assert not launches
+
+
+def test_modes_belong_to_their_thread(launches):
+    """One thread leaves its mode while another is still in its own."""
+    entered, left = threading.Event(), threading.Event()
+
+    def first():
+        with FlopCounterMode(display=False):
+            assert entered.wait(60)
+        left.set()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    with FlopCounterMode(display=False):
+        entered.set()
+        assert left.wait(60)
+        assert ops.is_watched(tensor())
+    thread.join()
+    assert not ops.is_watched(tensor())
+
+
+def test_the_backward_makes_no_gradient_of_the_operands():
+    """It would take as much memory as they do."""
+    made = []
+
+    class Log(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            made.extend(
+                x.dtype
+                for x in (result if isinstance(result, tuple) else (result,))
+                if isinstance(x, torch.Tensor)
+            )
+            return result
+
+    q = tensor().requires_grad_()
+    with fake_kernels.on_cpu():
+        rest = list(GRID), 0, 0, CONFIG.spec, 0.125, "NHD", False
+        for output in (0, 1):
+            results = ops.attention(q, q, q, None, None, *rest)
+            with Log():
+                results[output].sum().backward()
+            assert torch.uint8 not in made and q.grad is not None
 
 
 def test_a_launch_names_what_is_not_set():

@@ -23,7 +23,7 @@ import torch
 import packed
 from emulator import build
 from fpsattention import AttentionConfig, norm_rope, reference
-from fpsattention.core import ops
+from fpsattention.core import api, ops
 from prologue_cases import inputs
 
 # Relative RMS. dQ and dK are of products of 16-bit numbers, which only their sums' order can change. A probability on
@@ -205,6 +205,23 @@ def depends_on_schedule(path, case: Case, monkeypatch, mutation: int = 0) -> boo
 def test_kernels_keep_the_contract(name, emulated, on_cpu, monkeypatch, seed):
     found = errors(emulated, CASES[name], seed, monkeypatch)
     assert all(found[x] <= LIMITS[x] for x in LIMITS), found
+
+
+@pytest.mark.parametrize("name", ["text tokens, some invalid", "smooth_k, quant_tile"])
+def test_eager_calls_launch_what_the_ops_do(name, emulated, on_cpu, monkeypatch):
+    """`attention` and `quantize_qkv` go past the ops where nothing watches: the same bits, by the same arguments."""
+    case = CASES[name]
+    (want, want_lse, *_), (q, k, v, *_), about = run(emulated, case, 3, 3, monkeypatch)
+    monkeypatch.setattr(api, "backend_for", lambda *_: ("sm90", "it is pretended"))
+    monkeypatch.setattr(ops, "call_of", ops.call_of.__wrapped__)  # parameters of the module that is loaded
+    out, lse = api.attention(q, k, v, **about, return_lse=True)
+    assert torch.equal(out, want) and torch.equal(lse, want_lse)
+    assert torch.equal(api.attention(q, k, v, **about), want)
+    quantized = api.quantize_qkv(q, k, v, **about)
+    for _ in range(2):  # the second call has a work counter of its own, too
+        out, lse = api.attention(quantized, return_lse=True)
+        assert torch.equal(out, want) and torch.equal(lse, want_lse)
+    assert torch.equal(api.attention(quantized), want)
 
 
 def test_norm_and_rotation_ahead_of_rounding(emulated, on_cpu, monkeypatch, seed):

@@ -53,3 +53,7 @@ def __getattr__(name: str):
     if name in ("integrations", "parallel"):  # parallel needs a torch that is built with torch.distributed
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

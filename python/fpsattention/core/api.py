@@ -1,4 +1,4 @@
-"""`attention`, the one call most users need, and the choice of what runs it."""
+"""`attention`, the one call most users need, and `quantize_qkv`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, NamedTuple, NoReturn
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, ops, reference, reference_op  # noqa: F401  ops and reference_op register torch.ops.fpsattention
-from .checks import as_grid, shown
+from .checks import Triple, as_grid, shown
 from .config import AttentionConfig, as_config
 from .support import backend_for
 
@@ -47,12 +47,12 @@ class QuantizedQKV:
     suffix_len: int = 0
     prefix_valid: Tensor | None = None
     suffix_valid: Tensor | None = None
-    made_with: tuple = field(default=(), repr=False)  # all other fields, as they were made
+    made_with: dict[str, Any] = field(default_factory=dict, repr=False)  # all other fields, as they were made
 
     @classmethod
-    def of(cls, *values) -> QuantizedQKV:
-        """An object with these values of its fields, in their order; `made_with` keeps them."""
-        return cls(*values, values)  # type: ignore[call-arg]  # mypy counts the values as one more
+    def of(cls, **values: Any) -> QuantizedQKV:
+        """An object with these fields; `made_with` keeps them."""
+        return cls(**values, made_with=values)
 
 
 def quantize_qkv(
@@ -81,19 +81,33 @@ def quantize_qkv(
     config = as_config(config)
     q, k, v = checks.as_autocast(q, k, v)
     check_rounding(config, {"q": q, "k": k, "v": v}, instead="hand q, k, v to attention")
-    lengths, counts = (prefix_len, suffix_len), (prefix_valid, suffix_valid)
-    name, scale = set_up(q, k, v, grid, config, scale, tensor_layout, backend, *lengths, *counts)
+    text, counts = (prefix_len, suffix_len, prefix_valid, suffix_valid), (prefix_valid, suffix_valid)
+    name, scale, grid, prefix_len, suffix_len = set_up(
+        q, k, v, grid, config, scale, tensor_layout, backend, *text
+    )
     check_window(q, grid, config, tensor_layout, prefix_len, suffix_len)
     q, k, v = q.detach(), k.detach(), v.detach()
     operands: tuple[Tensor, ...] = q, k, v
-    if name == "sm90" and ops.is_watched(q, k, v):
-        rest = list(grid), *lengths, config.spec, scale, tensor_layout
+    if name == "sm90" and ops.is_watched(q, k, v, *counts):
+        rest = list(grid), prefix_len, suffix_len, config.spec, scale, tensor_layout
         operands = (ops.quantize(q, k, v, *counts, *rest),)
     elif name == "sm90":
-        call = _call_of(q.shape, q.dtype, grid, config, scale, tensor_layout, *lengths)
+        call = _call_of(q.shape, q.dtype, grid, config, scale, tensor_layout, prefix_len, suffix_len)
         operands = (ops.launch_quantize(call, q, k, v, *counts),)
-    about = tuple(grid), config, scale, tensor_layout, q.dtype, tuple(q.shape), name
-    return QuantizedQKV.of(operands, *about, *lengths, *counts)
+    return QuantizedQKV.of(
+        operands=operands,
+        grid=grid,
+        config=config,
+        scale=scale,
+        tensor_layout=tensor_layout,
+        dtype=q.dtype,
+        shape=tuple(q.shape),
+        backend=name,
+        prefix_len=prefix_len,
+        suffix_len=suffix_len,
+        prefix_valid=prefix_valid,
+        suffix_valid=suffix_valid,
+    )
 
 
 def attention(
@@ -140,7 +154,7 @@ def attention(
             None: all. Invalid tokens are never read; their out is 0, their lse -inf, their gradients 0. A count outside
             0 to the section's length is a ValueError on the CPU outside torch.compile, elsewhere it is clamped.
         backend: "sm90" runs the Hopper kernel or raises RuntimeError; "reference" runs plain torch anywhere; "auto"
-            runs the former where it can, else the latter with one warning that says why (an error under
+            runs the Hopper kernel where it can, else the reference with one warning that says why (an error under
             FPSATTENTION_STRICT=1). See `backend_for`.
         deterministic: the Hopper kernel's backward gives the same bits every time, and takes longer; else the last bits
             of q's gradient may differ. None: as `torch.use_deterministic_algorithms` says.
@@ -162,7 +176,10 @@ def attention(
         if isinstance(q, QuantizedQKV)
         else _attend(q, k, v, given, return_lse)
     )
-    return out if lse is None or not return_lse else (out, lse)
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
 
 
 class _Given(NamedTuple):
@@ -187,21 +204,23 @@ def _attend(q: Tensor, k, v, given: _Given, with_lse: bool) -> tuple[Tensor, Ten
     config = as_config(given.config)
     q, k, v = checks.as_autocast(q, k, v)
     layout = "NHD" if given.tensor_layout is None else given.tensor_layout
-    lengths, counts = (given.prefix_len, given.suffix_len), (given.prefix_valid, given.suffix_valid)
-    name, scale = set_up(q, k, v, given.grid, config, given.scale, layout, given.backend, *lengths, *counts)
+    counts = given.prefix_valid, given.suffix_valid
+    text = given.prefix_len, given.suffix_len, *counts
+    name, scale, grid, prefix_len, suffix_len = set_up(
+        q, k, v, given.grid, config, given.scale, layout, given.backend, *text
+    )
     if name == "sm90":
-        if not ops.is_watched(q, k, v):
-            call = _call_of(q.shape, q.dtype, given.grid, config, scale, layout, *lengths)
+        if not ops.is_watched(q, k, v, *counts):
+            call = _call_of(q.shape, q.dtype, grid, config, scale, layout, prefix_len, suffix_len)
             return ops.launch_attention(call, q, k, v, *counts, with_lse=with_lse)[:2]
         deterministic = given.deterministic
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
-        rest = list(given.grid), *lengths, config.spec, scale, layout, deterministic
+        rest = list(grid), prefix_len, suffix_len, config.spec, scale, layout, deterministic
         return ops.attention(q, k, v, *counts, *rest)[:2]
-    about: dict[str, Any] = {"grid": given.grid, "config": config, "scale": scale, "tensor_layout": layout}
-    about |= dict(
-        zip(("prefix_len", "suffix_len", "prefix_valid", "suffix_valid"), lengths + counts, strict=True)
-    )
+    about: dict[str, Any] = {"grid": grid, "config": config, "scale": scale, "tensor_layout": layout}
+    about |= {"prefix_len": prefix_len, "suffix_len": suffix_len}
+    about |= {"prefix_valid": given.prefix_valid, "suffix_valid": given.suffix_valid}
     if config.quant == "fp8":
         return reference.emulated_attention(q, k, v, **about)
     if name == "torch":
@@ -226,14 +245,19 @@ def _refuse(name: str) -> None:
     raise TypeError(f"attention() got an unexpected keyword argument {shown(name)}")
 
 
-def set_up(q, k, v, grid, config, scale, tensor_layout, backend, *text) -> tuple[str, float]:
-    """Check the arguments of a call. Returns (name of the backend, scale); warns where "auto" takes the slow path."""
-    checks.check_inputs(q, k, v, grid, tensor_layout, *text)
+def set_up(
+    q, k, v, grid, config, scale, tensor_layout, backend, *text
+) -> tuple[str, float, Triple, int, int]:
+    """Check the arguments of a call; warn where "auto" takes the slow path.
+
+    Returns (name of the backend, scale, grid, prefix_len, suffix_len), all plain numbers.
+    """
+    sizes = checks.check_inputs(q, k, v, grid, tensor_layout, *text)
     scale = checks.as_scale(scale, q.shape[3])
     name, reason = backend_for(q, config, backend)
     if name == "reference" and backend == "auto":
         _notice(reason)
-    return name, scale
+    return name, scale, *sizes
 
 
 def _attend_quantized(x: QuantizedQKV, k, v, given: _Given, with_lse: bool) -> tuple[Tensor, Tensor | None]:
@@ -255,9 +279,8 @@ def _attend_quantized(x: QuantizedQKV, k, v, given: _Given, with_lse: bool) -> t
             suffix_valid=x.suffix_valid,
         )
     (packed,) = x.operands
-    if ops.is_watched(packed):
-        batch, second, third, head_dim = x.shape
-        heads = third if x.tensor_layout == "NHD" else second
+    if ops.is_watched(packed, *counts):
+        batch, heads, _, head_dim = checks.heads_first(x.shape, x.tensor_layout)
         rest = list(x.grid), *lengths, config.spec, x.scale, x.tensor_layout
         return ops.attend(packed, *counts, *rest, batch, heads, head_dim, x.dtype)
     call = _call_of(x.shape, x.dtype, x.grid, config, x.scale, x.tensor_layout, *lengths)
@@ -268,9 +291,8 @@ def _call_of(
     shape, dtype, grid, config: AttentionConfig, scale: float, layout: str, *lengths: int
 ) -> ops.Call:
     """The resolved call of q, k, v of this shape."""
-    batch, second, third, head_dim = shape
-    heads = third if layout == "NHD" else second
-    return ops.call_of(config, tuple(grid), *lengths, batch, heads, head_dim, dtype, scale, layout)
+    batch, heads, _, head_dim = checks.heads_first(shape, layout)
+    return ops.call_of(config, grid, *lengths, batch, heads, head_dim, dtype, scale, layout)
 
 
 def _check_repeated(quantized: QuantizedQKV, k, v, given: _Given) -> None:
@@ -301,10 +323,9 @@ def _check_untouched(quantized: QuantizedQKV) -> None:
     """Raises ValueError when a field was replaced: the operands belong to one grid, tile, scale and backend."""
     if torch.compiler.is_compiling():  # the object was made in the same graph
         return
-    names = [x.name for x in fields(quantized) if x.name != "made_with"]
-    if len(quantized.made_with) != len(names):
+    if not quantized.made_with:
         raise ValueError("q: is a QuantizedQKV that quantize_qkv has not made; call quantize_qkv")
-    for name, made in zip(names, quantized.made_with, strict=True):
+    for name, made in quantized.made_with.items():
         value = getattr(quantized, name)
         comparable = name not in ("operands", "prefix_valid", "suffix_valid")
         if value is not made and not (comparable and type(value) is type(made) and value == made):
@@ -374,7 +395,7 @@ def _unquantized(q, k, v, with_lse: bool, about: dict[str, Any]) -> tuple[Tensor
     """quant="none" on a GPU: torch's SDPA where it can do all that is asked, else FlexAttention."""
     scale, layout = about["scale"], about["tensor_layout"]
     counts = about["prefix_valid"], about["suffix_valid"]
-    heads = q.shape[2 if layout == "NHD" else 1]
+    _, heads, _, _ = checks.heads_first(q.shape, layout)
     resolved = about["config"].resolve(about["grid"], heads, about["prefix_len"], about["suffix_len"])
     everything = resolved.windows == (resolved.geometry.tiles,) and counts == (None, None)
     if everything and not with_lse:

@@ -180,6 +180,12 @@ def to_heads_first(x: torch.Tensor, tensor_layout: str) -> torch.Tensor:
     return x.transpose(1, 2) if tensor_layout == "NHD" else x
 
 
+def heads_first(sizes: Sequence[int], tensor_layout: str) -> tuple[int, int, int, int]:
+    """Sizes or strides of the axes in the order [B, H, L, D], from those in the layout's order. Its own inverse."""
+    batch, second, third, channels = sizes
+    return (batch, third, second, channels) if tensor_layout == "NHD" else (batch, second, third, channels)
+
+
 def kind_of(x: object) -> str:
     """The name of x in an error: the dtype of a tensor, the type of anything else."""
     return str(x.dtype) if isinstance(x, torch.Tensor) else type(x).__name__
@@ -198,8 +204,8 @@ def check_tensor(name: str, x: torch.Tensor, tensor_layout: str) -> None:
     if x.dim() != 4:
         shape = LAYOUTS[tensor_layout]
         raise ValueError(f"{name}: must have 4 dimensions {shape}, got shape {shown(list(x.shape))}")
-    _, second, third, channels = x.shape
-    if not (third if tensor_layout == "NHD" else second) or not channels:
+    _, heads, _, channels = heads_first(x.shape, tensor_layout)
+    if not heads or not channels:
         raise ValueError(
             f"{name}: shape {list(x.shape)} has no heads or no channels; at least 1 of each is needed"
         )
@@ -272,11 +278,11 @@ def grouped(name: str, x: torch.Tensor, q: torch.Tensor, tensor_layout: str) -> 
 
 def check_inputs(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: Sequence[int], tensor_layout: str,
-    prefix_len: int = 0, suffix_len: int = 0,
-    prefix_valid: torch.Tensor | None = None, suffix_valid: torch.Tensor | None = None,
-) -> None:  # fmt: skip
+    prefix_len: int, suffix_len: int, prefix_valid: torch.Tensor | None, suffix_valid: torch.Tensor | None,
+) -> tuple[Triple, int, int]:  # fmt: skip
     """Check q, k and v against each other, and their token count against the grid and the text tokens.
 
+    Returns grid, prefix_len and suffix_len as plain ints: what was given may be tensors, whose values can change.
     Raises TypeError for anything but tensors of `DTYPES`, integer lengths and int32 counts; ValueError for a rank,
     shape, dtype, device or token count that does not fit, and on the CPU for a count of valid tokens out of range.
     """
@@ -288,17 +294,20 @@ def check_inputs(
     if q.is_meta:
         raise ValueError("q: is on device meta and has no values; move it to a CUDA device or the CPU")
     prefix_len, suffix_len = as_int("prefix_len", prefix_len, 0), as_int("suffix_len", suffix_len, 0)
-    tokens, video = q.shape[1 if tensor_layout == "NHD" else 2], math.prod(as_grid(grid))
+    _, _, tokens, _ = heads_first(q.shape, tensor_layout)
+    grid = as_grid(grid)
+    video = math.prod(grid)
     if tokens != video + prefix_len + suffix_len:
         lengths = {"prefix": prefix_len, "suffix": suffix_len}
         with_text = "".join(f", {name}_len is {shown(n)}" for name, n in lengths.items() if n)
         raise ValueError(
-            f"q: has {tokens} tokens in layout {tensor_layout}, but grid {tuple(grid)} has {video}{with_text}"
+            f"q: has {tokens} tokens in layout {tensor_layout}, but grid {grid} has {video}{with_text}"
         )
     if prefix_valid is not None:
         _check_valid("prefix_valid", prefix_valid, "prefix_len", prefix_len, q)
     if suffix_valid is not None:
         _check_valid("suffix_valid", suffix_valid, "suffix_len", suffix_len, q)
+    return grid, prefix_len, suffix_len
 
 
 def _check_alike(name: str, x: torch.Tensor, q: torch.Tensor, tensor_layout: str) -> None:

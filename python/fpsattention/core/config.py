@@ -203,6 +203,23 @@ def _check_quant_tile(quant_tile: Triple, tile: Triple) -> None:
 
 @lru_cache(maxsize=1024)
 def _from_spec(spec: str) -> AttentionConfig:
+    try:
+        config = _parsed(spec)
+    except (TypeError, ValueError) as error:
+        raise _no_spec(spec) from error
+    if config.spec != spec:
+        raise _no_spec(spec)
+    return config
+
+
+def _no_spec(spec: str) -> ValueError:
+    example = AttentionConfig(tile=(7, 9, 2), window=(3, 3, 9)).spec
+    return ValueError(
+        f"config: {shown(spec)} must be the spec of an AttentionConfig, for example {example!r}"
+    )
+
+
+def _parsed(spec: str) -> AttentionConfig:
     def triples(text: str) -> tuple[Triple, ...]:
         parts = (part.split(".") for part in text.split(",") if part)
         return tuple((int(t, 16), int(h, 16), int(w, 16)) for t, h, w in parts)

@@ -39,6 +39,35 @@ class _Kept(cached_property[torch.Tensor]):
         self.__doc__ = compute.__doc__
 
 
+# Counts in arithmetic that is symbolic where the sizes are, as under torch.compile.
+
+
+def slot_of(tile: Sequence[int]) -> int:
+    """Rows that a tile owns: its tokens, rounded up to whole blocks."""
+    return -(-math.prod(tile) // _C.BLOCK) * _C.BLOCK
+
+
+def tiles_per_axis(grid: Sequence[int], tile: Sequence[int]) -> Triple:
+    """Tiles of a grid on each axis, ragged ones included."""
+    t, h, w = (-(-n // size) for n, size in zip(grid, tile, strict=True))
+    return t, h, w
+
+
+def text_tiles(slot: int, prefix_len: int, suffix_len: int) -> int:
+    """Text tiles of both sections."""
+    return -(-prefix_len // slot) - (-suffix_len // slot)
+
+
+def brick_count(
+    grid: Sequence[int], tile: Sequence[int], quant_tile: Sequence[int], n_text_tiles: int
+) -> int:
+    """Bricks of a grid's tiles, and text tiles, each of which is a brick of its own."""
+    tiles = tiles_per_axis(grid, tile)
+    return n_text_tiles + math.prod(
+        -(-n // (brick // size)) for n, brick, size in zip(tiles, quant_tile, tile, strict=True)
+    )
+
+
 class TileGeometry:
     """A token grid (T, H, W) cut in tiles of (t, h, w) tokens. Get one from `tile_geometry`, which caches.
 
@@ -68,8 +97,7 @@ class TileGeometry:
         self.tile = as_tile(tile)
         self.prefix_len = as_int("prefix_len", prefix_len, 0)
         self.suffix_len = as_int("suffix_len", suffix_len, 0)
-        t, h, w = (-(-g // t) for g, t in zip(self.grid, self.tile, strict=True))
-        self.tiles: Triple = (t, h, w)
+        self.tiles = tiles_per_axis(self.grid, self.tile)
         self.n_text_tokens = self.prefix_len + self.suffix_len
         self.n_tokens = math.prod(self.grid) + self.n_text_tokens
         if self.n_tokens > MAX_TOKENS:
@@ -77,12 +105,10 @@ class TileGeometry:
                 f"prefix_len: {shown(self.prefix_len)} and suffix_len {shown(self.suffix_len)} make "
                 f"{shown(self.n_tokens)} tokens with grid {self.grid}, at most {MAX_TOKENS} are possible"
             )
-        self.blocks_per_tile = -(-math.prod(self.tile) // _C.BLOCK)
-        self.slot = self.blocks_per_tile * _C.BLOCK
+        self.slot = slot_of(self.tile)
+        self.blocks_per_tile = self.slot // _C.BLOCK
         self.n_video_tiles = math.prod(self.tiles)
-        self.n_tiles = self.n_video_tiles + sum(
-            -(-n // self.slot) for n in (self.prefix_len, self.suffix_len)
-        )
+        self.n_tiles = self.n_video_tiles + text_tiles(self.slot, self.prefix_len, self.suffix_len)
 
     @property
     def n_rows(self) -> int:
@@ -118,8 +144,8 @@ class TileGeometry:
 
     def n_bricks(self, quant_tile: Sequence[int]) -> int:
         """Number of bricks: boxes of `quant_tile` tokens in the grid, and one for each text tile."""
-        per_axis = (-(-n // (b // t)) for n, b, t in zip(self.tiles, quant_tile, self.tile, strict=True))
-        return math.prod(per_axis) + self.n_tiles - self.n_video_tiles
+        n_text_tiles = self.n_tiles - self.n_video_tiles
+        return brick_count(self.grid, self.tile, quant_tile, n_text_tiles)
 
     def brick_of_tile(self, quant_tile: Sequence[int]) -> torch.Tensor:
         """int64 [n_tiles]: the brick of each tile. `quant_tile` is a whole multiple of the tile.

@@ -2,8 +2,8 @@
 
 `quantize` rounds Q, K and V to packed operands, `attend` attends over those, `attention` does both and is
 differentiable: `attention_backward` is its gradient. Each is an op of torch (`torch.ops.fpsattention`), so that
-torch.compile and autograd see one node; a call that neither traces nor differentiates skips torch's dispatcher, which
-costs as much as the launches. Launches use the current stream of the tensors' device, never synchronise, and allocate
+torch.compile and autograd see one node. A call that nothing watches (`is_watched`) skips the op: torch's dispatch would
+take as long as the launches. Launches use the current stream of the tensors' device, never synchronise, and allocate
 through torch only, so that CUDA graphs capture them. NVTX ranges bear the names of quantize, attend and
 attention_backward.
 
@@ -20,13 +20,13 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .. import _C
-from .checks import Triple, shown
+from .checks import Triple, heads_first, shown
 from .config import AttentionConfig, ResolvedConfig
+from .geometry import brick_count, slot_of, text_tiles, tiles_per_axis
 from .planning import ranked
-from .support import DTYPES, HEAD_DIMS
+from .support import DTYPES, kernel_obstacle
 
 
 class Sections(NamedTuple):
@@ -50,21 +50,22 @@ class Sections(NamedTuple):
     @classmethod
     def of(cls, heads: int, head_dim: int, tokens: int, rows: int, bricks: int, smooth_k: bool) -> Sections:
         """Sections of `heads` heads in all samples, each of `rows` rows in slots. Sizes may be symbols."""
-        offset, offsets = 0, list[int]()
-        for per_head, alone in (
-            (rows // _C.QUERY_BLOCK * _C.q_block_bytes(head_dim), 0),
-            (rows // _C.BLOCK * _C.kv_block_bytes(head_dim), 0),
-            (4 * head_dim if smooth_k else 0, 0),
-            (4 * head_dim, 0),
-            (8, 0),
-            (4 * bricks, 0),
-            (4 * bricks, 0),
-            (0, 4),
-            (4 * tokens if smooth_k else 0, 0),
-        ):
-            offsets.append(offset)
-            offset = offset + heads * per_head + alone
-        return cls._make([*offsets, offset])
+        sizes = {
+            "q_blocks": heads * (rows // _C.QUERY_BLOCK * _C.q_block_bytes(head_dim)),
+            "kv_blocks": heads * (rows // _C.BLOCK * _C.kv_block_bytes(head_dim)),
+            "k_mean": heads * 4 * head_dim if smooth_k else 0,
+            "v_amax": heads * 4 * head_dim,
+            "norms": heads * 8,
+            "q_amax": heads * 4 * bricks,
+            "k_amax": heads * 4 * bricks,
+            "next_item": 4,
+            "lse_shift": heads * 4 * tokens if smooth_k else 0,
+        }
+        offset, offsets = 0, {}
+        for name, size in sizes.items():
+            offsets[name] = offset
+            offset = offset + size
+        return cls(**offsets, end=offset)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,9 +92,7 @@ class Call:
     def shape(self) -> tuple[int, int, int, int]:
         """Of q, k, v, out and the gradients."""
         tokens = self.resolved.geometry.n_tokens
-        if self.tensor_layout == "NHD":
-            return self.batch, tokens, self.heads, self.head_dim
-        return self.batch, self.heads, tokens, self.head_dim
+        return heads_first((self.batch, self.heads, tokens, self.head_dim), self.tensor_layout)
 
     @cached_property
     def lse_shape(self) -> tuple[int, int, int]:
@@ -103,9 +102,8 @@ class Call:
     def strides(self) -> Triple:
         """(batch, head, token) strides of a contiguous tensor of `shape`, in elements."""
         _, second, third, d = self.shape
-        outer, inner = third * d, d
-        head, token = (inner, outer) if self.tensor_layout == "NHD" else (outer, inner)
-        return second * third * d, head, token
+        batch, head, token, _ = heads_first((second * third * d, third * d, d, 1), self.tensor_layout)
+        return batch, head, token
 
     @property
     def token_dim(self) -> int:
@@ -168,6 +166,27 @@ class Call:
         return params
 
 
+class BackwardScratch(NamedTuple):
+    """Offsets in bytes of what the backward needs for itself. Everything before query_operands starts at zero."""
+
+    dq_sum: int  # fp32 [B, H, query blocks, 64 * D]
+    turns: int  # int32 [B, H, query blocks, 2], if the order of dQ's sums is fixed
+    query_operands: int  # uint8 [B, H, query blocks, bwd_query_bytes]
+    key_operands: int  # uint8 [B, H, key blocks, bwd_key_bytes]
+    end: int
+
+    @classmethod
+    def of(cls, call: Call, deterministic: bool) -> BackwardScratch:
+        queries, keys = (call.batch * call.heads * n for n in (call.query_blocks, call.key_blocks))
+        turns = queries * 4 * _C.QUERY_BLOCK * call.head_dim
+        # The copies of the operands need 16 bytes of alignment.
+        query_operands = -(-(turns + (queries * 8 if deterministic else 0)) // 16) * 16
+        key_operands = query_operands + queries * _C.bwd_query_bytes(call.head_dim)
+        return cls(
+            0, turns, query_operands, key_operands, key_operands + keys * _C.bwd_key_bytes(call.head_dim)
+        )
+
+
 @lru_cache(maxsize=1024)
 def call_of(
     config: AttentionConfig, grid: Triple, prefix_len: int, suffix_len: int, batch: int, heads: int,
@@ -177,10 +196,10 @@ def call_of(
 
     Raises ValueError for a head_dim or dtype that the kernels do not take, and as `AttentionConfig.resolve` does.
     """
-    if head_dim not in HEAD_DIMS:
-        raise ValueError(f"q: head_dim {head_dim} must be one of {HEAD_DIMS} for the sm90 kernels")
-    if dtype not in DTYPES:
-        raise ValueError(f"q: dtype {dtype} must be bfloat16 or float16 for the sm90 kernels")
+    if obstacle := kernel_obstacle(dtype, head_dim):
+        raise ValueError(obstacle)
+    if config.quant != "fp8":
+        raise ValueError(f'config: quant={config.quant!r} does not run on the sm90 kernels; use quant="fp8"')
     resolved = config.resolve(grid, heads, prefix_len, suffix_len)
     return Call(resolved, batch, heads, head_dim, dtype, scale, tensor_layout)
 
@@ -288,14 +307,8 @@ def launch_backward(
     for gradient in (dq, dk, dv):
         _fill_text(call, gradient, 0.0, call.token_dim, prefix_valid, suffix_valid)
     dout, dlse = _loadable(dout, call), dlse.contiguous()
-    # Scratch: sums of dQ and turns, which start at zero, then the 16-bit operands.
-    heads, head_dim = call.batch * call.heads, call.head_dim
-    turns = heads * call.query_blocks * 4 * _C.QUERY_BLOCK * head_dim
-    zeroed = turns + (heads * call.query_blocks * 8 if deterministic else 0)
-    query_operands = -(-zeroed // 128) * 128
-    key_operands = query_operands + heads * call.query_blocks * _C.bwd_query_bytes(head_dim)
-    end = key_operands + heads * call.key_blocks * _C.bwd_key_bytes(head_dim)
-    scratch = out.new_empty(end, dtype=torch.uint8)
+    in_scratch = BackwardScratch.of(call, deterministic)
+    scratch = out.new_empty(in_scratch.end, dtype=torch.uint8)
     at, base, first = call.sections, packed.data_ptr(), scratch.data_ptr()
     params = _C.BackwardParams(call.backward_params)
     counts = _set_counts(params, prefix_valid, suffix_valid)  # noqa: F841  alive until the launch
@@ -306,10 +319,13 @@ def launch_backward(
     params.out, params.dout = out.data_ptr(), dout.data_ptr()
     params.dout_strides = _strides("dout", dout, call)
     params.lse, params.dlse = lse.data_ptr(), dlse.data_ptr()
-    params.query_operands, params.key_operands = first + query_operands, first + key_operands
-    params.dq_sum, params.zeroed = first, (first, zeroed)
+    params.dq_sum, params.zeroed = first + in_scratch.dq_sum, (first, in_scratch.query_operands)
     if deterministic:
-        params.turns = first + turns
+        params.turns = first + in_scratch.turns
+    params.query_operands, params.key_operands = (
+        first + in_scratch.query_operands,
+        first + in_scratch.key_operands,
+    )
     params.dq, params.dk, params.dv = dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
     _launch(_C.attn_bwd, "fpsattention::attention_backward", params, out.device)
     return dq, dk, dv
@@ -381,24 +397,23 @@ def _strides(name: str, x: Tensor, call: Call) -> Triple:
     """(batch, head, token) strides of x in elements. Raises ValueError unless the kernels can load 16 bytes at a
     time.
     """
-    batch, second, third, channel = x.stride()
+    batch, head, token, channel = heads_first(x.stride(), call.tensor_layout)
     address, size = x.data_ptr(), x.element_size()
-    if channel == 1 and (address | size * batch | size * second | size * third) % 16 == 0:
-        return (batch, third, second) if call.tensor_layout == "NHD" else (batch, second, third)
+    if channel == 1 and (address | size * batch | size * head | size * token) % 16 == 0:
+        return batch, head, token
     if channel != 1 and x.shape[3] > 1:
         raise ValueError(
             f"{name}: head_dim has stride {channel}, it must be contiguous; pass {name}.contiguous()"
         )
     # The stride of an axis of length 1 is never used.
-    batch, second, third = (
-        0 if n == 1 else s for n, s in zip(x.shape[:3], (batch, second, third), strict=True)
-    )
-    if (address | size * batch | size * second | size * third) % 16:
+    lengths = heads_first(x.shape, call.tensor_layout)[:3]
+    batch, head, token = (0 if n == 1 else s for n, s in zip(lengths, (batch, head, token), strict=True))
+    if (address | size * batch | size * head | size * token) % 16:
         raise ValueError(
             f"{name}: rows must start on multiples of 16 bytes, got address {address:#x} and strides {x.stride()} of "
             f"{size} bytes; pass {name}.clone(memory_format=torch.contiguous_format)"
         )
-    return (batch, third, second) if call.tensor_layout == "NHD" else (batch, second, third)
+    return batch, head, token
 
 
 def _loadable(x: Tensor, call: Call) -> Tensor:
@@ -448,8 +463,7 @@ def _checked_call(q, k, v, prefix_valid, suffix_valid, grid, prefix_len, suffix_
         if x.dim() != 4:
             raise ValueError(f"{name}: must have 4 dimensions, got shape {shown(list(x.shape))}")
         _check(name, x, q.shape, q.dtype, q.device)
-    batch, second, third, head_dim = q.shape
-    tokens, heads = (second, third) if layout == "NHD" else (third, second)
+    batch, heads, tokens, head_dim = heads_first(q.shape, layout)
     sizes = tuple(grid), prefix_len, suffix_len, batch, heads, head_dim, q.dtype, scale, layout
     call = call_of(AttentionConfig.from_spec(config), *sizes)
     if tokens != call.resolved.geometry.n_tokens:
@@ -463,35 +477,43 @@ def _checked_call(q, k, v, prefix_valid, suffix_valid, grid, prefix_len, suffix_
 # The ops. `grid` and the lengths may be symbols under torch.compile; `config` is `AttentionConfig.spec`.
 
 
-def is_watched(*tensors: Tensor) -> bool:
-    """Whether torch must see a call as an op: it traces, differentiates, or hands calls to a mode or a subclass."""
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+def is_watched(*tensors: Tensor | None) -> bool:
+    """Whether torch must see a call as an op: it traces, differentiates, profiles, or a mode or a tensor's own class
+    intercepts calls.
+    """
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return True
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+    # Stacks of this thread.
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return True
-    return any(type(x) is not Tensor and type(x) is not torch.nn.Parameter for x in tensors)
+    if torch._C._autograd._profiler_enabled():
+        return True
+    given = [x for x in tensors if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        return True
+    return any(type(x) is not Tensor and type(x) is not torch.nn.Parameter for x in given)
 
 
 def _packed_bytes(q: Tensor, grid, prefix_len, suffix_len, config: str, tensor_layout: str) -> int:
     """Size of the packed operands, in arithmetic that is symbolic where the sizes are."""
-    batch, second, third, head_dim = q.shape
-    tokens, heads = (second, third) if tensor_layout == "NHD" else (third, second)
-    if head_dim not in HEAD_DIMS:
-        raise ValueError(f"q: head_dim {head_dim} must be one of {HEAD_DIMS} for the sm90 kernels")
-    if q.dtype not in DTYPES:
-        raise ValueError(f"q: dtype {q.dtype} must be bfloat16 or float16 for the sm90 kernels")
+    batch, heads, tokens, head_dim = heads_first(q.shape, tensor_layout)
+    if obstacle := kernel_obstacle(q.dtype, head_dim):
+        raise ValueError(obstacle)
     described = AttentionConfig.from_spec(config)
     # A tile is planned for one grid, so that a graph without one is of that grid alone.
     tile = described.tile or ranked(tuple(int(x) for x in grid))[0].tile
-    slot = -(-math.prod(tile) // _C.BLOCK) * _C.BLOCK
-    text_tiles = -(-prefix_len // slot) - (-suffix_len // slot)
-    tiles = [-(-g // t) for g, t in zip(grid, tile, strict=True)]
-    bricks = 0
-    if described.quant_tile not in (None, tile):
-        per_axis = (-(-n // (b // t)) for n, b, t in zip(tiles, described.quant_tile, tile, strict=True))
-        bricks = math.prod(per_axis) + text_tiles
-    rows = (math.prod(tiles) + text_tiles) * slot
+    slot = slot_of(tile)
+    n_text_tiles = text_tiles(slot, prefix_len, suffix_len)
+    rows = (math.prod(tiles_per_axis(grid, tile)) + n_text_tiles) * slot
+    coarse = described.quant_tile not in (None, tile)
+    bricks = brick_count(grid, tile, described.quant_tile or tile, n_text_tiles) if coarse else 0
     return Sections.of(batch * heads, head_dim, tokens, rows, bricks, described.smooth_k).end
+
+
+def _check_windows(config: str, grid, prefix_len, suffix_len, heads) -> None:
+    """Raises ValueError for a window that does not fit; where sizes are symbols, the op alone finds out."""
+    if all(isinstance(x, int) for x in (*grid, prefix_len, suffix_len, heads)):
+        AttentionConfig.from_spec(config).resolve(tuple(grid), heads, prefix_len, suffix_len)
 
 
 @torch.library.custom_op("fpsattention::quantize", mutates_args=(), device_types="cuda")
@@ -518,6 +540,13 @@ def norm_rope_quantize(
 ) -> Tensor:  # fmt: skip
     """`quantize` of `fpsattention.norm_rope` of q and of k, and of v."""
     call = _checked_call(q, k, v, None, None, grid, 0, 0, config, scale, tensor_layout)
+    if call.resolved.smooth_k:
+        raise ValueError(
+            "config: smooth_k needs the mean of K before it is rounded; use quantize of norm_rope"
+        )
+    if (q_weight is None) != (k_weight is None):
+        missing = "q_weight" if q_weight is None else "k_weight"
+        raise ValueError(f"{missing}: is missing; give the weights of both norms, or none")
     if q_weight is not None and k_weight is not None:
         channels = call.head_dim if q_weight.numel() == call.head_dim else call.heads * call.head_dim
         for name, x in (("q_weight", q_weight), ("k_weight", k_weight)):
@@ -555,12 +584,9 @@ def _(
     packed, prefix_valid, suffix_valid, grid, prefix_len, suffix_len, config, scale, tensor_layout, batch, heads,
     head_dim, dtype
 ):  # fmt: skip
-    if all(
-        isinstance(x, int) for x in (*grid, prefix_len, suffix_len, heads)
-    ):  # symbols are checked by the op alone
-        AttentionConfig.from_spec(config).resolve(tuple(grid), heads, prefix_len, suffix_len)
+    _check_windows(config, grid, prefix_len, suffix_len, heads)
     tokens = math.prod(grid) + prefix_len + suffix_len
-    shape = (batch, tokens, heads, head_dim) if tensor_layout == "NHD" else (batch, heads, tokens, head_dim)
+    shape = heads_first((batch, heads, tokens, head_dim), tensor_layout)
     out = packed.new_empty(shape, dtype=dtype)
     return out, packed.new_empty((batch, heads, tokens), dtype=torch.float32)
 
@@ -582,12 +608,8 @@ def attention(
 def _(
     q, k, v, prefix_valid, suffix_valid, grid, prefix_len, suffix_len, config, scale, tensor_layout, deterministic
 ):  # fmt: skip
-    batch, second, third, head_dim = q.shape
-    heads, tokens = (third, second) if tensor_layout == "NHD" else (second, third)
-    if all(
-        isinstance(x, int) for x in (*grid, prefix_len, suffix_len, heads)
-    ):  # symbols are checked by the op alone
-        AttentionConfig.from_spec(config).resolve(tuple(grid), heads, prefix_len, suffix_len)
+    batch, heads, tokens, _ = heads_first(q.shape, tensor_layout)
+    _check_windows(config, grid, prefix_len, suffix_len, heads)
     size = _packed_bytes(q, grid, prefix_len, suffix_len, config, tensor_layout)
     lse = q.new_empty((batch, heads, tokens), dtype=torch.float32)
     return q.new_empty(q.shape), lse, q.new_empty(size, dtype=torch.uint8)
@@ -603,8 +625,7 @@ def attention_backward(
     """(dq, dk, dv) of what `attention` returned."""
     if out.dim() != 4:
         raise ValueError(f"out: must have 4 dimensions, got shape {shown(list(out.shape))}")
-    batch, second, third, head_dim = out.shape
-    heads = third if tensor_layout == "NHD" else second
+    batch, heads, _, head_dim = heads_first(out.shape, tensor_layout)
     sizes = tuple(grid), prefix_len, suffix_len, batch, heads, head_dim, out.dtype, scale, tensor_layout
     call = call_of(AttentionConfig.from_spec(config), *sizes)
     _check_packed(call, packed)
@@ -627,9 +648,13 @@ def _(dout, dlse, out, *_):
 def _save(ctx, inputs, output) -> None:
     _, _, _, prefix_valid, suffix_valid, *ctx.call = inputs
     ctx.save_for_backward(*output, prefix_valid, suffix_valid)
+    ctx.set_materialize_grads(False)  # no zeros in the size of the packed operands
 
 
 def _differentiate(ctx, dout, dlse, _):
+    out, lse, *_ = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    dlse = torch.zeros_like(lse) if dlse is None else dlse
     gradients = attention_backward(dout, dlse, *ctx.saved_tensors, *ctx.call)
     return *gradients, None, None, *(None for _ in ctx.call)
 

@@ -53,7 +53,7 @@ def norm_rope_quantize(
             "quantize_qkv"
         )
     cast = checks.as_autocast(q, k, v)
-    name, scale = set_up(*cast, grid, config, scale, tensor_layout, backend, *no_text)
+    name, scale, grid, *_ = set_up(*cast, grid, config, scale, tensor_layout, backend, *no_text)
     if (q_weight is None) != (k_weight is None):
         missing = "q_weight" if q_weight is None else "k_weight"
         raise ValueError(f"{missing}: is missing; give the weights of both norms, or none")
@@ -78,8 +78,16 @@ def norm_rope_quantize(
         *(q.detach(), k.detach(), v.detach(), *weights, eps, [x.detach() for x in rope]),
         *(list(grid), config.spec, scale, tensor_layout),
     )
-    about = tuple(grid), config, scale, tensor_layout, q.dtype, tuple(q.shape), name
-    return QuantizedQKV.of((packed,), *about, *no_text)
+    return QuantizedQKV.of(
+        operands=(packed,),
+        grid=grid,
+        config=config,
+        scale=scale,
+        tensor_layout=tensor_layout,
+        dtype=q.dtype,
+        shape=tuple(q.shape),
+        backend=name,
+    )
 
 
 def norm_rope(
@@ -110,7 +118,7 @@ def norm_rope(
     """
     rope = _as_tables(rope)
     checks.check_tensor("x", x, tensor_layout)
-    tokens = x.shape[1 if tensor_layout == "NHD" else 2]
+    _, _, tokens, _ = checks.heads_first(x.shape, tensor_layout)
     if tokens != math.prod(as_grid(grid)):
         raise ValueError(
             f"x: has {tokens} tokens in layout {tensor_layout}, but grid {tuple(grid)} has {math.prod(grid)}"

@@ -82,8 +82,13 @@ def _sm90_obstacle(q: Tensor) -> str | None:
     obstacle = hopper_obstacle(q.device.index)
     if obstacle is not None:
         return f"q: {obstacle}"
-    if q.dtype not in DTYPES:
-        return f"q: dtype must be {' or '.join(DTYPES.values())}, got {q.dtype}"
-    if q.shape[-1] not in HEAD_DIMS:
-        return f"q: head_dim must be one of {HEAD_DIMS}, got {q.shape[-1]}"
+    return kernel_obstacle(q.dtype, q.shape[-1])
+
+
+def kernel_obstacle(dtype: torch.dtype, head_dim: int) -> str | None:
+    """The reason why no Hopper kernel takes this dtype or head_dim; None if one does."""
+    if dtype not in DTYPES:
+        return f"q: dtype must be {' or '.join(DTYPES.values())}, got {dtype}"
+    if head_dim not in HEAD_DIMS:
+        return f"q: head_dim must be one of {HEAD_DIMS}, got {head_dim}"
     return None
