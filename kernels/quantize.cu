@@ -4,9 +4,8 @@
 //   row_rms         1 / RMS of the rows of Q and K, if they are to be normalised
 //   channel_stats   V's amax and K's sum per (batch, head, channel), in one pass over all tokens
 //   finish_mean     K's mean from the partial sums
-//   quantize_qk     one CTA per (tile, head): amax, norms, scale, E4M3, swizzled. Reads each element once. If
-//   quant_tile
-//                   is larger than the tile, a first launch takes the amax of each brick of tiles
+//   quantize_qk     one CTA per (tile, head): amax, norms, scale, E4M3, swizzled; reads each element once. With bricks
+//                   of several tiles, a first launch takes each brick's amax
 //   quantize_v      one CTA per (block, head): E4M3 by channel scale, transposed, tokens permuted, swizzled
 //
 // Every element moves anyway, so the change from raster to tile order costs nothing here.
@@ -18,7 +17,6 @@ namespace fps {
 namespace {
 
 constexpr int kVecsPerThread = 8;  // loads in flight per thread: a CTA holds its whole tile in registers
-constexpr int kChunk = 512;        // tokens per CTA of channel_stats
 constexpr int kStatsThreads = 256;
 
 template <int kHeadDim>
@@ -43,15 +41,12 @@ __device__ __forceinline__ void atomic_max_nonnegative(float *address, float x) 
 
 // Which head, and which of its `count` tiles or blocks, CTA `linear` takes. Consecutive CTAs take what is closest in
 // memory: consecutive heads for NHD, consecutive tiles for HND.
-struct Place {
+struct HeadAndIndex {
     int head, index;
 };
-__device__ __forceinline__ Place place_of(int linear, int heads, int count, const Strides &s) {
-    return s.head < s.token ? Place{linear % heads, linear / heads} : Place{linear / count, linear % count};
-}
-
-__device__ __forceinline__ int chunks_of(int tokens) {
-    return ceil_div(tokens, kChunk);
+__device__ __forceinline__ HeadAndIndex head_and_index(int linear, int heads, int count, const Strides &s) {
+    return s.head < s.token ? HeadAndIndex{linear % heads, linear / heads}
+                            : HeadAndIndex{linear / count, linear % count};
 }
 
 // grid (tokens / warps per CTA, 2, batch), one warp per row: blockIdx.y = 0 is Q, 1 is K.
@@ -102,14 +97,14 @@ __global__ void __launch_bounds__(kStatsThreads) row_rms(const __grid_constant__
 }
 
 // Offsets of a token's angles in `rope`, one for each axis: the angle of channel pair i (of D / 2) lies at i plus the
-// offset of the axis that turns it.
+// offset of the axis that rotates it.
 __device__ __forceinline__ Int3 angles_of(int token, Int3 grid, Int3 pairs) {
     const Int3 at = coordinates(token, grid);
     const int of_h = grid.t * pairs.t, of_w = of_h + grid.h * pairs.h;
     return {at.t * pairs.t, of_h + at.h * pairs.h - pairs.t, of_w + at.w * pairs.w - pairs.t - pairs.h};
 }
 
-// What normalises and turns the rows of a tile, in shared memory.
+// What normalises and rotates the rows of a tile, in shared memory.
 template <int kRows, int kLanes>
 struct Prologue {
     static constexpr int kPairs = kVec / 2;
@@ -132,7 +127,7 @@ struct Prologue {
         }
     }
 
-    // Normalises and turns vector `vec` of a row, and rounds it once.
+    // Normalises and rotates vector `vec` of a row, and rounds it once.
     template <class T>
     __device__ __forceinline__ uint4 apply(uint4 raw, const NormRope &norm, int row, int vec) const {
         const Int3 from = angles[row];
@@ -141,12 +136,12 @@ struct Prologue {
         for (int i = 0; i < kPairs; ++i) {
             const float2 x = upcast<T>(words[i]), weight = weights[i][vec];
             const float even = x.x * inverse[row] * weight.x, odd = x.y * inverse[row] * weight.y;
-            float2 turn{1, 0};
+            float2 rotation{1, 0};  // cosine, sine
             if (norm.rope != nullptr) {
                 const int pair = vec * kPairs + i, of_h = norm.pairs.t, of_w = of_h + norm.pairs.h;
-                turn = __ldg(norm.rope + (pair + (pair < of_h ? from.t : pair < of_w ? from.h : from.w)));
+                rotation = __ldg(norm.rope + (pair + (pair < of_h ? from.t : pair < of_w ? from.h : from.w)));
             }
-            words[i] = downcast<T>(even * turn.x - odd * turn.y, even * turn.y + odd * turn.x);
+            words[i] = downcast<T>(even * rotation.x - odd * rotation.y, even * rotation.y + odd * rotation.x);
         }
         return {words[0], words[1], words[2], words[3]};
     }
@@ -162,10 +157,10 @@ __global__ void __launch_bounds__(kStatsThreads)
     const bool summing = blockIdx.y == 1;
     const void *base = summing ? p.k : p.v;
     const Strides &strides = summing ? p.k_strides : p.v_strides;
-    const int tokens = p.geometry.tokens(), chunks = chunks_of(tokens);
-    const auto [head, chunk] = place_of(blockIdx.x, p.heads, chunks, strides);
+    const int tokens = p.geometry.tokens(), chunks = quantize_chunks(tokens);
+    const auto [head, chunk] = head_and_index(blockIdx.x, p.heads, chunks, strides);
     const int batch = blockIdx.z, row = threadIdx.x / kLanes, channel = threadIdx.x % kLanes * kVec;
-    const int end = min(tokens, (chunk + 1) * kChunk);
+    const int end = min(tokens, (chunk + 1) * kStatsChunk);
     const TextTokens valid = p.valid_text(batch);
 
     float acc[kVec] = {};
@@ -174,7 +169,7 @@ __global__ void __launch_bounds__(kStatsThreads)
         const Range section = p.geometry.section(i, valid);
         const int last = min(section.hi, end);
 #pragma unroll 4
-        for (int token = max(section.lo, chunk * kChunk) + row; token < last; token += kRows) {
+        for (int token = max(section.lo, chunk * kStatsChunk) + row; token < last; token += kRows) {
             float x[kVec];
             upcast_vec<T>(load_vec<T>(base, element_offset(strides, batch, head, token) + channel), x);
 #pragma unroll
@@ -206,7 +201,7 @@ __global__ void __launch_bounds__(kStatsThreads)
 __global__ void finish_mean(const __grid_constant__ Deferred<QuantizeParams> deferred) {
     const QuantizeParams &p = deferred.after_previous();
     const int64_t bh = int64_t(blockIdx.y) * p.heads + blockIdx.x;
-    const int chunks = chunks_of(p.geometry.tokens());
+    const int chunks = quantize_chunks(p.geometry.tokens());
     double total = 0;
     for (int c = 0; c < chunks; ++c) {
         total += p.k_sum[(bh * chunks + c) * p.head_dim + threadIdx.x];
@@ -317,7 +312,7 @@ __device__ __forceinline__ void store_metas(uint8_t *packed, int blocks, int blo
 
 // grid (heads * tiles, 2, batch): blockIdx.y = 0 is Q, 1 is K. slot * head_dim / 64 threads, each with eight vectors of
 // 16 bytes in registers. With kBrickAmax it only takes the brick's amax, and a second launch quantises. With kNormRope
-// it normalises and turns the rows first.
+// it normalises and rotates the rows first.
 template <class T, int kHeadDim, bool kBrickAmax, bool kNormRope>
 __global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64)
     quantize_qk(const __grid_constant__ Deferred<QuantizeParams> deferred) {
@@ -329,14 +324,14 @@ __global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64)
     const void *base = is_k ? p.k : p.q;
     const Strides &strides = is_k ? p.k_strides : p.q_strides;
     const int n_tiles = g.all_tiles();
-    const auto [head, tile] = place_of(blockIdx.x, p.heads, n_tiles, strides);
+    const auto [head, tile] = head_and_index(blockIdx.x, p.heads, n_tiles, strides);
     const int batch = blockIdx.z;
     const int64_t bh = int64_t(batch) * p.heads + head;
     const TileRows rows = g.rows(tile, p.valid_text(batch));
     const int valid = rows.valid();
     fill_token_table(token_of_row, g, rows, 0, g.slot);
 
-    // Load the tile. Normalise and turn its rows.
+    // Load the tile. Normalise and rotate its rows.
     const int first_row = threadIdx.x / kLanes, rows_per_pass = blockDim.x / kLanes;
     const int channel = threadIdx.x % kLanes * kVec;
     __shared__ Prologue<kNormRope ? kMaxSlot : 1, kLanes> prologue;
@@ -432,7 +427,7 @@ __global__ void __launch_bounds__(kBlock *kHeadDim / 64)
     __shared__ alignas(16) uint32_t words[kWords / 4][4 * kHeadDim + 4];
     __shared__ int token_of_row[kBlock];
     const TileGrid &g = p.geometry;
-    const auto [head, block] = place_of(blockIdx.x, p.heads, g.blocks(), p.v_strides);
+    const auto [head, block] = head_and_index(blockIdx.x, p.heads, g.blocks(), p.v_strides);
     const int batch = blockIdx.z;
     const int64_t bh = int64_t(batch) * p.heads + head;
     const int in_tile = block % g.blocks_per_tile();
@@ -493,10 +488,6 @@ __global__ void __launch_bounds__(kBlock *kHeadDim / 64)
 }
 
 }  // namespace
-
-int quantize_chunks(int tokens) {
-    return ceil_div(tokens, kChunk);
-}
 
 void quantize(const QuantizeParams &p, cudaStream_t stream) {
     const TileGrid &g = p.geometry;

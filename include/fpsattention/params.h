@@ -47,7 +47,7 @@ FPS_HD constexpr int bwd_key_bytes(int head_dim) {
     return kBlock * 2 * 2 * head_dim;
 }
 
-// What every launch of a call has in common. Pointers are to device memory.
+// Parameters that all launches of a call share. Pointers are to device memory.
 struct Call {
     TileGrid geometry;
     const int *prefix_valid, *suffix_valid;  // [B], valid text tokens of each sample; null: all are valid
@@ -74,7 +74,7 @@ struct Zeroed {
 };
 
 // RMSNorm and rotary embedding of Q and K ahead of their quantisation; for grids without text tokens. Each row is
-// multiplied by 1 / RMS and a weight per channel. Then each channel pair (2i, 2i + 1) is turned by the angle of one
+// multiplied by 1 / RMS and a weight per channel. Then each channel pair (2i, 2i + 1) is rotated by the angle of one
 // axis: the pairs of t come first, then those of h, then those of w.
 struct NormRope {
     const float *weights[2];  // of Q and of K, [H, D] or [D]; null: no norm
@@ -103,7 +103,7 @@ struct QuantizeParams : Call {
     Zeroed zeroed;  // holds all that is marked so
 };
 
-// A launch that attends under windows.
+// Parameters that the forward and the backward share.
 struct WindowedCall : Call {
     Border border;
     int n_windows;                    // 1, or heads
@@ -149,12 +149,16 @@ struct BackwardParams : WindowedCall {
     Strides dq_strides, dk_strides, dv_strides;
     Zeroed zeroed;  // holds all that is marked so
 
-    int key_axis[3],
-        key_size[3];  // order of the key blocks: axes, fastest first, and tiles along them; set by attn_bwd
+    // Order of the key blocks: axes, fastest first, and tiles along them. Set by attn_bwd.
+    int key_axis[3], key_size[3];
 };
 
+constexpr int kStatsChunk = 512;  // tokens that one CTA takes for the channels' amax and sums
 // Partial sums per (batch, head) that k_sum must hold.
-int quantize_chunks(int tokens);
+FPS_HD int quantize_chunks(int tokens) {
+    return ceil_div(tokens, kStatsChunk);
+}
+
 void quantize(const QuantizeParams &p, cudaStream_t stream);
 void attn_fwd(ForwardParams p, cudaStream_t stream);
 void attn_bwd(BackwardParams p, cudaStream_t stream);  // the whole backward; the next two are its first and last part
