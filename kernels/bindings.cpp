@@ -38,8 +38,7 @@ std::array<int, 2> pair(Range r) {
 }
 
 // Token of every row of every tile's slot, -1 for padding, to host memory.
-void slot_tokens(const Triple &grid, const Triple &tile, int prefix_len, int suffix_len, uintptr_t out_address) {
-    const TileGrid g(int3(grid), int3(tile), {prefix_len, suffix_len});
+void slot_tokens(const TileGrid &g, uintptr_t out_address) {
     int *out = reinterpret_cast<int *>(out_address);
     for (int i = 0; i < g.all_tiles(); ++i) {
         const TileRows rows = g.rows(i, g.text);
@@ -49,15 +48,15 @@ void slot_tokens(const Triple &grid, const Triple &tile, int prefix_len, int suf
     }
 }
 
-int valid_blocks(const Triple &grid, const Triple &tile, const Triple &window, bool truncate, int query_tile) {
-    const TileGrid g(int3(grid), int3(tile));
+// Key blocks of the grid that hold a token and that a tile of the grid attends.
+int valid_blocks(const TileGrid &g, const Triple &window, bool truncate, int query_tile) {
     return g.valid_blocks(g.keys_of(g.tile_coord(query_tile), int3(window), border_of(truncate)));
 }
 
-Triple tile_group(const Triple &grid, const Triple &tile, const std::vector<Triple> &windows) {
+Triple tile_group(const TileGrid &g, const std::vector<Triple> &windows) {
     std::vector<Int3> list(windows.size());
     std::transform(windows.begin(), windows.end(), list.begin(), int3);
-    const Int3 size = TileGrid(int3(grid), int3(tile)).tile_group(list.data(), int(list.size()));
+    const Int3 size = g.tile_group(list.data(), int(list.size()));
     return {size.t, size.h, size.w};
 }
 
@@ -65,13 +64,14 @@ TileGrid tile_grid(const Triple &grid, const Triple &tile, int prefix_len, int s
     return TileGrid(int3(grid), int3(tile), {prefix_len, suffix_len});
 }
 
-Call call_of(const TileGrid &geometry, int batch, int heads, int head_dim, const std::string &dtype, float scale) {
+CallParams call_params(const TileGrid &geometry, int batch, int heads, int head_dim, const std::string &dtype,
+                       float scale) {
     FPS_CHECK(dtype == "bfloat16" || dtype == "float16", "dtype must be bfloat16 or float16, got ", dtype);
     // The kernels count work items in int, with room to step past the last one, and put the batch in gridDim.z.
     FPS_CHECK(batch <= 65535, "batch must be at most 65535, got ", batch);
     const int64_t blocks = int64_t(batch) * heads * geometry.all_tiles() * geometry.blocks_per_tile();
     FPS_CHECK(blocks <= 1 << 29, "batch * heads * blocks must be at most 2^29, got ", blocks);
-    Call p{};
+    CallParams p{};
     p.geometry = geometry;
     p.batch = batch, p.heads = heads, p.head_dim = head_dim;
     p.dtype = dtype == "bfloat16" ? Dtype::kBF16 : Dtype::kFP16;
@@ -80,15 +80,15 @@ Call call_of(const TileGrid &geometry, int batch, int heads, int head_dim, const
 }
 
 template <class Params>
-Params params_of(const Call &call) {
+Params params_of(const CallParams &call) {
     Params p{};
-    static_cast<Call &>(p) = call;
+    static_cast<CallParams &>(p) = call;
     return p;
 }
 
 // Windows in tiles: one for all heads, or one per head.
 template <class Params>
-Params windowed_params(const Call &call, const std::vector<Triple> &windows, bool truncate) {
+Params windowed_params(const CallParams &call, const std::vector<Triple> &windows, bool truncate) {
     FPS_CHECK(windows.size() == 1 || int(windows.size()) == call.heads, "windows must hold 1 or ", call.heads, ", got ",
               windows.size());
     FPS_CHECK(windows.size() <= size_t(kMaxWindows), "windows must hold at most ", kMaxWindows, ", got ",
@@ -207,11 +207,11 @@ void bind_geometry(py::module_ &m) {
           [](int i, int n, int w, bool truncate) { return pair(axis_keys(i, n, w, border_of(truncate))); });
     m.def("axis_queries",
           [](int j, int n, int w, bool truncate) { return pair(axis_queries(j, n, w, border_of(truncate))); });
-    m.def("slot_tokens", &slot_tokens);
-    m.def("valid_blocks", &valid_blocks);
-    m.def("tile_group", &tile_group);
     py::class_<TileGrid>(m, "TileGrid", module_local())
-        .def(py::init(&tile_grid), "grid"_a, "tile"_a, "prefix_len"_a = 0, "suffix_len"_a = 0);
+        .def(py::init(&tile_grid), "grid"_a, "tile"_a, "prefix_len"_a = 0, "suffix_len"_a = 0)
+        .def("slot_tokens", &slot_tokens, "out"_a)
+        .def("valid_blocks", &valid_blocks, "window"_a, "truncate"_a, "query_tile"_a)
+        .def("tile_group", &tile_group, "windows"_a);
 }
 
 void bind_format(py::module_ &m) {
@@ -223,10 +223,11 @@ void bind_format(py::module_ &m) {
 }
 
 void bind_call(py::module_ &m) {
-    py::class_<Call> c(m, "Call", module_local());
-    c.def(py::init(&call_of), "geometry"_a, py::kw_only(), "batch"_a, "heads"_a, "head_dim"_a, "dtype"_a, "scale"_a);
-    pointer(c, "prefix_valid", &Call::prefix_valid);
-    pointer(c, "suffix_valid", &Call::suffix_valid);
+    py::class_<CallParams> c(m, "CallParams", module_local());
+    c.def(py::init(&call_params), "geometry"_a, py::kw_only(), "batch"_a, "heads"_a, "head_dim"_a, "dtype"_a,
+          "scale"_a);
+    pointer(c, "prefix_valid", &CallParams::prefix_valid);
+    pointer(c, "suffix_valid", &CallParams::suffix_valid);
 }
 
 void bind_quantize(py::module_ &m) {
@@ -248,8 +249,8 @@ void bind_quantize(py::module_ &m) {
         "pairs", [](const NormRope &x) { return Triple{x.pairs.t, x.pairs.h, x.pairs.w}; },
         [](NormRope &x, const Triple &pairs) { x.pairs = int3(pairs); });
 
-    py::class_<QuantizeParams, Call> c(m, "QuantizeParams", module_local());
-    c.def(py::init<const QuantizeParams &>(), "other"_a);  // first, or another's Call alone would be copied
+    py::class_<QuantizeParams, CallParams> c(m, "QuantizeParams", module_local());
+    c.def(py::init<const QuantizeParams &>(), "other"_a);  // first, or another's CallParams alone would be copied
     c.def(py::init(&params_of<QuantizeParams>), "call"_a);
     pointer(c, "q", &QuantizeParams::q);
     pointer(c, "k", &QuantizeParams::k);
@@ -274,7 +275,7 @@ void bind_quantize(py::module_ &m) {
 }
 
 void bind_forward(py::module_ &m) {
-    py::class_<ForwardParams, Call> c(m, "ForwardParams", module_local());
+    py::class_<ForwardParams, CallParams> c(m, "ForwardParams", module_local());
     c.def(py::init(&windowed_params<ForwardParams>), "call"_a, "windows"_a, "truncate"_a);
     c.def(py::init<const ForwardParams &>(), "other"_a);
     pointer(c, "q_blocks", &ForwardParams::q_blocks);
@@ -289,7 +290,7 @@ void bind_forward(py::module_ &m) {
 }
 
 void bind_backward(py::module_ &m) {
-    py::class_<BackwardParams, Call> c(m, "BackwardParams", module_local());
+    py::class_<BackwardParams, CallParams> c(m, "BackwardParams", module_local());
     c.def(py::init(&windowed_params<BackwardParams>), "call"_a, "windows"_a, "truncate"_a);
     c.def(py::init<const BackwardParams &>(), "other"_a);
     pointer(c, "q_blocks", &BackwardParams::q_blocks);

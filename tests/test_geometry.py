@@ -92,7 +92,8 @@ def test_counts_are_those_of_the_token_mask(case):
 
     blocks = [-(-len(x) // 128) for x in tile_tokens(grid, tile)]  # blocks that hold a token, of every tile
     per_query_tile = (tile_mask(grid, tile, window, border) * torch.tensor(blocks)).sum(1).tolist()
-    found = [_C.valid_blocks(grid, tile, window, border == "truncate", i) for i in range(g.n_tiles)]
+    rule = _C.TileGrid(grid, tile)
+    found = [rule.valid_blocks(window, border == "truncate", i) for i in range(g.n_tiles)]
     assert found == per_query_tile
     query_blocks = [-(-len(x) // 64) for x in tile_tokens(grid, tile)]
     computed = sum(q * k for q, k in zip(query_blocks, per_query_tile, strict=True)) * 64 * 128

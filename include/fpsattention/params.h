@@ -48,7 +48,7 @@ FPS_HD constexpr int bwd_key_bytes(int head_dim) {
 }
 
 // Parameters that all launches of a call share. Pointers are to device memory.
-struct Call {
+struct CallParams {
     TileGrid geometry;
     const int *prefix_valid, *suffix_valid;  // [B], valid text tokens of each sample; null: all are valid
     int batch, heads, head_dim;
@@ -87,7 +87,7 @@ struct NormRope {
     FPS_HD bool any() const { return weights[0] != nullptr || rope != nullptr; }
 };
 
-struct QuantizeParams : Call {
+struct QuantizeParams : CallParams {
     const void *q, *k, *v;  // [B, H, L, D], dtype; strides are multiples of 8 elements
     Strides q_strides, k_strides, v_strides;
     uint8_t *q_blocks;       // [B, H, tiles * slot / 64, q_block_bytes]
@@ -104,7 +104,7 @@ struct QuantizeParams : Call {
 };
 
 // Parameters that the forward and the backward share.
-struct WindowedCall : Call {
+struct WindowedParams : CallParams {
     Border border;
     int n_windows;                    // 1, or heads
     Int3 windows[kMaxWindows];        // in tiles, at most the tiles there are
@@ -115,7 +115,7 @@ struct WindowedCall : Call {
     FPS_HD int head_at(int i) const { return n_windows == 1 ? i : head_order[i]; }
 };
 
-struct ForwardParams : WindowedCall {
+struct ForwardParams : WindowedParams {
     const uint8_t *q_blocks, *kv_blocks;  // as in QuantizeParams
     const float *v_amax;                  // [B, H, D]
     const float *norms;                   // [B, H, 2]
@@ -133,7 +133,7 @@ struct ForwardParams : WindowedCall {
     int items;
 };
 
-struct BackwardParams : WindowedCall {
+struct BackwardParams : WindowedParams {
     const uint8_t *q_blocks, *kv_blocks;  // as in QuantizeParams
     const float *v_amax;                  // [B, H, D]
     const void *out, *dout;               // [B, H, L, D], dtype

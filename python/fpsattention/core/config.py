@@ -178,7 +178,7 @@ class ResolvedConfig:
         A work item has three places for blocks of 64 rows. All its blocks belong to one tile group, whose tiles see the
         same keys (kernels/README.md, "Windows").
         """
-        group = _C.tile_group(self.grid, self.tile, self.windows)
+        group = _C.TileGrid(self.grid, self.tile).tile_group(self.windows)
         blocks = math.prod(group) * self.geometry.slot // _C.QUERY_BLOCK
         return blocks / (-(-blocks // _C.BLOCKS_PER_ITEM) * _C.BLOCKS_PER_ITEM) if blocks else 1.0
 

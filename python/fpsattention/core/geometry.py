@@ -111,6 +111,10 @@ class TileGeometry:
         self.n_tiles = self.n_video_tiles + text_tiles(self.slot, self.prefix_len, self.suffix_len)
 
     @property
+    def _rule(self) -> _C.TileGrid:
+        return _C.TileGrid(self.grid, self.tile, self.prefix_len, self.suffix_len)
+
+    @property
     def n_rows(self) -> int:
         """Rows of all slots, including padding."""
         return self.n_tiles * self.slot
@@ -120,7 +124,7 @@ class TileGeometry:
         """int64 [n_tiles, slot]: index of the token in each row, -1 for padding."""
         rows = torch.empty(self.n_tiles, self.slot, dtype=torch.int32, device="cpu")
         if self.n_tiles:
-            _C.slot_tokens(self.grid, self.tile, self.prefix_len, self.suffix_len, rows.data_ptr())
+            self._rule.slot_tokens(rows.data_ptr())
         return rows.long()
 
     @_Kept
@@ -248,12 +252,11 @@ class TileGeometry:
         A block that holds a token counts in full, with its padding: 64 query rows, 128 key rows. Blocks of padding only
         do not count, since the kernel skips them.
         """
-        truncate = as_truncate(border)
+        rule, truncate = self._rule, as_truncate(border)
         query_blocks = (-(-self.valid // _C.QUERY_BLOCK)).tolist()
         video, text = query_blocks[: self.n_video_tiles], query_blocks[self.n_video_tiles :]
         blocks = sum(text) * (self._video_blocks + self._text_blocks) + sum(
-            n * (_C.valid_blocks(self.grid, self.tile, window, truncate, i) + self._text_blocks)
-            for i, n in enumerate(video)
+            n * (rule.valid_blocks(window, truncate, i) + self._text_blocks) for i, n in enumerate(video)
         )
         return blocks * _C.QUERY_BLOCK * _C.BLOCK
 
@@ -271,7 +274,7 @@ class TileGeometry:
     @property
     def _video_blocks(self) -> int:
         """128-row blocks of the grid's tiles that hold a token."""
-        return _C.valid_blocks(self.grid, self.tile, self.tiles, False, 0) if self.n_video_tiles else 0
+        return self._rule.valid_blocks(self.tiles, False, 0) if self.n_video_tiles else 0
 
     @property
     def _text_blocks(self) -> int:

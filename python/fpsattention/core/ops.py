@@ -134,9 +134,9 @@ class Call:
         return math.prod(self.shape) == 0
 
     @cached_property
-    def _params(self) -> _C.Call:
+    def _params(self) -> _C.CallParams:
         geometry = self.resolved.geometry
-        return _C.Call(
+        return _C.CallParams(
             _C.TileGrid(geometry.grid, geometry.tile, geometry.prefix_len, geometry.suffix_len),
             batch=self.batch,
             heads=self.heads,
@@ -332,7 +332,7 @@ def launch_backward(
 
 
 def _launch(
-    kernels: Callable, name: str, params: _C.Call, device: torch.device, stream: int | None = None
+    kernels: Callable, name: str, params: _C.CallParams, device: torch.device, stream: int | None = None
 ) -> None:
     """Launch on the stream (None: the device's current one), in an NVTX range of this name."""
     if stream is None:
@@ -350,7 +350,9 @@ def _current_stream(device: torch.device) -> int:
     ).cuda_stream  # torch takes an index in less time than a device
 
 
-def _set_counts(params: _C.Call, prefix_valid: Tensor | None, suffix_valid: Tensor | None) -> list[Tensor]:
+def _set_counts(
+    params: _C.CallParams, prefix_valid: Tensor | None, suffix_valid: Tensor | None
+) -> list[Tensor]:
     """Set the counts of valid text tokens; returns the tensors that hold them."""
     held = []
     if prefix_valid is not None:
