@@ -46,11 +46,9 @@ struct BwdConfig {
     static constexpr int kStages = 2;
     static constexpr int kWarpgroups = 2, kMathThreads = 128 * kWarpgroups, kThreads = kMathThreads + 128;
     static constexpr int kKeys = kBlock / kWarpgroups;  // per warpgroup
-    // At launch all warps have the same number of registers, a multiple of 8. Then the load warps give theirs to the
-    // math warps.
-    static constexpr int kLaunchRegisters = 64 * 1024 / kThreads / 8 * 8;
+    // The load warps give registers to the math warps.
     static constexpr int kLoadRegisters = 24, kMathRegisters = 240;
-    static_assert(128 * kLoadRegisters + kMathThreads * kMathRegisters <= kThreads * kLaunchRegisters);
+    static_assert(128 * kLoadRegisters + kMathThreads * kMathRegisters <= kThreads * launch_registers(kThreads));
     static_assert(kHeadDim == 64 || kHeadDim == 128);
 
     // Rows by channels. A 16-bit operand in parts of 64 columns serves products that sum over channels and products
@@ -185,12 +183,12 @@ __device__ __forceinline__ float four_bits(float x) {
     return __fmaf_rn(x, -0x1p20f, __fmaf_rn(x, 0x1p20f, x));
 }
 
-// S^T is keys by queries. Of its fragment, elements 4 g .. 4 g + 3 belong to query group g, which is 8 queries.
-constexpr int kGroups = kQueryBlock / 8, kHalfGroups = kGroups / 2;
+// S^T is keys by queries. Elements 4 i .. 4 i + 3 of its fragment belong to octet i of the queries: 8 queries.
+constexpr int kOctets = kQueryBlock / 8, kHalfOctets = kOctets / 2;
 
-// Values of this thread's two queries of a group.
-__device__ __forceinline__ float2 of_queries(const float *values, int group) {
-    return *reinterpret_cast<const float2 *>(values + 8 * group + 2 * (threadIdx.x % 4));
+// Values of this thread's two queries of an octet.
+__device__ __forceinline__ float2 of_queries(const float *values, int octet) {
+    return *reinterpret_cast<const float2 *>(values + 8 * octet + 2 * (threadIdx.x % 4));
 }
 
 // Padding keys score -inf. `row` is this thread's first key of the block; the other is row + 8.
@@ -204,22 +202,22 @@ __device__ __forceinline__ void mask(TensorS &s, int row, int valid) {
     }
 }
 
-// Offsets of half of the query groups, from kFirstGroup on.
-template <int kFirstGroup>
-__device__ __forceinline__ void load_offsets(const QueryRows &rows, float2 (&offset)[kHalfGroups]) {
+// Offsets of half of the octets, from kFirstOctet on.
+template <int kFirstOctet>
+__device__ __forceinline__ void load_offsets(const QueryRows &rows, float2 (&offset)[kHalfOctets]) {
 #pragma unroll
-    for (int g = 0; g < kHalfGroups; ++g) {
-        offset[g] = of_queries(rows.offset, kFirstGroup + g);
+    for (int octet = 0; octet < kHalfOctets; ++octet) {
+        offset[octet] = of_queries(rows.offset, kFirstOctet + octet);
     }
 }
-// X = 2^(S scale_log2 + offset), in place, for these groups.
-template <int kFirstGroup, class TensorS>
-__device__ __forceinline__ void exponentiate(TensorS &s, float scale_log2, const float2 (&offset)[kHalfGroups]) {
+// X = 2^(S scale_log2 + offset), in place, for these octets.
+template <int kFirstOctet, class TensorS>
+__device__ __forceinline__ void exponentiate(TensorS &s, float scale_log2, const float2 (&offset)[kHalfOctets]) {
 #pragma unroll
-    for (int g = 0; g < kHalfGroups; ++g) {
+    for (int octet = 0; octet < kHalfOctets; ++octet) {
 #pragma unroll
-        for (int i = 4 * (kFirstGroup + g); i < 4 * (kFirstGroup + g) + 4; ++i) {
-            s(i) = exp2_approx(fmaf(s(i), scale_log2, i % 2 ? offset[g].y : offset[g].x));
+        for (int i = 4 * (kFirstOctet + octet); i < 4 * (kFirstOctet + octet) + 4; ++i) {
+            s(i) = exp2_approx(fmaf(s(i), scale_log2, i % 2 ? offset[octet].y : offset[octet].x));
         }
     }
 }
@@ -228,10 +226,10 @@ __device__ __forceinline__ void exponentiate(TensorS &s, float scale_log2, const
 template <class TensorP, class TensorX>
 __device__ __forceinline__ void differentiate(TensorP &dp, const TensorX &x, const QueryRows &rows) {
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-        const float2 minus_delta = of_queries(rows.minus_delta, g);
+    for (int octet = 0; octet < kOctets; ++octet) {
+        const float2 minus_delta = of_queries(rows.minus_delta, octet);
 #pragma unroll
-        for (int i = 4 * g; i < 4 * g + 4; ++i) {
+        for (int i = 4 * octet; i < 4 * octet + 4; ++i) {
             dp(i) = x(i) * (dp(i) + (i % 2 ? minus_delta.y : minus_delta.x));
         }
     }
@@ -256,7 +254,7 @@ __device__ __forceinline__ void round_and_pack(const TensorX &x, TensorA &a) {
 }
 
 // dS^T lies in shared memory as [keys][64 queries], swizzled. Four matrices of 8 x 8 are moved at a time, which are
-// words i .. i + 3 of the operand: two groups of 8 keys, then the same keys and the next 8 queries. Returns the address
+// words i .. i + 3 of the operand: twice 8 keys, then the same keys and the next 8 queries. Returns the address
 // of this lane's row of them.
 __device__ __forceinline__ char *ds_row(BF16 *ds, int first_key, int i) {
     const int thread = threadIdx.x % 128, lane = thread % 32;
@@ -384,18 +382,18 @@ __device__ __forceinline__ void issue_dq(BwdSmem<Cfg> &smem, const Operands &ope
     issue<typename Cfg::MmaDQ>(operands.ds(_, _, _, buffer), operands.k_t, fragments.dq, Sum::kFromZero);
 }
 
-// One query block. A prime marks what belongs to the step before, `before`.
+// One query block. A prime marks values of the previous step, at ring position `before`.
 template <class Cfg, class Operands>
 __device__ __forceinline__ void step(BwdSmem<Cfg> &smem, const Operands &operands, Fragments<Cfg> &fragments,
                                      const OwnKeys &own, RingState<Cfg::kStages> ring,
                                      RingState<Cfg::kStages> &before) {
     auto &[rS, rdP, rA, rdQ, rdV, rdK] = fragments;
-    const int s = ring.stage(), ds = ring.count % 2;  // buffer of dS; that of dS' is the other one
+    const int s = ring.stage(), ds_buffer = ring.count % 2;  // dS' is in the other buffer
     const QueryRows &rows = smem.rows[s];
-    float2 offset[kHalfGroups];
+    float2 offset[kHalfOctets];
 
     // Load dS^T' of the own keys.
-    load_ds(smem.ds[ds ^ 1], own.first, rA);
+    load_ds(smem.ds[ds_buffer ^ 1], own.first, rA);
 
     // Wait for the queries. Issue S^T = k8 q8^T.
     smem.full[s].wait(ring.full_parity());
@@ -413,10 +411,10 @@ __device__ __forceinline__ void step(BwdSmem<Cfg> &smem, const Operands &operand
     exponentiate<0>(rS, scale_log2, offset);
 
     // Wait for dS' of both warpgroups. Issue dQ' = dS' k.
-    issue_dq(smem, operands, fragments, ds ^ 1);
+    issue_dq(smem, operands, fragments, ds_buffer ^ 1);
 
     // Wait for dK and dQ'. Hand over dQ' and release q'.
-    load_offsets<kHalfGroups>(rows, offset);
+    load_offsets<kHalfOctets>(rows, offset);
     wait_for_products<0>(rdK, rdQ);
     if (ring.count > 0) {
         hand_over_dq(smem, own.warpgroup, rdQ, {before.count});
@@ -428,7 +426,7 @@ __device__ __forceinline__ void step(BwdSmem<Cfg> &smem, const Operands &operand
     issue<typename Cfg::MmaDP>(operands.v, operands.dout(_, _, _, s), rdP, Sum::kFromZero);
 
     // X of the other half. Round it to P^T.
-    exponentiate<kHalfGroups>(rS, scale_log2, offset);
+    exponentiate<kHalfOctets>(rS, scale_log2, offset);
     round_and_pack(rS, rA);
 
     // Issue dV += P^T dO.
@@ -442,7 +440,7 @@ __device__ __forceinline__ void step(BwdSmem<Cfg> &smem, const Operands &operand
     pack(rdP, rdST);
 
     // Publish dS^T.
-    store_ds(smem.ds[ds], own.first, rdST);
+    store_ds(smem.ds[ds_buffer], own.first, rdST);
     smem.ds_full.arrive_as_warp();
 
     // Wait for dV. Release the stage.
@@ -495,8 +493,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
         return;
     }
     extern __shared__ char smem_bytes[];
-    // The runtime aligns dynamic shared memory to 16 bytes only; the swizzle needs 1024.
-    auto &smem = *reinterpret_cast<BwdSmem<Cfg> *>(smem_bytes + (-smem_address(smem_bytes) & 1023));
+    auto &smem = *reinterpret_cast<BwdSmem<Cfg> *>(smem_bytes + bytes_to_alignment(smem_bytes));
     if (threadIdx.x == 0) {
         constexpr int kMathWarps = Cfg::kMathThreads / 32;
         smem.keys_full.init(1);
@@ -549,8 +546,7 @@ void attn_bwd(BackwardParams p, cudaStream_t stream) {
     bwd_operands(p, stream);
     dispatch(p.head_dim, p.dtype, [&](auto dim, auto element) {
         using Cfg = BwdConfig<decltype(dim)::value>;
-        constexpr int kSmemBytes = sizeof(BwdSmem<Cfg>) + 1024;
-        static_assert(kSmemBytes <= 227 * 1024);
+        constexpr int kSmemBytes = dynamic_smem_bytes<BwdSmem<Cfg>>();
         const TileGrid &g = p.geometry;
         const int key_blocks = g.tiles.volume() * g.blocks_per_tile() + g.text.blocks(kBlock);
         launch(attn_bwd_sm90<Cfg, decltype(element)>, dim3(p.batch * p.heads * key_blocks), Cfg::kThreads, kSmemBytes,

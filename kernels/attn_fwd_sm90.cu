@@ -43,11 +43,10 @@ struct FwdConfig {
     static constexpr int kStages = 4, kQStages = 2;
     static constexpr int kWarpgroups = kBlocksPerItem, kMathThreads = 128 * kWarpgroups;
     static constexpr int kThreads = kMathThreads + 128;
-    // Three warpgroups hide each other's waits; the SM has no registers for a fourth. At launch all warps have the same
-    // number of registers, a multiple of 8. Then the load warps give theirs to the math warps.
-    static constexpr int kLaunchRegisters = 64 * 1024 / kThreads / 8 * 8;
+    // Three warpgroups hide each other's waits; the SM has no registers for a fourth. The load warps give registers to
+    // the math warps.
     static constexpr int kLoadRegisters = 32, kMathRegisters = 160;
-    static_assert(128 * kLoadRegisters + kMathThreads * kMathRegisters <= kThreads * kLaunchRegisters);
+    static_assert(128 * kLoadRegisters + kMathThreads * kMathRegisters <= kThreads * launch_registers(kThreads));
     static_assert(kHeadDim == 64 || kHeadDim == 128);
 
     using AtomRow = conditional_t<kHeadDim == 128, GMMA::Layout_K_SW128_Atom<E4M3>, GMMA::Layout_K_SW64_Atom<E4M3>>;
@@ -182,7 +181,7 @@ __device__ void load_keys(const ForwardParams &p, FwdSmem<Cfg> &smem) {
     }
 }
 
-// Over the four lanes of a quad, which hold a row.
+// Sum and maximum over the four lanes of a quad, which together hold a row.
 __device__ __forceinline__ float quad_sum(float x) {
     x += __shfl_xor_sync(~0u, x, 1);
     return x + __shfl_xor_sync(~0u, x, 2);
@@ -205,7 +204,7 @@ __device__ __forceinline__ auto &at(TensorS &s, int r, int c) {
 }
 constexpr int kOwnColumns = kBlock / 4;  // columns of a row that one thread holds
 
-// Padding keys, which come last, score -inf. Looks at own columns from kFirst on.
+// Set the scores of padding keys to -inf, in own columns from kFirst on. Padding keys come last.
 template <int kFirst, class TensorS>
 __device__ __forceinline__ void mask(TensorS &s, int valid) {
     const int lane = threadIdx.x % 4;
@@ -271,7 +270,8 @@ __device__ __forceinline__ void exponentiate(TensorS &s, TensorP &p, RowState &r
     if (__any_sync(~0u, fmaxf(top[0], top[1]) > kE4M3Max)) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            // m grows by ceil(log2(top of the row / 448)) + 1, but not if the top is NaN or Inf.
+            // m grows by ceil(log2(row_top)) + 1, but not if row_top is NaN or Inf. The exponent bits of the next
+            // smaller float are ceil(log2(row_top)) + 126.
             const float row_top = quad_max(top[r]) * (1.0f / kE4M3Max);
             const int by = row_top > 1.0f && row_top < INFINITY ? ((__float_as_int(row_top) - 1) >> 23) - 125 : 0;
             const float shrink = __int_as_float((127 - by) << 23);
@@ -403,7 +403,7 @@ __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int warpgroup) 
         if (task.index >= p.items) {
             return;
         }
-        int left = task.n_key_blocks;  // whose S is not issued yet
+        int left = task.n_key_blocks;  // key blocks whose S is not issued yet
         if (!task.queries[warpgroup].exists) {
             smem.q_empty[q_stage].arrive_as_warp();
             skip_keys(smem, ring, left);
@@ -466,8 +466,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     attn_fwd_sm90(const __grid_constant__ Deferred<ForwardParams> deferred) {
     const ForwardParams &p = deferred.after_previous();
     extern __shared__ char smem_bytes[];
-    // The runtime aligns dynamic shared memory to 16 bytes only; the swizzle needs 1024.
-    auto &smem = *reinterpret_cast<FwdSmem<Cfg> *>(smem_bytes + (-smem_address(smem_bytes) & 1023));
+    auto &smem = *reinterpret_cast<FwdSmem<Cfg> *>(smem_bytes + bytes_to_alignment(smem_bytes));
     if (threadIdx.x == 0) {
         for (int s = 0; s < Cfg::kQStages; ++s) {
             smem.q_full[s].init(1);
@@ -518,8 +517,7 @@ void attn_fwd(ForwardParams p, cudaStream_t stream) {
     FPS_CUDA_CHECK(cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device));
     dispatch(p.head_dim, p.dtype, [&](auto dim, auto element) {
         using Cfg = FwdConfig<decltype(dim)::value>;
-        constexpr int kSmemBytes = sizeof(FwdSmem<Cfg>) + 1024;
-        static_assert(kSmemBytes <= 227 * 1024);
+        constexpr int kSmemBytes = dynamic_smem_bytes<FwdSmem<Cfg>>();
         launch(attn_fwd_sm90<Cfg, decltype(element)>, dim3(std::min(p.items, sm_count)), Cfg::kThreads, kSmemBytes,
                stream, p);
     });

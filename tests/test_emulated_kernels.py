@@ -353,7 +353,7 @@ DQ = (
 )
 FENCED_DQ = "    fence_proxy_async();\n" + DQ
 DP_DONE = "    wait_for_products<1>(rdP);\n"
-DS = "    store_ds(smem.ds[ds], own.first, rdST);\n"
+DS = "    store_ds(smem.ds[ds_buffer], own.first, rdST);\n"
 STEP_DONE = "    smem.empty[s].arrive_as_warp();\n"
 ONE_FOR_FOUR = "if (threadIdx.x % 128 == 0) {{\nfor (int i = 0; i < 4; ++i) {{\n{}.arrive();\n}}\n}}\n"
 BACKWARD = {
@@ -363,12 +363,12 @@ BACKWARD = {
     "dQ of dS without a proxy fence": {FENCED_DQ: DQ},
     "one buffer of dS": {
         ZEROS: ZEROS.replace("ds[1]", "ds[0]"),
-        "smem.ds[ds ^ 1]": "smem.ds[0]",
+        "smem.ds[ds_buffer ^ 1]": "smem.ds[0]",
         FENCED_DQ: FENCED_DQ.replace("buffer", "0"),
-        DS: DS.replace("ds[ds]", "ds[0]"),
+        DS: DS.replace("ds[ds_buffer]", "ds[0]"),
         "smem.ds[last]": "smem.ds[0]",
     },
-    "dK of the dS before last": {"smem.ds[ds ^ 1]": "smem.ds[ds]"},
+    "dK of the dS before last": {"smem.ds[ds_buffer ^ 1]": "smem.ds[ds_buffer]"},
     "dS in registers that dV reads": {
         "    pack(rdP, rdST);\n": "    pack(rdP, rA);\n",
         DS: DS.replace("rdST", "rA"),

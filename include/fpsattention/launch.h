@@ -1,4 +1,5 @@
-// Launching: from run-time values to template parameters, and programmatic dependent launch with checks.
+// Launching: from run-time values to template parameters, the registers and shared memory of a CTA, and programmatic
+// dependent launch with checks.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -41,6 +42,27 @@ public:
 private:
     Params params_;
 };
+
+// Registers of a thread at launch, if a CTA has an SM to itself: all threads have the same number, a multiple of 8.
+constexpr int launch_registers(int threads) {
+    return 64 * 1024 / threads / 8 * 8;
+}
+
+// The runtime aligns dynamic shared memory to 16 bytes only; the swizzle needs 1024.
+constexpr int kSmemAlignment = 1024;
+constexpr int kMaxSmemBytes = 227 * 1024;  // dynamic shared memory of a CTA, at most
+
+// Bytes of dynamic shared memory that hold a `Smem` at an aligned address.
+template <class Smem>
+constexpr int dynamic_smem_bytes() {
+    constexpr int kBytes = sizeof(Smem) + kSmemAlignment;
+    static_assert(kBytes <= kMaxSmemBytes);
+    return kBytes;
+}
+// Bytes from there to the next aligned address.
+__device__ __forceinline__ uint32_t bytes_to_alignment(const char *dynamic_smem) {
+    return -smem_address(dynamic_smem) & (kSmemAlignment - 1);
+}
 
 // Launches a kernel that may overlap the end of the previous kernel of the stream.
 template <class Params>
