@@ -5,7 +5,7 @@
 //   finish_dq        one CTA per (query block, head): fp32 sums to raster order, times the softmax scale
 //
 // The forward saves packed blocks in FP8 (params.h). These kernels decode them instead of reading Q, K, V again, so
-// that the gradient is that of what the forward computed.
+// the gradient matches the values that the forward used.
 #include <cuda_fp8.h>
 
 #include "fpsattention/fragments.cuh"
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     // v. Neighbouring lanes take neighbouring tokens and so read from the same few words.
     for (int i = threadIdx.x; i < kBlock * kLanes; i += kThreads) {
         const int row = i % kBlock, channel = i / kBlock * kVec;
-        const uint8_t *from = &tokens_of[channel * kPitch + row / 16 * 16 + place_of_token(row % 16)];
+        const uint8_t *from = &tokens_of[channel * kPitch + row / 16 * 16 + byte_of_token(row % 16)];
         uint32_t words[2] = {};
 #pragma unroll
         for (int j = 0; j < kVec; ++j) {

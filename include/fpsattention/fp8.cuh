@@ -14,8 +14,8 @@ constexpr float kLog2P = 8.80735492205760410f;  // log2(448): P is scaled to E4M
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.69314718055994531f;
 
-// x8 = e4m3(x * inverse), and x is about x8 * scale. If a group's amax is at most kAmaxFloor, 448 / amax might
-// overflow: its scale is 1, and its elements become zeros.
+// x8 = e4m3(x * inverse), and x is about x8 * scale. If the amax of the values that share a scale is at most
+// kAmaxFloor, 448 / amax might overflow: their scale is 1, and they become zeros.
 constexpr float kAmaxFloor = 0x1p-100f;
 struct QuantScale {
     float scale, inverse;
@@ -45,7 +45,7 @@ __device__ __forceinline__ int permuted_token(int word, int byte) {
     return 2 * word + (byte & 1) + 8 * (byte >> 1);
 }
 // The inverse: the byte, of 16, that holds a token.
-__device__ __forceinline__ int place_of_token(int token) {
+__device__ __forceinline__ int byte_of_token(int token) {
     return token % 8 / 2 * 4 + token % 2 + token / 8 * 2;
 }
 

@@ -1,5 +1,5 @@
 // The geometry: which row holds which token, and which tiles attend which. Host and device, forward and backward, tests
-// and FLOP counts all call these functions. The rule stands nowhere else.
+// and FLOP counts all call these functions. The rule of rows and windows stands here alone.
 #pragma once
 
 #include <cstdint>

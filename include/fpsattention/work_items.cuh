@@ -1,4 +1,4 @@
-// Who computes what: the forward's work items and the backward's key items, worked out on the device.
+// What each CTA computes: the forward's work items and the backward's key items, worked out on the device.
 //
 // Packed blocks of one kind are numbered head by head: batch, head, tile, block of the tile.
 #pragma once
@@ -78,7 +78,7 @@ struct QueryBlock {
     }
 };
 
-// A work item as one warp of a CTA works it out for the others.
+// A work item as the queries warp publishes it to the other warps.
 struct Task {
     int index;         // of the item; an index past the last item ends the CTA
     int n_key_blocks;  // that hold a token
@@ -116,12 +116,15 @@ __device__ __forceinline__ void for_each_key_block(const TileGrid &g, const Work
 // others, so that the last CTAs are short. With turns they run last instead: a CTA may wait only for CTAs with a
 // smaller blockIdx.x. Turns assume that those have started, which CUDA does not promise.
 struct KeyItem {
-    int batch, head, first_row;  // first row in the tile's slot
-    int text_number;             // index among the head's text key blocks that hold a token; -1: a block of the grid
-    int64_t bh, index;           // of the head among all of B, H; of the key block among those of all B, H
-    Int3 tile;
-    TileRows rows;
-    TileBox queries;
+    int batch;
+    int head;
+    int first_row;    // in the tile's slot
+    int text_number;  // index among the head's text key blocks that hold a token; -1: a block of the grid
+    int64_t bh;       // index of the head among all of B, H
+    int64_t index;    // of the key block among those of all B, H
+    Int3 tile;        // if not text
+    TileRows rows;    // of the tile
+    TileBox queries;  // tiles that attend it
     TextTokens text;  // valid text tokens of the sample
 
     __device__ explicit KeyItem(const BackwardParams &p) {
