@@ -296,7 +296,7 @@ __device__ void store(const BackwardParams &p, int row, const TensorC &dk, const
     const KeyItem key(p);
     const int lane = threadIdx.x % 4;
     const auto row_of = [&](void *base, const Strides &to, int64_t token) {
-        return static_cast<T *>(base) + key.batch * to.batch + key.head * to.head + token * to.token;
+        return static_cast<T *>(base) + to.offset(key.batch, key.head, token);
     };
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

@@ -312,8 +312,7 @@ __device__ void store(const ForwardParams &p, const WorkItem &item, const QueryB
     for (int r = 0; r < 2; ++r) {
         const bool valid = first + 8 * r < block.rows.valid();
         const int64_t token = valid ? g.token(block.rows, first + 8 * r) : 0;
-        T *out = static_cast<T *>(p.out) + item.batch * p.out_strides.batch + item.head * p.out_strides.head +
-                 token * p.out_strides.token;
+        T *out = static_cast<T *>(p.out) + p.out_strides.offset(item.batch, item.head, token);
         store_row<T, Cfg::kHeadDim>(out, valid, r, lane, [&](int i) { return o(i); });
         if (valid && lane == 0 && p.lse != nullptr) {
             const int64_t at = item.bh * g.tokens() + token;

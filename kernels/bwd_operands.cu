@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
         const bool valid = row < block.valid;
         const int64_t token = valid ? p.geometry.token(block.rows, block.first_row + row) : 0;
         const auto load = [&](const void *base, const Strides &s, float (&x)[kVec]) {
-            const int64_t offset = block.batch * s.batch + block.head * s.head + token * s.token + channel;
+            const int64_t offset = s.offset(block.batch, block.head, token) + channel;
             upcast_vec<T>(valid ? load_vec<T>(base, offset) : uint4{}, x);
         };
         // delta = rowsum(dO O)
@@ -214,8 +214,7 @@ __global__ void __launch_bounds__(kThreads) finish_dq(const __grid_constant__ De
                 x[i / 2 * 4 + 2 * r + i % 2] += dlse * mean[i / 2 * 8 + i % 2];
             }
         }
-        T *to = static_cast<T *>(p.dq) + block.batch * p.dq_strides.batch + block.head * p.dq_strides.head +
-                token * p.dq_strides.token + half * kColumns;
+        T *to = static_cast<T *>(p.dq) + p.dq_strides.offset(block.batch, block.head, token) + half * kColumns;
         store_row<T, kColumns>(to, valid, r, lane, [&](int i) { return x[i] * p.scale; });
     }
 }

@@ -22,10 +22,6 @@ constexpr int kStatsThreads = 256;
 template <int kHeadDim>
 constexpr int kLanesPerRow = kHeadDim / kVec;
 
-__device__ __forceinline__ int64_t element_offset(const Strides &s, int batch, int head, int64_t token) {
-    return batch * s.batch + head * s.head + token * s.token;
-}
-
 __device__ __forceinline__ void load_floats(const float *base, float (&x)[kVec]) {
 #pragma unroll
     for (int i = 0; i < kVec; i += 4) {
@@ -73,7 +69,7 @@ __global__ void __launch_bounds__(kStatsThreads) row_rms(const __grid_constant__
 #pragma unroll 4
     for (int first = 0; first < p.heads; first += kHeads) {
         const int head = first + lane / kLanes;
-        const int64_t offset = element_offset(strides, batch, head, token) + lane % kLanes * kVec;
+        const int64_t offset = strides.offset(batch, head, token) + lane % kLanes * kVec;
         float x[kVec], squares = 0;
         upcast_vec<T>(head < p.heads ? load_vec<T>(base, offset) : uint4{}, x);
 #pragma unroll
@@ -171,7 +167,7 @@ __global__ void __launch_bounds__(kStatsThreads)
 #pragma unroll 4
         for (int token = max(section.lo, chunk * kStatsChunk) + row; token < last; token += kRows) {
             float x[kVec];
-            upcast_vec<T>(load_vec<T>(base, element_offset(strides, batch, head, token) + channel), x);
+            upcast_vec<T>(load_vec<T>(base, strides.offset(batch, head, token) + channel), x);
 #pragma unroll
             for (int j = 0; j < kVec; ++j) {
                 acc[j] = summing ? acc[j] + x[j] : fmaxf(acc[j], fabsf(x[j]));
@@ -342,7 +338,7 @@ __global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64)
 #pragma unroll
     for (int i = 0; i < kVecsPerThread; ++i) {
         const int token = token_of_row[first_row + i * rows_per_pass];
-        raw[i] = token < 0 ? uint4{} : load_vec<T>(base, element_offset(strides, batch, head, token) + channel);
+        raw[i] = token < 0 ? uint4{} : load_vec<T>(base, strides.offset(batch, head, token) + channel);
     }
     if constexpr (kNormRope) {
         __syncthreads();
@@ -443,8 +439,7 @@ __global__ void __launch_bounds__(kBlock *kHeadDim / 64)
 #pragma unroll
         for (int byte = 0; byte < 4; ++byte) {
             const int token = token_of_row[word / 4 * 16 + permuted_token(word % 4, byte)];
-            raw[i][byte] =
-                token < 0 ? uint4{} : load_vec<T>(p.v, element_offset(p.v_strides, batch, head, token) + channel);
+            raw[i][byte] = token < 0 ? uint4{} : load_vec<T>(p.v, p.v_strides.offset(batch, head, token) + channel);
         }
     }
 

@@ -11,6 +11,7 @@ namespace fps {
 // Strides of a [batch, head, token, head_dim] view, in elements; head_dim is contiguous.
 struct Strides {
     int64_t batch, head, token;
+    FPS_HD int64_t offset(int b, int h, int64_t t) const { return b * batch + h * head + t * token; }
 };
 
 enum class Dtype : int { kBF16 = 0, kFP16 = 1 };
