@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Of the main kernels, by name. Launch registers: 64 Ki over the threads of a CTA, in multiples of 8 (FwdConfig,
-# BwdConfig). Tensor core instructions (QGMMA, HGMMA), by head_dim: the forward's QK and PV at two places each; the
+# Of the main kernels, by name. Launch registers: 64 Ki over the threads of a CTA, in multiples of 8 (launch.h).
+# Tensor core instructions (QGMMA, HGMMA), by head_dim: the forward's QK and PV at two places each; the
 # backward's S, dP and dV at one, dK and dQ at two, as those of the last step follow the loop. One more copy would mean
 # that the compiler split a loop by a condition that may differ between the warps of a warpgroup, which must all execute
 # the same wgmma.
