@@ -13,7 +13,10 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?= $(if $(HAS_GPU),,--extra-index-url https://download.pytorch.org/whl/cpu --retries 0)
 
 .DELETE_ON_ERROR:
-.PHONY: demo dev test test-gpu sanitize bench bench-wan bench-models plots profile docs lint format sass wheel wheels test-torch clean
+.PHONY: help demo dev test test-gpu sanitize bench bench-wan bench-models plots profile docs lint format sass wheel wheels test-torch clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand --tabs=14
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
@@ -69,7 +72,7 @@ bench-wan: $(INSTALLED)  ## Wan2.1-14B at 720p end to end, on one Hopper GPU
 bench-models: $(INSTALLED)  ## a few layers of diffusers' other models, on one Hopper GPU
 	$(RUN) bench/bench_models.py --output bench/results/$(GPU)_models.json
 
-plots: $(INSTALLED)
+plots: $(INSTALLED)  ## the pictures alone, from the records; needs no GPU
 	$(RUN) bench/plots.py
 
 # Those of `fpsattention profile`; asked for by the recipe alone.
@@ -102,13 +105,13 @@ $(VENV)/lint: $(VENV)/torch pyproject.toml
 
 CPP := $(CUDA) $(wildcard $(addprefix tests/emulator/*.,cpp cuh h))
 
-lint: $(VENV)/lint
+lint: $(VENV)/lint  ## clang-format, ruff and mypy; changes nothing
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-format: $(VENV)/lint
+format: $(VENV)/lint  ## clang-format and ruff; change the files
 	$(VENV)/bin/clang-format -i $(CPP)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
@@ -145,5 +148,5 @@ test-torch: $(WHEEL)  ## the tests (TESTS) on another torch (TORCH), on the whee
 	    "$$(ls dist/fpsattention-*-$$($(PYTHON) -c 'import sys; print("cp%d%d" % sys.version_info[:2])')-manylinux*.whl)[test]"
 	$(TEST_TORCH)/bin/python -m pytest -q $(WORKERS) $(TESTS)
 
-clean:
+clean:  ## remove .venv and all that was built
 	rm -rf $(VENV) build dist python/*.egg-info
