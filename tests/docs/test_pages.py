@@ -1,13 +1,17 @@
-"""Links of the pages lead somewhere, and the README's figures are those of the committed records."""
+"""Links of the pages lead somewhere, the walk through the code is a call's, and the README's figures are recorded."""
 
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import common
+import fpsattention as fps
+from fpsattention.core import config, geometry, ops, support
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -38,12 +42,42 @@ def test_links(page):
         assert not anchor or anchor in anchors(target), link
 
 
-def test_files_of_the_walk_are_there():
-    """From fps.attention to wgmma: at most 12 files, each named once."""
+def walk() -> list[str]:
+    """The files of "From fps.attention to wgmma"."""
     text = (ROOT / "CONTRIBUTING.md").read_text().partition("## From fps.attention to wgmma")[2]
-    files = re.findall(r"^\d+\. `(.+?)`", text, re.MULTILINE)
-    assert 10 <= len(files) <= 12 and len(set(files)) == len(files)
+    return re.findall(r"^\d+\. `(.+?)`", text, re.MULTILINE)
+
+
+def test_files_of_the_walk_are_there():
+    """Twelve files, each named once."""
+    files = walk()
+    assert len(files) == 12 and len(set(files)) == 12
     assert not [x for x in files if not (ROOT / x).exists()]
+
+
+@pytest.mark.parametrize("tile, beside", [((2, 3, 4), set()), (None, {"planning.py"})])
+def test_the_walk_has_the_files_that_a_call_enters(monkeypatch, tile, beside):
+    """A call on the Hopper backend, without its kernels, enters the walk's files of core, and no others."""
+    monkeypatch.setattr(support, "_sm90_obstacle", lambda q: None)
+    monkeypatch.setattr(ops, "_launch", lambda *args: None)
+    monkeypatch.setattr(ops, "_current_stream", lambda device: 0)
+    for cached in (ops.call_of, config._resolve, geometry.tile_geometry):  # what a cache has is not entered
+        cached.cache_clear()
+    q, k, v = torch.zeros(3, 1, 5 * 7 * 11, 2, 64, dtype=torch.bfloat16)
+    entered = set()
+
+    def note(frame, event, arg):
+        if event == "call":
+            entered.add(frame.f_code.co_filename)
+
+    profiler = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        fps.attention(q, k, v, grid=(5, 7, 11), config=fps.AttentionConfig(tile=tile))
+    finally:
+        sys.setprofile(profiler)
+    files = {path.name for path in map(Path, entered) if path.parent == Path(ops.__file__).parent}
+    assert files == {Path(x).name for x in walk() if x.startswith("python/fpsattention/core/")} | beside
 
 
 def rows_of_the_readme() -> list[list[str]]:
