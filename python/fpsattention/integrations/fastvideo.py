@@ -25,7 +25,7 @@ from ..core.config import AttentionConfig
 from ..core.support import check_backend
 from ..parallel import own_windows
 from ..schedules.schedule import StepSchedule
-from .hosts import as_dense_layers, host_class, noisiest, patches
+from .hosts import TRAIN_TIMESTEPS, as_dense_layers, host_class, noisiest, patches
 from .scope import Scope
 
 COMPARED = ("0.2.1",)
@@ -34,8 +34,6 @@ if metadata.version("fastvideo") not in COMPARED:
         f"fastvideo {metadata.version('fastvideo')}: fpsattention.integrations.fastvideo was compared with "
         f"{', '.join(COMPARED)} only; install a version from these"
     )
-
-TRAIN_TIMESTEPS = 1000  # num_train_timesteps of Wan's schedulers
 
 
 def enable(

@@ -14,6 +14,8 @@ from ..core.config import AttentionConfig
 from ..schedules.schedule import StepSchedule
 from ..schedules.windows import WindowTable
 
+TRAIN_TIMESTEPS = 1000  # num_train_timesteps of the schedulers of all hosts' models
+
 StepConfig = AttentionConfig | tuple[AttentionConfig, ...] | None
 """What a step runs: one config for all layers, or one for each layer; None: the host's own attention."""
 

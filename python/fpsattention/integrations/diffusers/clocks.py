@@ -29,9 +29,8 @@ class SchedulerClock:
         self.pipe = pipe
         self.schedule = schedule
         self.dense_steps = dense_steps
-        self.timesteps: Tensor | None = (
-            None  # the scheduler's own tensor: it makes another one for another run
-        )
+        # The scheduler's own tensor: it makes another one for another run.
+        self.timesteps: Tensor | None = None
         self.steps: Tensor | None = None  # the timestep of each step, on the CPU
         self.step_of: list[int] = []  # the step of each of the scheduler's timesteps, and of the end
 
@@ -74,9 +73,8 @@ class SchedulerClock:
             self.timesteps = scheduler.timesteps
             self.steps = scheduler.timesteps.cpu()
             step_of = torch.arange(len(self.steps), device="cpu")
-            if (
-                scheduler.order > 1
-            ):  # visits a noise level twice: at the end of a step and at the start of the next
+            # Such a scheduler visits a noise level twice: at the end of a step and at the start of the next.
+            if scheduler.order > 1:
                 self.steps, step_of = torch.unique_consecutive(self.steps, return_inverse=True)
             self.step_of = [*step_of.tolist(), len(self.steps)]
         return self.steps

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from ...core.checks import Triple
 from ..fp8_linear import apply_all
-from ..hosts import host_class, patches
-from .processor import TRAIN_TIMESTEPS, Attn, Processor
+from ..hosts import TRAIN_TIMESTEPS, host_class, patches
+from .processor import Attn, Processor
 
 
 class Wan(Processor):

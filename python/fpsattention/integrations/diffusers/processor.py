@@ -23,10 +23,9 @@ from ...core.config import AttentionConfig
 from ...core.prologue import norm_rope_quantize
 from ...parallel import ulysses_attention
 from ..fp8_linear import has_hooks
+from ..hosts import TRAIN_TIMESTEPS
 from ..scope import Scope
 from ..windowed import attention_in_windows, in_windows
-
-TRAIN_TIMESTEPS = 1000  # num_train_timesteps of all these models' schedulers
 
 Attn = Any
 """A self-attention module of the host. Those of the models have no class in common."""

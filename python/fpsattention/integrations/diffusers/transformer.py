@@ -137,8 +137,8 @@ class PatchedTransformer:
             return valid
         if len(valid) != 1:
             raise ValueError(
-                f"encoder_attention_mask: is of {len(valid)} samples, hidden_states of {batch}; it must be of as many, "
-                f"or of one"
+                f"encoder_attention_mask: has {len(valid)} samples, hidden_states has {batch}; it must have {batch}, "
+                f"or 1"
             )
         return valid.expand(batch)
 
