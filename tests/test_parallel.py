@@ -410,7 +410,7 @@ ODD = {"config": fps.AttentionConfig((2, 2, 2))}
         (
             [SHARE] * 3,
             {"config": fps.AttentionConfig(TILE, WINDOWS[:3])},
-            r"window: 3 windows of single heads for 4 heads; give one triple, or 4",
+            r"window: 3 windows, one per head, for 4 heads; give one triple, or 4",
         ),
         ([SHARE] * 3, {"config": 0}, r"config: 0 must be an AttentionConfig or None, got int"),
         ([SHARE] * 3, {"suffix_len": -1}, r"suffix_len: -1 must be an integer, at least 0; nearest"),

@@ -240,7 +240,7 @@ def own_windows(config: AttentionConfig | None, heads: int, rank: int, ranks: in
         return config
     if len(config.window) != heads:
         raise ValueError(
-            f"window: {len(config.window)} windows of single heads for {heads} heads; give one triple, or {heads}"
+            f"window: {len(config.window)} windows, one per head, for {heads} heads; give one triple, or {heads}"
         )
     own = heads // ranks
     return replace(config, window=config.window[rank * own : (rank + 1) * own])

@@ -227,10 +227,8 @@ def _read_object(path: str | Path) -> dict:
 
     try:
         data = json.loads(Path(path).read_text(), object_pairs_hook=once)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError also for the encoding, RecursionError for deep nesting
+    # ValueError also for the encoding, RecursionError for deep nesting.
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is not the JSON it should be: {error}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path}: must hold a JSON object, holds {type(data).__name__}")
