@@ -26,9 +26,8 @@ FP8_TFLOPS = 1790  # e4m3 wgmma m64n128k32, at the clock that 700 W allows
 BF16_TFLOPS = 737  # cuBLAS, 16384^3
 HBM_TBPS = 3.0  # copy, read + write
 L2_TBPS = 7.5  # L2 to shared memory, bulk copies
-EXPONENTIALS = (
-    16 * 132 * 1.66e9
-)  # per second: 16 per clock and SM; attention needs one per 4 * head_dim operations
+# Per second: 16 per clock and SM. Attention needs one per 4 * head_dim operations.
+EXPONENTIALS = 16 * 132 * 1.66e9
 
 # Operations of the quantisation per element: a comparison for the amax, a product with its inverse.
 QUANTIZE_OPS = 2
@@ -406,7 +405,7 @@ def time_split(results: Results, path: Path) -> None:
             for y, (_, q, a) in enumerate(bars):
                 ax.text(q + a, y, f"  {q:.2f} + {a:.2f}: {q / (q + a):.0%}", va="center", fontsize=7)
             ax.set_xlim(0, 1.45 * max(q + a for _, q, a in bars))
-            ax.set_xlabel("ms (quantisation + attention: share of the former)")
+            ax.set_xlabel("ms (quantisation + attention: share of quantisation)")
             ax.set_title(name, fontsize=9)
             ax.legend(loc="lower right")
         fig.suptitle(f"{results.meta['gpu']}, batch 1", fontsize=10)

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fpsattention.cli.catalog import MODELS
+from fpsattention.core.checks import Triple
 
-Triple = tuple[int, int, int]
 Window = Triple | None  # tiles per axis; None: dense
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 DEFAULT_FRAMES = {"cuda": 81, "cpu": 25}
 DEFAULT_SIZE = {"cuda": (720, 1280), "cpu": (432, 768)}
 DEFAULT_HEADS = {"cuda": 12, "cpu": 2}
-DENSITY = 1 / 6  # near which the default window lies: the paper's headline, 6 x 6 x 1 of 6 x 6 x 6 tiles
+DENSITY = 1 / 6  # aim of the default window; the paper's headline case: 6 x 6 x 1 of 6 x 6 x 6 tiles
 GPU_RUNS = 5  # timed calls after a warm-up; the median counts
 
 # Not in the wheel: its two checkpoints would make the wheel several times as large.
@@ -258,9 +258,8 @@ def _compare(
     for mode, config in modes.items():
         with_lse = config.quant == "fp8"
         name, reason = backend_for(q, config)
-        backend = (
-            "reference" if name == "reference" else "auto"
-        )  # "reference": without a warning, as the table names it
+        # "reference" by name gives no warning: the table says what ran.
+        backend = "reference" if name == "reference" else "auto"
         call = partial(attention, q, k, v, grid=grid, config=config, return_lse=with_lse, backend=backend)
         out, ms = step(mode, _timed, call, q.device)
         if with_lse:
@@ -394,12 +393,8 @@ def _draw(path: Path, clip: torch.Tensor, resolved: ResolvedConfig, error: torch
     frames = [clip[max(0, 4 * i - 2)] for i in range(n_frames)]
     height, width = frames[0].shape[:2]
     shown = torch.linspace(0, n_frames - 1, min(n_frames, STRIP)).round().int().tolist()
-    extent = (
-        0,
-        width,
-        height,
-        0,
-    )  # puts the edges of pixels, not centres, at whole numbers, as `_outline` counts
+    # Puts the edges of pixels, not their centres, at whole numbers, as `_outline` counts.
+    extent = (0, width, height, 0)
     heights = 5.6 * height / width + 0.3, FIGURE_WIDTH / STRIP * height / width + 0.6  # inches
     figure = Figure(figsize=(FIGURE_WIDTH, sum(heights) + 0.8), layout="constrained")
     figure.suptitle(title, fontsize=11)

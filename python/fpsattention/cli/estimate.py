@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from ..core.config import ResolvedConfig
 
 SOURCE = (
-    "H100 80GB at 700 W, docs/performance.md: the dense forwards of Wan2.1-14B at 720p (head_dim 128) and of "
-    "CogVideoX at 480p (64), and the quantisation of the former"
+    "H100 80GB at 700 W, docs/performance.md: the dense forward and the quantisation of Wan2.1-14B at 720p (head_dim "
+    "128), and the dense forward of CogVideoX at 480p (64)"
 )
 
 # FLOP/s of the forward kernel by head_dim, padding included. From bench/results/h100.json: its other forwards of at

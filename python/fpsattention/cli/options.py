@@ -9,9 +9,9 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import TypedDict
 
-Border = Literal["clamp", "truncate"]
+from ..core.config import Border
 
 # Formats of a picture: those that matplotlib writes and people view. Named here to need no matplotlib.
 PICTURES = (

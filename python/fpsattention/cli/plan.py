@@ -52,11 +52,12 @@ def run(
 
     console = people(as_json)
     lines = explain.explain_tile(ranked, resolved, shape.heads, shape.head_dim)
-    if shape.text_tokens:
-        lines.append(f"text     {shape.text_sentence}")
     lines.append(f"expected {_expectation(expected, expected_dense, shape.layers)}")
     if shape.name:
-        lines.insert(0, f"model    {shape.name}: {shape.setting}, {shape.layers} layers; {shape.source}")
+        text = f", up to {shape.text_tokens} text tokens" if shape.text_tokens else ""
+        lines.insert(
+            0, f"model    {shape.name}: {shape.setting}, {shape.layers} layers{text}; {shape.source}"
+        )
     for line in lines:
         console.print(Text.assemble((line[:9], "bold"), line[9:]))
     console.print(_tiles_table(ranked))

@@ -91,9 +91,8 @@ def frames_of(path: Path) -> Iterator[torch.Tensor]:
 def _load_tensor(path: Path) -> torch.Tensor:
     try:
         clip = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # for a file that is not torch's, torch.load raises many kinds, KeyError among them
+    # For a file that is not torch's, torch.load raises many kinds, KeyError among them.
+    except Exception as error:
         raise UserError(
             f"{path}: cannot be read with torch.load ({type(error).__name__}: {error})"
         ) from error
