@@ -110,7 +110,7 @@ def norm_rope(
         grid: tokens (T, H, W).
         eps: added to the mean square.
         rope: three tables [T, P_t, 2], [H, P_h, 2], [W, P_w, 2] of any floating-point dtype, P_t + P_h + P_w = D / 2:
-            cosine and sine of the angle by which a coordinate turns a pair of channels. Channels (2i, 2i + 1) are pair
+            cosine and sine of the angle by which a coordinate rotates a pair of channels. Channels (2i, 2i + 1) are pair
             i; the pairs of t come first, then those of h, then those of w. None or empty: no rotation.
 
     Returns a tensor like x.
@@ -131,11 +131,11 @@ def norm_rope(
         values = values * (mean + eps).rsqrt() * weight.float().view(1, 1, -1, values.shape[3])
     if rope:
         shapes = [[n if i == axis else 1 for i in range(3)] for axis, n in enumerate(grid)]
-        turns = [
+        rotations = [
             table.float().view(*shape, -1, 2).expand(*grid, -1, 2)
             for table, shape in zip(rope, shapes, strict=True)
         ]
-        cos, sin = torch.cat(turns, dim=3).flatten(0, 2)[:, None].unbind(-1)  # [L, 1, D / 2]
+        cos, sin = torch.cat(rotations, dim=3).flatten(0, 2)[:, None].unbind(-1)  # [L, 1, D / 2]
         even, odd = values.unflatten(3, (-1, 2)).unbind(-1)
         values = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(3)
     return (values if tensor_layout == "NHD" else values.transpose(1, 2)).to(x.dtype)
@@ -191,7 +191,7 @@ def _check(
             )
         if table.device != x.device:
             raise ValueError(
-                f"rope: device {table.device} on axis {axis} must be that of the tensor it turns, {x.device}"
+                f"rope: device {table.device} on axis {axis} must be that of the tensor it rotates, {x.device}"
             )
     if sum(table.shape[1] for table in rope) * 2 != head_dim:
         raise ValueError(

@@ -111,7 +111,7 @@ class Quantized:
 
 
 def _scales(amax: Tensor) -> tuple[Tensor, Tensor]:
-    """(inv, scale) for groups of values with this amax: x8 = e4m3(x * inv), x = x8 * scale."""
+    """(inv, scale) of values that share a scale and have this amax: x8 = e4m3(x * inv), x = x8 * scale."""
     empty = amax <= AMAX_FLOOR
     top = torch.full_like(amax, E4M3_MAX)  # by a Python number, torch may divide with a rounded reciprocal
     return (top / amax).masked_fill(empty, 1.0), (amax / top).masked_fill(empty, 1.0)
@@ -134,9 +134,9 @@ def quantize(
     """Round Q, K, V to E4M3 as the kernels do, bit for bit (arXiv 2506.04648, section 3.1).
 
     Q and K have one scale per (batch, head, tile), or per brick if `resolved.quant_tile` is larger than the tile. Each
-    text tile has a scale of its own. V has one scale per (batch, head, channel). A scale comes from the largest
-    magnitude (amax) of its group's valid tokens in fp32. A group whose amax is at most `AMAX_FLOOR` has scale 1 and
-    rounds to zeros. A NaN or Inf in a valid token spreads over its group.
+    text tile has a scale of its own. V has one scale per (batch, head, channel). A scale comes from amax, the largest
+    magnitude in fp32 among the valid tokens that share it. Where amax is at most `AMAX_FLOOR`, the scale is 1 and all
+    rounds to zero. A NaN or Inf in a valid token spreads over all that share its scale.
 
     Args:
         q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), of a dtype in `DTYPES`; read as fp32.
