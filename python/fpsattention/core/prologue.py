@@ -110,8 +110,8 @@ def norm_rope(
         grid: tokens (T, H, W).
         eps: added to the mean square.
         rope: three tables [T, P_t, 2], [H, P_h, 2], [W, P_w, 2] of any floating-point dtype, P_t + P_h + P_w = D / 2:
-            cosine and sine of the angle by which a coordinate rotates a pair of channels. Channels (2i, 2i + 1) are pair
-            i; the pairs of t come first, then those of h, then those of w. None or empty: no rotation.
+            cosine and sine of the angle by which a coordinate rotates a pair of channels. Channels (2i, 2i + 1) are
+            pair i; the pairs of t come first, then those of h, then those of w. None or empty: no rotation.
 
     Returns a tensor like x.
     Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value.
