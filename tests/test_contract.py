@@ -17,6 +17,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fake_kernels
@@ -692,6 +693,19 @@ def test_the_backward_makes_no_gradient_of_the_operands():
             with Log():
                 results[output].sum().backward()
             assert torch.uint8 not in made and q.grad is not None
+
+
+def test_the_backward_reads_what_was_saved_once():
+    """A checkpoint computes saved tensors anew, for one reading."""
+    q = tensor().requires_grad_()
+    rest = list(GRID), 0, 0, CONFIG.spec, 0.125, "NHD", False
+
+    def call(q):
+        return ops.attention(q, q, q, None, None, *rest)[0]
+
+    with fake_kernels.on_cpu():
+        checkpoint(call, q, use_reentrant=False).sum().backward()
+    assert q.grad is not None and q.grad.shape == q.shape
 
 
 def test_a_launch_names_what_is_not_set():

@@ -60,7 +60,6 @@ def test_the_walk_has_the_files_that_a_call_enters(monkeypatch, tile, beside):
     """A call on the Hopper backend, without its kernels, enters the walk's files of core, and no others."""
     monkeypatch.setattr(support, "_sm90_obstacle", lambda q: None)
     monkeypatch.setattr(ops, "_launch", lambda *args: None)
-    monkeypatch.setattr(ops, "_current_stream", lambda device: 0)
     for cached in (ops.call_of, config._resolve, geometry.tile_geometry):  # what a cache has is not entered
         cached.cache_clear()
     q, k, v = torch.zeros(3, 1, 5 * 7 * 11, 2, 64, dtype=torch.bfloat16)

@@ -218,11 +218,10 @@ class NormRope(NamedTuple):
 
 def launch_quantize(
     call: Call, q: Tensor, k: Tensor, v: Tensor, prefix_valid: Tensor | None, suffix_valid: Tensor | None,
-    norm_rope: NormRope | None = None, stream: int | None = None
+    norm_rope: NormRope | None = None
 ) -> Tensor:  # fmt: skip
     """Packed operands, uint8 [bytes], of Q, K and V (arXiv 2506.04648, section 3.1).
 
-    `stream` is a cudaStream_t; None: the current one.
     Raises ValueError for strides or an alignment that the kernels do not take.
     """
     at = call.sections
@@ -249,18 +248,17 @@ def launch_quantize(
         params.lse_shift = base + at.lse_shift
     if norm_rope is not None:
         scratch += _set_norm_rope(params.norm_rope, norm_rope, call, q)
-    _launch(_C.quantize, "fpsattention::quantize", params, q.device, stream)
+    _launch(_C.quantize, "fpsattention::quantize", params, q.device)
     return packed
 
 
 def launch_attend(
     call: Call, packed: Tensor, prefix_valid: Tensor | None, suffix_valid: Tensor | None, with_lse: bool = True,
-    fresh: bool = False, stream: int | None = None
+    fresh: bool = False
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(out, lse) of packed operands under the call's windows (arXiv 2506.04648, Eq. 2); lse is None without `with_lse`.
 
-    `fresh`: nothing has attended over the operands yet, so their work counter is still zero. `stream` is a
-    cudaStream_t; None: the current one.
+    `fresh`: nothing has attended over the operands yet, so their work counter is still zero.
     """
     out = packed.new_empty(call.shape, dtype=call.dtype)
     lse = packed.new_empty(call.lse_shape, dtype=torch.float32) if with_lse else None
@@ -281,7 +279,7 @@ def launch_attend(
         params.lse = lse.data_ptr()
     next_item = None if fresh else packed.new_zeros(1, dtype=torch.int32)
     params.next_item = base + at.next_item if next_item is None else next_item.data_ptr()
-    _launch(_C.attn_fwd, "fpsattention::attend", params, packed.device, stream)
+    _launch(_C.attn_fwd, "fpsattention::attend", params, packed.device)
     return out, lse
 
 
@@ -290,9 +288,8 @@ def launch_attention(
     with_lse: bool = True
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """(out, lse, packed operands) of Q, K and V; lse is None without `with_lse`."""
-    stream = _current_stream(q.device)  # looked up once: it takes as long as a launch
-    packed = launch_quantize(call, q, k, v, prefix_valid, suffix_valid, stream=stream)
-    out, lse = launch_attend(call, packed, prefix_valid, suffix_valid, with_lse, fresh=True, stream=stream)
+    packed = launch_quantize(call, q, k, v, prefix_valid, suffix_valid)
+    out, lse = launch_attend(call, packed, prefix_valid, suffix_valid, with_lse, fresh=True)
     return out, lse, packed
 
 
@@ -331,23 +328,15 @@ def launch_backward(
     return dq, dk, dv
 
 
-def _launch(
-    kernels: Callable, name: str, params: _C.CallParams, device: torch.device, stream: int | None = None
-) -> None:
-    """Launch on the stream (None: the device's current one), in an NVTX range of this name."""
-    if stream is None:
-        stream = _current_stream(device)
+def _launch(kernels: Callable, name: str, params: _C.CallParams, device: torch.device) -> None:
+    """Launch on the device's current stream, in an NVTX range of this name."""
+    # As torch's own generated code does: torch.cuda.current_stream() makes an object, in as long as a launch takes.
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
     torch.cuda.nvtx.range_push(name)
     try:
         kernels(params, device.index, stream)
     finally:
         torch.cuda.nvtx.range_pop()
-
-
-def _current_stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(
-        device.index
-    ).cuda_stream  # torch takes an index in less time than a device
 
 
 def _set_counts(
@@ -654,10 +643,10 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, dout, dlse, _):
-    out, lse, *_ = ctx.saved_tensors
+    out, lse, *others = ctx.saved_tensors  # once: a checkpoint computes them anew for one reading
     dout = torch.zeros_like(out) if dout is None else dout
     dlse = torch.zeros_like(lse) if dlse is None else dlse
-    gradients = attention_backward(dout, dlse, *ctx.saved_tensors, *ctx.call)
+    gradients = attention_backward(dout, dlse, out, lse, *others, *ctx.call)
     return *gradients, None, None, *(None for _ in ctx.call)
 
 
