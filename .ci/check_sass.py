@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Of the main kernels, by name. Launch registers: 64 Ki over the threads of a CTA, in multiples of 8 (launch.h).
-# Tensor core instructions (QGMMA, HGMMA), by head_dim: the forward's QK and PV at two places each; the
-# backward's S, dP and dV at one, dK and dQ at two, as those of the last step follow the loop. One more copy would mean
-# that the compiler split a loop by a condition that may differ between the warps of a warpgroup, which must all execute
-# the same wgmma.
+# Registers of a thread at launch, of each main kernel: 64 Ki over a CTA's threads, in multiples of 8 (launch.h).
 LAUNCH_REGISTERS = {"attn_fwd_sm90": 128, "attn_bwd_sm90": 168}
+# Tensor core instructions (QGMMA, HGMMA) of each main kernel, by head_dim. The forward has QK and PV at two places.
+# The backward has S, dP and dV at one place; dK and dQ at two, because those of the last step follow the loop. One
+# more copy would mean that the compiler split a loop by a condition that may differ between the warps of a warpgroup,
+# which must all execute the same wgmma.
 GMMA = {
     "attn_fwd_sm90": {128: (16, 0), 64: (12, 0)},
     "attn_bwd_sm90": {128: (4, 36), 64: (2, 32)},

@@ -47,11 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(
     *,
-    model: str | None,
-    grid: Triple | None,
-    heads: int | None,
-    head_dim: int | None,
-    tile: Triple | None,
+    asked_shape: options.ShapeOptions,
     window: Triple | None,
     border: options.Border,
     rounds: int,
@@ -59,7 +55,7 @@ def run(
 ) -> None:
     """The `bench` command. Raises UserError for a shape that is not legal, MachineError without a Hopper GPU."""
     require("rich")
-    shape, resolved = resolve(model, grid, heads, head_dim, tile, window, border)
+    shape, resolved = resolve(*asked_shape, window, border)
     require_hopper("; `fpsattention plan` estimates the time without one")
     with progress() as bar, torch.no_grad():
         bar.add_task("measuring", total=None)
@@ -140,9 +136,8 @@ def resolve(
             raise ValueError(
                 f"--head-dim {shape.head_dim}: the Hopper kernel takes {' and '.join(map(str, HEAD_DIMS))}"
             )
-        return shape, AttentionConfig(tile=tile, window=window, border=border).resolve(
-            shape.grid, shape.heads
-        )
+        config = AttentionConfig(tile=tile, window=window, border=border)
+        return shape, config.resolve(shape.grid, shape.heads)
 
 
 def random_call(shape: catalog.VideoModel, resolved: ResolvedConfig) -> tuple[tuple[torch.Tensor, ...], dict]:

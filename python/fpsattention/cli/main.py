@@ -21,6 +21,7 @@ import torch
 
 from . import bench, calibrate, compare, demo, doctor, plan, profile, schedule
 from .errors import MachineError, UserError
+from .options import grouped
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = vars(_parser().parse_args(argv))
         command = options.pop("command")
         module, _ = COMMANDS[command]
-        status = module.run(**options) or 0
+        status = module.run(**grouped(options)) or 0
         sys.stdout.flush()  # here, where a failure is reported under the command's name
         return status
     except UserError as error:

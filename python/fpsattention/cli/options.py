@@ -9,9 +9,11 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, NamedTuple, TypedDict
 
+from ..core.checks import Triple
 from ..core.config import Border
+from . import catalog
 
 # Formats of a picture: those that matplotlib writes and people view. Named here to need no matplotlib.
 PICTURES = (
@@ -136,6 +138,29 @@ def add_shape(parser: argparse.ArgumentParser) -> None:
         help="channels of a head (default: the model's; 128 with --grid)",
     )
     add_tile(parser)
+
+
+class ShapeOptions(NamedTuple):
+    """The values of `add_shape`'s options; None: not given."""
+
+    model: str | None = None
+    grid: Triple | None = None
+    heads: int | None = None
+    head_dim: int | None = None
+    tile: Triple | None = None
+
+    def choose(self) -> catalog.VideoModel:
+        """The model or grid, with its heads. Raises ValueError as `catalog.choose` does."""
+        return catalog.choose(self.model, self.grid, self.heads, self.head_dim)
+
+
+def grouped(values: dict[str, Any]) -> dict[str, Any]:
+    """The parsed values of a command, with those of `add_shape` as one `ShapeOptions` under "asked_shape"."""
+    if "model" not in values:
+        return values
+    shape = {name: values[name] for name in ShapeOptions._fields}
+    rest = {name: value for name, value in values.items() if name not in shape}
+    return rest | {"asked_shape": ShapeOptions(**shape)}
 
 
 def add_window(parser: argparse.ArgumentParser) -> None:

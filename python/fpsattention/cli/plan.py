@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..core import explain
 from ..core.checks import Triple
 from ..core.config import AttentionConfig
-from . import catalog, estimate, options
+from . import estimate, options
 from .console import by, milliseconds, people, print_json, table_of
 from .errors import asked, require
 
@@ -29,11 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(
     *,
-    model: str | None,
-    grid: Triple | None,
-    heads: int | None,
-    head_dim: int | None,
-    tile: Triple | None,
+    asked_shape: options.ShapeOptions,
     window: Triple | None,
     border: options.Border,
     as_json: bool,
@@ -43,8 +39,8 @@ def run(
     from rich.text import Text
 
     with asked():
-        shape = catalog.choose(model, grid, heads, head_dim)
-        resolved = shape.resolve(AttentionConfig(tile=tile, window=window, border=border))
+        shape = asked_shape.choose()
+        resolved = shape.resolve(AttentionConfig(tile=asked_shape.tile, window=window, border=border))
         dense = shape.resolve(AttentionConfig(tile=resolved.tile))
     ranked = explain.plan(shape.grid)
     geometry = resolved.geometry

@@ -57,11 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(
     *,
-    model: str | None,
-    grid: Triple | None,
-    heads: int | None,
-    head_dim: int | None,
-    tile: Triple | None,
+    asked_shape: options.ShapeOptions,
     window: Triple | None,
     border: options.Border,
     tool: str,
@@ -70,7 +66,7 @@ def run(
 ) -> None:
     """The `profile` command. Raises UserError for a shape that is not legal, MachineError when nothing could run."""
     require("rich")
-    shape, resolved = resolve(model, grid, heads, head_dim, tile, window, border)
+    shape, resolved = resolve(*asked_shape, window, border)
     command = obstacle = None
     if tool == "none":
         require_hopper()

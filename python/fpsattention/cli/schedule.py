@@ -80,22 +80,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     options.add_shape(parser)
     for stage in STAGES:
-        parser.add_argument(
-            f"--{stage}",
-            help=f"window of the {stage} steps, in tiles (default: dense)",
-            action=_Collect,
-            dest="stages",
-            default={},
-            **options.TRIPLE,
-        )
-        parser.add_argument(
-            f"--{stage}-scales",
-            help=f"tokens that share a scale in the {stage} steps (default: the tile)",
-            action=_Collect,
-            dest="stages",
-            default={},
-            **options.TRIPLE,
-        )
+        for option, text in (
+            (f"--{stage}", f"window of the {stage} steps, in tiles (default: dense)"),
+            (f"--{stage}-scales", f"tokens that share a scale in the {stage} steps (default: the tile)"),
+        ):
+            parser.add_argument(
+                option, help=text, action=_Collect, dest="stages", default={}, **options.TRIPLE
+            )
     parser.add_argument(
         "--alpha",
         type=options.fraction,
@@ -118,11 +109,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(
     *,
-    model: str | None,
-    grid: Triple | None,
-    heads: int | None,
-    head_dim: int | None,
-    tile: Triple | None,
+    asked_shape: options.ShapeOptions,
     stages: dict[str, Triple],
     alpha: tuple[float, float] | None,
     num_steps: int | None,
@@ -142,16 +129,18 @@ def run(
     if windows is None:
         console = people(as_json)
         with asked():
-            shape = catalog.choose(model, grid, heads, head_dim)
-            schedule = _step_schedule(shape, tile, stages, alpha or DEFAULT_ALPHA, border or "clamp")
+            shape = asked_shape.choose()
+            schedule = _step_schedule(
+                shape, asked_shape.tile, stages, alpha or DEFAULT_ALPHA, border or "clamp"
+            )
         result, pictures = _of_stages(console, shape, schedule, num_steps or DEFAULT_STEPS)
     else:
         given: dict[str, object] = {
-            "MODEL": model,
-            "--grid": grid,
-            "--heads": heads,
-            "--head-dim": head_dim,
-            "--tile": tile,
+            "MODEL": asked_shape.model,
+            "--grid": asked_shape.grid,
+            "--heads": asked_shape.heads,
+            "--head-dim": asked_shape.head_dim,
+            "--tile": asked_shape.tile,
         }
         given |= stages | {"--alpha": alpha, "--num-steps": num_steps, "--border": border}
         for option, value in given.items():
