@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 import fpsattention as fps
+from accuracy import exact_heads, relative_rms, relative_rms_of, sampled_rows
 from bench_backward import bench_training
 from bench_block import bench_block
 from bench_host import bench_host
@@ -66,8 +67,6 @@ from shapes import (
     Window,
     select,
 )
-
-SAMPLED_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -120,16 +119,6 @@ def random_qkv(shape: Shape, device: str) -> tuple[torch.Tensor, ...]:
     return tuple(random_input(shape, device, f"{shape.name} {name}") for name in "qkv")
 
 
-def exact_rows(q, k, v, rows: torch.Tensor, allowed: torch.Tensor, scale: float) -> torch.Tensor:
-    """Exact attention of some query rows of one head, fp64 [rows, D]; q, k, v [L, D], allowed [rows, L]."""
-    scores = (q[rows].double() @ k.double().T).mul_(scale).masked_fill_(~allowed, float("-inf"))
-    return scores.softmax(-1) @ v.double()
-
-
-def relative_rms(x: torch.Tensor, reference: torch.Tensor) -> float:
-    return ((x.double() - reference.double()).norm() / reference.double().norm()).item()
-
-
 def check_accuracy(shape: Shape, contender: Contender, work: Work, k, v, record: Record) -> None:
     """Compare a contender with exact attention on sampled rows of some heads, and fill in its record.
 
@@ -140,19 +129,14 @@ def check_accuracy(shape: Shape, contender: Contender, work: Work, k, v, record:
     out = contender.finish(contender.prepare(q, k, v)())
     if not out.isfinite().all():
         record.fail("output is not finite")
-    q, k, v = (as_hnd(x, shape.layout) for x in (q, k, v))
-    generator = torch.Generator().manual_seed(seed_of(f"{record.case} rows"))
-    rows = torch.randperm(shape.tokens, generator=generator)[:SAMPLED_ROWS].to(device)
-    allowed = work.allowed(rows)
-    scale = shape.head_dim**-0.5
-    heads = sorted({(0, 0), (0, shape.heads // 2), (shape.batch - 1, shape.heads - 1)})
-    exact = torch.stack([exact_rows(q[at], k[at], v[at], rows, allowed, scale) for at in heads])
-    record.rel_rms = relative_rms(torch.stack([out[at][rows] for at in heads]), exact)
+    rows = sampled_rows(shape, seed_of(f"{record.case} rows"), device)
+    exact = exact_heads(shape, (q, k, v), rows, work.allowed(rows))
+    record.rel_rms = relative_rms_of(shape, out, rows, exact)
     if not record.rel_rms <= contender.tolerance:  # true for NaN, too
         record.fail(f"relative RMS error {record.rel_rms:.3g} is above {contender.tolerance}")
     if contender.name == OURS and contender.window in shape.emulated:
         try:
-            one_head = (x[:1, :1] for x in (q, k, v))
+            one_head = (as_hnd(x, shape.layout)[:1, :1] for x in (q, k, v))
             config = config_of(shape, contender.window)
             emulated, _ = emulated_attention(*one_head, grid=shape.grid, config=config, tensor_layout="HND")
             record.emulation_rel_rms = relative_rms(emulated[0, 0, rows], exact[0])
