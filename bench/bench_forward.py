@@ -30,6 +30,7 @@ from bench_text import bench_text
 from common import (
     COPY_BYTES,
     CUDNN,
+    CUDNN_FP8,
     FLEX,
     OURS,
     TORCH_DENSE,
@@ -275,16 +276,21 @@ def measure_graph_gaps(shapes: list[Shape], records: list[Record], device: str) 
                 record.remark(f"gaps not measured: {first_line(error)}")
 
 
-def _our(case: str, value):
-    """A target's value: `value` of FPSAttention's record of one case, or None without a good record."""
+def _of(op: str, case: str, value):
+    """A target's value: `value` of the record of one contender and case, or None without a good record."""
 
     def of(records: list[Record]) -> float | None:
         for r in records:
-            if r.case == case and r.op == OURS and not r.error:
+            if r.case == case and r.op == op and not r.error:
                 return value(r)
         return None
 
     return of
+
+
+def _our(case: str, value):
+    """`_of` FPSAttention."""
+    return _of(OURS, case, value)
 
 
 def _cudnn_speedup(r: Record) -> float | None:
@@ -309,6 +315,13 @@ def _backward_window_over_dense(records: list[Record]) -> float | None:
     return window / dense if window and dense else None
 
 
+def _kernel_over_cudnn_fp8(records: list[Record]) -> float | None:
+    """Both without quantisation."""
+    ours_ms = _our(WAN_DENSE, lambda r: r.attn_ms)(records)
+    cudnn_ms = _of(CUDNN_FP8, WAN_DENSE, lambda r: r.ms)(records)
+    return cudnn_ms / ours_ms if ours_ms and cudnn_ms else None
+
+
 def _worst(value):
     """A target's value: the largest `value` of FPSAttention's records, or None when none has it."""
 
@@ -321,6 +334,7 @@ def _worst(value):
 TARGETS = (
     Target("dense 21x45x80, 40 heads, kernel alone: x cuDNN", _our(WAN_DENSE, _cudnn_speedup_of_kernel), 1.9),
     Target("dense 21x45x80, 40 heads: x cuDNN", _our(WAN_DENSE, _cudnn_speedup), 1.85),
+    Target("dense 21x45x80, 40 heads, kernel alone: x cuDNN FP8", _kernel_over_cudnn_fp8, 1.5),
     Target("paper's setting 36x48x48, window 6,6,1: x cuDNN", _our(PAPER, _cudnn_speedup), 11),
     Target("21x45x80, window 3,3,9: of the dense case's TFLOP/s", _window_over_dense, 0.93),
     Target("33x45x80, window 2,5,5 (density .1): x cuDNN", _our(HUNYUAN_WINDOW, _cudnn_speedup), 10),

@@ -25,12 +25,14 @@ except ImportError:
     pynvml = None
 
 OURS, CUDNN, FLASH, FLEX = "fpsattention", "sdpa-cudnn", "sdpa-flash", "flexattention"  # Record.op
+CUDNN_FP8 = "cudnn-fp8"  # Record.op of cuDNN's FP8 attention, without quantisation
 SDPA = "sdpa"  # Record.op of torch's attention with the backend that torch picks
 TORCH_DENSE = (CUDNN, FLASH)
 # Record.case ends in one of these, unless the record is of a forward.
 BACKWARD, TRAINING, STEP, ALONE, TEXT = "backward", "training", "block step", "alone", "with text"
 HOST = "host"
 
+E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 COPY_BYTES = 1 << 30
 GRAPH_REPLAYS = 10
 
@@ -318,9 +320,15 @@ def attention_flops(pairs: int, heads: int, head_dim: int, batch: int) -> int:
 def quantize_bytes(tokens: int, heads: int, head_dim: int, batch: int, packed_bytes: int) -> int:
     """Bytes that the quantisation must move: Q, K, V read once in 16 bits, the packed FP8 blocks written once.
 
-    The kernel reads V twice, first for the maxima of its channels; the second time does not count.
+    A second read of a tensor does not count.
     """
     return 3 * 2 * tokens * heads * head_dim * batch + packed_bytes
+
+
+def to_e4m3(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """E4M3 values of x, with x's strides, and their scale, an fp32 scalar: x is about values * scale."""
+    scale = x.abs().amax().float() / E4M3_MAX
+    return (x.float() / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 
 def gpu_uuid() -> str:

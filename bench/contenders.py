@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fpsattention as fps
-from common import CUDNN, FLASH, FLEX, OURS
+from common import CUDNN, CUDNN_FP8, FLASH, FLEX, OURS, to_e4m3
 from fpsattention.core import ops
 from shapes import Shape, Window
 
@@ -136,8 +136,7 @@ def _flash_attention_3_fp8(shape: Shape) -> Contender:
     from flash_attn_interface import flash_attn_func
 
     def quantize(x):
-        descale = x.abs().max().float() / 448
-        x8 = (x.float() / descale).clamp(-448, 448).to(torch.float8_e4m3fn)
+        x8, descale = to_e4m3(x)
         return x8, descale.expand(shape.batch, shape.heads).contiguous()
 
     def prepare(q, k, v):
@@ -152,6 +151,23 @@ def _flash_attention_3_fp8(shape: Shape) -> Contender:
     return Contender(
         "fa3-fp8", None, prepare, finish, TOLERANCE_8_BIT, "one scale per tensor; quantisation not timed"
     )
+
+
+def _cudnn_fp8(shape: Shape) -> Contender:
+    import cudnn_fp8  # needs the module `cudnn`
+
+    def prepare(*qkv):
+        values, descales = {}, {}
+        for name, x in zip("qkv", qkv, strict=True):
+            values[name], descales[f"descale_{name}"] = to_e4m3(as_hnd(x, shape.layout))
+        return cudnn_fp8.prepare(**values, descales=descales, scale=shape.head_dim**-0.5)
+
+    def finish(result):
+        out, scale = result
+        return out.float() * scale
+
+    note = f"{cudnn_fp8.VERSION}; one scale per tensor, E4M3 output; quantisation not timed"
+    return Contender(CUDNN_FP8, None, prepare, finish, TOLERANCE_8_BIT, note)
 
 
 def _sage_attention(shape: Shape) -> Contender:
@@ -217,6 +233,7 @@ def _fastvideo(module: str, shape: Shape, window: Window) -> Contender:
 
 # Dense contenders of each peer, by the module that they import.
 _DENSE_PEERS = {
+    "cudnn": (_cudnn_fp8,),  # PyPI: nvidia-cudnn-frontend
     "flash_attn_interface": (_flash_attention_3, _flash_attention_3_fp8),
     "sageattention": (_sage_attention,),
     "flashinfer": (_flash_infer,),

@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from common import CUDNN, FLASH, FLEX, OURS, Record, Results
+from common import CUDNN, CUDNN_FP8, FLASH, FLEX, OURS, Record, Results
 
 # Measured on an H100 SXM 80 GB at 700 W; see docs/performance.md.
 FP8_TFLOPS = 1790  # e4m3 wgmma m64n128k32, at the clock that 700 W allows
@@ -59,6 +59,8 @@ PEERS = (
 )
 
 WITH_QUANTISATION, KERNEL_ALONE = "FPSAttention, with quantisation", "FPSAttention, kernel alone"
+
+CUDNN_FP8_ALONE = "cuDNN FP8, kernel alone"
 
 INK, GREY, BLUE, ORANGE, GREEN, PURPLE = "#222222", "#8a8a8a", "#1f5fa8", "#d1651b", "#2f8f5b", "#7a4fa3"
 STYLE = {
@@ -326,6 +328,7 @@ def length_series(records: list[Record], head_dim: int) -> dict[str, list[tuple[
     series = {
         KERNEL_ALONE: points(OURS, "tflops"),
         WITH_QUANTISATION: points(OURS, "tflops_total"),
+        CUDNN_FP8_ALONE: points(CUDNN_FP8, "tflops_total"),
         "cuDNN BF16": points(CUDNN, "tflops_total"),
         "torch flash BF16": points(FLASH, "tflops_total"),
     }
@@ -335,6 +338,7 @@ def length_series(records: list[Record], head_dim: int) -> dict[str, list[tuple[
 LENGTH_STYLES = {
     KERNEL_ALONE: dict(marker="o", color=BLUE, markerfacecolor="none", ls="--", lw=1.2),
     WITH_QUANTISATION: dict(marker="o", color=BLUE, lw=1.4),
+    CUDNN_FP8_ALONE: dict(marker="^", color=GREEN, markerfacecolor="none", ls="--", lw=1.2),
     "cuDNN BF16": dict(marker="^", color=GREY, lw=1.2),
     "torch flash BF16": dict(marker="v", color=INK, lw=1.2),
 }

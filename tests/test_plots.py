@@ -39,7 +39,8 @@ def synthetic_results():
 
 def with_lengths(results):
     for tokens, tflops in ((16, 900.0), (4, 700.0)):
-        for op, share in ((common.OURS, 0.95), (common.CUDNN, 0.6), (common.FLASH, 0.4)):
+        shares = {common.OURS: 0.95, common.CUDNN_FP8: 0.8, common.CUDNN: 0.6, common.FLASH: 0.4}
+        for op, share in shares.items():
             fields = dict(window=None, density=1.0, grid=(tokens, 32, 32), tflops_total=tflops * share)
             if op == common.OURS:
                 fields |= dict(tflops=tflops, attn_ms=0.9, quant_ms=0.1, speedup=1.6, baseline=common.CUDNN)
@@ -79,10 +80,11 @@ def test_time_over_density_points():
 def test_length_points():
     results = with_lengths(synthetic_results())
     lengths = plots.of_lengths(results.records)
-    assert len(lengths) == 6 and len(plots.of_models(results.records)) == 5
+    assert len(lengths) == 8 and len(plots.of_models(results.records)) == 5
     series = plots.length_series(lengths, 128)
     assert series[plots.KERNEL_ALONE] == [(4096, 700.0), (16384, 900.0)]
     assert series[plots.WITH_QUANTISATION] == [(4096, 665.0), (16384, 855.0)]
+    assert series[plots.CUDNN_FP8_ALONE] == [(4096, 560.0), (16384, 720.0)]
     assert series["cuDNN BF16"][1] == (16384, 540.0) and series["torch flash BF16"][0] == (4096, 280.0)
     assert set(series) == set(plots.LENGTH_STYLES) and not plots.length_series(lengths, 64)
     assert {peer.name for peer in plots.PEERS} == set(plots.PEER_STYLES)
