@@ -25,6 +25,7 @@ import fpsattention as fps
 from accuracy import exact_heads, relative_rms, relative_rms_of, sampled_rows
 from bench_backward import bench_training
 from bench_block import bench_block
+from bench_families import bench_families
 from bench_host import bench_host
 from bench_text import bench_text
 from common import (
@@ -251,6 +252,8 @@ def bench_shape(
         records += bench_training(shape, (q, k, v), work_of, *timed)
     if shape.host:
         records += bench_host(shape, (q, k, v), clock)
+    if shape.families:
+        records += bench_families(shape, work_of, *timed)
     if any(shape.text):
         records += bench_text(shape, (q, k, v), work_of, *timed)
     if shape.mlp:
@@ -322,6 +325,10 @@ def _kernel_over_cudnn_fp8(records: list[Record]) -> float | None:
     return cudnn_ms / ours_ms if ours_ms and cudnn_ms else None
 
 
+def _slowest_family(records: list[Record]) -> float | None:
+    return min((r.over_gaussian for r in records if r.over_gaussian and not r.error), default=None)
+
+
 def _worst(value):
     """A target's value: the largest `value` of FPSAttention's records, or None when none has it."""
 
@@ -337,6 +344,7 @@ TARGETS = (
     Target("dense 21x45x80, 40 heads, kernel alone: x cuDNN FP8", _kernel_over_cudnn_fp8, 1.5),
     Target("paper's setting 36x48x48, window 6,6,1: x cuDNN", _our(PAPER, _cudnn_speedup), 11),
     Target("21x45x80, window 3,3,9: of the dense case's TFLOP/s", _window_over_dense, 0.93),
+    Target("kernel alone, slowest family of inputs: x Gaussian", _slowest_family, 0.95),
     Target("33x45x80, window 2,5,5 (density .1): x cuDNN", _our(HUNYUAN_WINDOW, _cudnn_speedup), 10),
     Target("dense 11x48x85, 48 heads, D 64: x cuDNN", _our(COG_DENSE, _cudnn_speedup), 1.5),
     Target("quantisation 21x45x80, 40 heads: of copy bandwidth", _our(WAN_DENSE, _of_copy_bandwidth), 0.80),
@@ -421,7 +429,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="shapes, cases (shape/window), 'length' or 'host'",
+        help="shapes, cases (shape/window), 'length', 'host' or 'families'",
     )
     parser.add_argument("--heads-scale", type=float, default=1.0, help="factor on the number of heads")
     parser.add_argument("--output", type=Path, help="JSON file to write")

@@ -31,6 +31,7 @@ TORCH_DENSE = (CUDNN, FLASH)
 # Record.case ends in one of these, unless the record is of a forward.
 BACKWARD, TRAINING, STEP, ALONE, TEXT = "backward", "training", "block step", "alone", "with text"
 HOST = "host"
+INPUTS = "inputs"
 
 E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 COPY_BYTES = 1 << 30
@@ -171,7 +172,8 @@ class Record:
 
     The end of `case` says what was timed: "backward" the backward alone; "training" forward and backward; "block step"
     a training step of a transformer block; "alone" and "with text" a forward without and with text tokens; "host" a
-    forward by the host's clock; anything else a forward.
+    forward by the host's clock; "inputs" the kernel alone on one family of inputs; anything else a forward. Inputs are
+    Gaussian unless the case names another family.
 
     Attributes:
         tflops: useful work, 4 * head_dim * attended pairs * heads * batch, over `attn_ms`.
@@ -184,6 +186,8 @@ class Record:
         host_us: median microseconds until one call returns, on an idle GPU.
         total_us: median microseconds from the start of such a call until the GPU has finished.
         host_ratio, total_ratio: these times over those of torch's attention.
+        family: name of the inputs in families.py; empty unless the case ends in "inputs".
+        over_gaussian: speed of the kernel on these inputs over its speed on Gaussian ones.
         error: why the record is in no comparison; empty for a good one.
     """
 
@@ -226,6 +230,8 @@ class Record:
     total_us: float | None = None
     host_ratio: float | None = None
     total_ratio: float | None = None
+    family: str = ""
+    over_gaussian: float | None = None
     sm_clock_mhz: float | None = None
     power_w: float | None = None
     note: str = ""
@@ -233,7 +239,7 @@ class Record:
 
     @property
     def is_forward(self) -> bool:
-        return not self.case.endswith((BACKWARD, TRAINING, STEP, ALONE, TEXT, HOST))
+        return not self.case.endswith((BACKWARD, TRAINING, STEP, ALONE, TEXT, HOST, INPUTS))
 
     def fail(self, message: str) -> None:
         self.error = f"{self.error}; {message}" if self.error else message
@@ -368,8 +374,8 @@ def conditions() -> dict:
     }
 
 
+# title, width, format, value
 _COLUMNS = (
-    # title, width, format, value
     ("case", 24, "", lambda r: r.case),
     ("op", 16, "", lambda r: r.op),
     ("density", 8, ".3f", lambda r: r.density),
@@ -381,18 +387,36 @@ _COLUMNS = (
     ("rel RMS", 9, ".1e", lambda r: r.rel_rms),
     ("spread", 7, ".1%", lambda r: r.spread),
 )
+_FAMILY_COLUMNS = (
+    ("kernel alone, on", 24, "", lambda r: r.case.split()[0]),
+    ("inputs", 16, "", lambda r: r.family),
+    ("attn", 9, ".3f", lambda r: r.attn_ms),
+    ("TFLOP/s", 9, ".0f", lambda r: r.tflops),
+    ("x Gaussian", 12, ".3f", lambda r: r.over_gaussian),
+    ("rel RMS", 9, ".1e", lambda r: r.rel_rms),
+    ("spread", 8, ".1%", lambda r: r.spread),
+)
 
 
-def table(records: list[Record]) -> str:
-    """The records as plain text, followed by host times, errors and notes."""
-    lines = ["".join(f"{t:<{w}}" if not f else f"{t:>{w}}" for t, w, f, _ in _COLUMNS)]
+def _rows(records: list[Record], columns: tuple) -> list[str]:
+    """A line of titles and a line for each record; nothing without records."""
+    if not records:
+        return []
+    lines = ["".join(f"{t:<{w}}" if not f else f"{t:>{w}}" for t, w, f, _ in columns)]
     for r in records:
         cells = []
-        for _, width, form, value in _COLUMNS:
+        for _, width, form, value in columns:
             x = value(r)
             text = str(x) if not form else "-" if x is None else format(x, form)
             cells.append(f"{text[: width - 1]:<{width}}" if not form else f"{text:>{width}}")
         lines.append("".join(cells) + ("  !" if r.error else ""))
+    return lines
+
+
+def table(records: list[Record]) -> str:
+    """The records as plain text, those of input families apart, followed by host times, errors and notes."""
+    lines = _rows([r for r in records if not r.family], _COLUMNS)
+    lines += _rows([r for r in records if r.family], _FAMILY_COLUMNS)
     lines += [
         f"{r.case} {r.op}: {r.host_us:.1f} us until the call returns, {r.total_us:.1f} us in all"
         for r in records

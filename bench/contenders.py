@@ -267,7 +267,9 @@ def peers(shape: Shape) -> tuple[list[Contender], list[str]]:
 
 
 def contenders_of(shape: Shape) -> tuple[list[Contender], list[str]]:
-    """All contenders of a shape, and why any peer could not be set up."""
+    """All contenders of a shape, none without windows, and why any peer could not be set up."""
+    if not shape.windows:
+        return [], []
     own = [ours(shape, window) for window in dict.fromkeys(shape.windows + shape.sweep)]
     others, failures = peers(shape)
     flexes = [flex(shape, window) for window in shape.flex if window in shape.windows]

@@ -11,6 +11,7 @@ from fpsattention.cli.catalog import MODELS
 from fpsattention.core.checks import Triple
 
 Window = Triple | None  # tiles per axis; None: dense
+FAMILIES = "families"  # the group of a selection that is measured on every family of inputs, and nothing else
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Shape:
         training: windows whose backward, and forward with backward, are measured.
         mlp: hidden channels of a transformer block's MLP, to measure a training step of the block; 0: no such step.
         host: whether the host's time of a dense call is measured.
+        families: windows for which the kernel alone is measured on every family of inputs; all else is Gaussian.
         text: text tokens before and after the video; their cost under the first window is measured.
         suite: "core" is in every run, the others are in full runs.
     """
@@ -49,6 +51,7 @@ class Shape:
     mlp: int = 0
     text: tuple[int, int] = (0, 0)
     host: bool = False
+    families: tuple[Window, ...] = ()
     suite: str = "more"
 
     @property
@@ -60,6 +63,11 @@ class Shape:
     def names(self) -> set[str]:
         """The names by which --case selects this shape with all its windows."""
         return {self.name, self.suite, *(["host"] if self.host else [])}
+
+    @property
+    def families_alone(self) -> Shape:
+        """This shape with nothing to measure but its families."""
+        return Shape(self.name, self.grid, self.heads, self.tile, (), self.head_dim, families=self.families)
 
     def case(self, window: Window) -> str:
         """The name of this shape under a window in the records."""
@@ -120,6 +128,7 @@ SHAPES = (
         windows=(None, (3, 3, 9)),
         flex=((3, 3, 9),),
         training=((3, 3, 9),),
+        families=(None, (3, 3, 9)),
         mlp=13824,  # ffn_dim of Wan2.1-14B, wan/configs
         suite="core",
     ),
@@ -137,6 +146,7 @@ SHAPES = (
         **_model("cogvideox1.5-5b"),
         tile=(11, 2, 17),
         windows=(None,),
+        families=(None,),
         text=MODELS["cogvideox1.5-5b"].text_lengths,
         suite="core",
     ),
@@ -175,7 +185,8 @@ def select(names: list[str], quick: bool = False, heads_scale: float = 1.0) -> l
     """The shapes to run, in order.
 
     Args:
-        names: shapes, cases ("shape/window"), suites or "host"; empty: all, or with `quick` those with a target.
+        names: shapes, cases ("shape/window"), suites, "host", or "families", which selects nothing else of its shapes;
+            empty: all, or with `quick` those with a target.
         quick: without sweeps, FlexAttention and emulation.
         heads_scale: factor on the number of heads, which is at least 1.
 
@@ -189,12 +200,15 @@ def select(names: list[str], quick: bool = False, heads_scale: float = 1.0) -> l
             cases = {shape.case(w): w for w in dict.fromkeys(shape.windows + shape.sweep)}
             whole = shape.names & set(names)
             named = [name for name in cases if name in names]
-            found |= whole | set(named)
-            if not whole and not named:
+            families = {FAMILIES} & set(names) if shape.families else set()
+            found |= whole | set(named) | families
+            if not (whole or named or families):
                 continue
             if not whole:
                 windows = tuple(cases[name] for name in named)
-                shape = replace(shape, sweep=())
+                shape = replace(shape if named else shape.families_alone, sweep=())
+                if not families:
+                    shape = replace(shape, families=())
         elif quick and not (shape.suite == "core" or shape.host):
             continue
         shape = replace(shape, windows=windows, heads=max(1, round(shape.heads * heads_scale)))
@@ -204,6 +218,7 @@ def select(names: list[str], quick: bool = False, heads_scale: float = 1.0) -> l
     if unknown := [name for name in names if name not in found]:
         known = [shape.case(w) for shape in SHAPES for w in shape.windows]
         raise ValueError(
-            f"--case: unknown {unknown}; known shapes and cases: {', '.join(known)}; groups: length, host"
+            f"--case: unknown {unknown}; known shapes and cases: {', '.join(known)}; "
+            f"groups: length, host, {FAMILIES}"
         )
     return chosen

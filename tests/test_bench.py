@@ -112,7 +112,8 @@ def test_every_shape_resolves_and_the_cases_with_a_target_are_there():
             cases[shape.case(window)] = shape
             resolved = contenders.config_of(shape, window).resolve(shape.grid, shape.heads)
             assert resolved.tile == shape.tile and len(resolved.windows) == 1
-        assert set(shape.flex) | set(shape.emulated) | set(shape.graph) <= set(shape.windows)
+        of_windows = shape.flex + shape.emulated + shape.graph + shape.families
+        assert set(of_windows) <= set(shape.windows)
     assert cases[shapes.PAPER].grid == (36, 48, 48) and cases[shapes.PAPER].heads == 24
     assert cases[shapes.WAN_DENSE].grid == (21, 45, 80) and cases[shapes.WAN_DENSE].heads == 40
     assert cases[shapes.COG_DENSE].head_dim == 64 and cases[shapes.COG_DENSE].heads == 48
@@ -121,6 +122,8 @@ def test_every_shape_resolves_and_the_cases_with_a_target_are_there():
     for name in (shapes.WAN_480P_WINDOW, "wan1.3b-480p-hnd/1,5,3"):
         assert (cases[name].grid, cases[name].tile) == ((21, 30, 52), (21, 3, 6))
     assert cases[shapes.WAN_480P_WINDOW].graph == ((1, 5, 3),)
+    with_families = {(s.head_dim, w is None) for s in shapes.SHAPES for w in s.families}
+    assert with_families == {(128, True), (128, False), (64, True)}
     assert {s.layout for s in shapes.SHAPES} == {"NHD", "HND"}
 
 
@@ -142,6 +145,15 @@ def test_select():
     assert [(s.name, s.grid, s.heads, s.tile) for s in host] == [
         (f"length-4k-d{d}", (8, 16, 32), 16, (2, 8, 8)) for d in (64, 128)
     ]
+    families = shapes.select([shapes.FAMILIES])
+    assert {s.name for s in families} == {"wan14b-720p", "cogvideox1.5-768p"}
+    assert all(s.families and not (s.windows or s.sweep or s.training or s.mlp or s.host) for s in families)
+    assert not any(any(s.text) or s.flex or s.graph or s.emulated for s in families)
+    assert shapes.select([shapes.FAMILIES], heads_scale=0.5)[0].heads == 20
+    assert not one.families  # a case is timed alone
+    both = shapes.select([shapes.FAMILIES, shapes.WAN_DENSE])
+    assert both[0].windows == (None,) and both[0].families == (None, (3, 3, 9))
+    assert any(s.families for s in quick)
     assert [s for s in quick if s.host] == host and all(s.windows == (None,) for s in host)
     with pytest.raises(ValueError, match="wan15b"):
         shapes.select(["wan14b-720p", "wan15b"])
@@ -639,6 +651,14 @@ def test_targets():
     wan = make_record(shapes.WAN_DENSE, attn_ms=80.0, speedup=2.3, tflops=1000.0, **dense)
     cudnn_fp8 = make_record(shapes.WAN_DENSE, common.CUDNN_FP8, ms=130.0, **dense)
     windowed = make_record(shapes.WAN_WINDOW, tflops=960.0, **cudnn)
+    families = [
+        make_record(f"{case} {name} inputs", attn_ms=80.0, family=name, over_gaussian=ratio)
+        for case, name, ratio in (
+            (shapes.WAN_DENSE, "gaussian", 1.0),
+            (shapes.WAN_DENSE, "peaked", 1.04),
+            (shapes.WAN_WINDOW, "sink", 0.96),
+        )
+    ]
     cog = make_record(shapes.COG_DENSE, speedup=2.11, **dense)
     hunyuan = make_record(shapes.HUNYUAN_WINDOW, speedup=10.1, **cudnn)
     small = make_record(shapes.WAN_480P_WINDOW, graph_gap_us=4.0, **cudnn)
@@ -651,23 +671,27 @@ def test_targets():
     host = [
         make_record(f"length-4k-d{d} host", host_ratio=4.0 + d / 128, total_ratio=1.05) for d in (64, 128)
     ]
-    records = [paper, wan, cudnn_fp8, windowed, cog, hunyuan, small]
+    records = [paper, wan, cudnn_fp8, windowed, *families, cog, hunyuan, small]
     records += [backward, windowed_backward, training, text, *host]
-    assert judged(records) == [True] * 18
-    assert judged([]) == [None] * 18
-    values = [t.value(records) for t in bench.TARGETS[:5]]
-    assert values == [2.5, 2.3, 1.625, 11.6, 0.96]
+    assert judged(records) == [True] * 19
+    assert judged([]) == [None] * 19
+    values = [t.value(records) for t in bench.TARGETS[:6]]
+    assert values == [2.5, 2.3, 1.625, 11.6, 0.96, 0.96]
 
     wan.attn_ms, wan.speedup, paper.speedup, windowed.tflops = 110.0, 1.8, 10.9, 920.0
+    families[2].over_gaussian = 0.94
     hunyuan.speedup, cog.baseline, wan.quant_gbps, small.graph_gap_us = 9.9, common.FLASH, 2300.0, 11.0
     backward.speedup, windowed_backward.tflops_total, training.speedup = 1.1, 590.0, 5.9
     text.text_cost, host[0].host_ratio, host[1].total_ratio = 0.03, 5.1, 1.11
-    assert judged(records) == [False] * 6 + [None] + [False] * 8 + [True] * 3
+    assert judged(records) == [False] * 7 + [None] + [False] * 8 + [True] * 3
     paper.error_over_emulation, paper.rms_to_emulation = 1.2, 6e-3
     wan.fail("relative RMS error")
-    assert judged(records) == [None] * 3 + [False, None, False, None, None] + [False] * 10
+    families[2].fail("relative RMS error")
+    assert judged(records) == [None] * 3 + [False, None, True, False, None, None] + [False] * 10
+    families[1].fail("relative RMS error")
+    families[0].fail("relative RMS error")
     cudnn_fp8.fail("no plan")
-    assert judged([cudnn_fp8]) == [None] * 18
+    assert judged(records)[5] is None and judged([cudnn_fp8]) == [None] * 19
 
 
 def test_table_and_target_lines_fit():
@@ -676,7 +700,13 @@ def test_table_and_target_lines_fit():
     wrong = make_record(ms=None)
     wrong.fail("bad")
     host = make_record("length-4k-d128 host", ms=None, host_us=80.04, total_us=200.06)
-    lines = common.table([long, wrong, host]).splitlines()
+    sink = make_record("wan14b-720p/3,3,9 sink inputs", ms=None, attn_ms=11.25, tflops=1234.0, rel_rms=0.07)
+    sink.family, sink.over_gaussian, sink.spread = "sink", 0.9876, 0.012
+    lines = common.table([long, sink, wrong, host]).splitlines()
+    title, row = (lines.index(next(x for x in lines if x.startswith(s))) for s in ("kernel alone", "wan14b"))
+    assert row == title + 1 > 3 and "sink inputs" not in lines[row]
+    assert lines[row].split() == ["wan14b-720p/3,3,9", "sink", "11.250", "1234", "0.988", "7.0e-02", "1.2%"]
+    assert "kernel alone" not in common.table([long])
     assert "length-4k-d128 host fpsattention: 80.0 us until the call returns, 200.1 us in all" in lines
     assert max(map(len, lines)) <= 110
     assert "wan1.3b-480p-hnd/1,5,9 " in lines[1] and "1234.568" in lines[1] and "123.45" in lines[1]

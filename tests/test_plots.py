@@ -90,6 +90,13 @@ def test_length_points():
     assert {peer.name for peer in plots.PEERS} == set(plots.PEER_STYLES)
 
 
+def test_families_are_in_no_picture():
+    results = synthetic_results()
+    before = plots.of_models(results.records)
+    results.records.append(make_record("36x48x48/6,6,1 sink inputs", ms=None, attn_ms=9.0, family="sink"))
+    assert plots.of_models(results.records) == before and not plots.of_lengths(results.records)
+
+
 def test_no_two_series_look_the_same(monkeypatch, tmp_path):
     """Those of the committed records, in every panel that has a legend of its own."""
     figures = []
