@@ -168,6 +168,13 @@ SHAPES = (
         suite="core",
     ),
     _WAN_480P,
+    Shape(  # a short call: density .058, with the tile that `plan` ranks first
+        "wan1.3b-short",
+        **_model("wan2.1-1.3b-480p"),
+        tile=(21, 3, 2),
+        windows=((1, 5, 3),),
+        suite="core",
+    ),
     replace(_WAN_480P, name="wan1.3b-480p-hnd", layout="HND", flex=(), graph=(), mlp=0, suite="more"),
     Shape("18x48x80", (18, 48, 80), 24, (6, 8, 8), ((3, 3, 3),), flex=((3, 3, 3),)),
     *_lengths(),
@@ -176,7 +183,7 @@ SHAPES = (
 # Cases with a target.
 PAPER, WAN_DENSE, WAN_WINDOW = "36x48x48/6,6,1", "wan14b-720p/dense", "wan14b-720p/3,3,9"
 COG_DENSE, HUNYUAN_WINDOW = "cogvideox1.5-768p/dense", "hunyuan-720p-deep/2,5,5"
-WAN_480P_WINDOW = "wan1.3b-480p/1,5,3"
+WAN_480P_WINDOW, SHORT_WINDOW = "wan1.3b-480p/1,5,3", "wan1.3b-short/1,5,3"
 BACKWARD_DENSE, BACKWARD_WINDOW = "train-16k/dense backward", "wan14b-720p/3,3,9 backward"
 TRAINING_WINDOW = "wan14b-720p/3,3,9 training"
 

@@ -122,6 +122,9 @@ def test_every_shape_resolves_and_the_cases_with_a_target_are_there():
     for name in (shapes.WAN_480P_WINDOW, "wan1.3b-480p-hnd/1,5,3"):
         assert (cases[name].grid, cases[name].tile) == ((21, 30, 52), (21, 3, 6))
     assert cases[shapes.WAN_480P_WINDOW].graph == ((1, 5, 3),)
+    short = cases[shapes.SHORT_WINDOW]
+    assert (short.tokens, short.heads) == (32_760, 12)
+    assert bench.work_of(short, short.windows[0]).density == pytest.approx(0.06, abs=0.005)
     with_families = {(s.head_dim, w is None) for s in shapes.SHAPES for w in s.families}
     assert with_families == {(128, True), (128, False), (64, True)}
     assert {s.layout for s in shapes.SHAPES} == {"NHD", "HND"}
@@ -131,7 +134,7 @@ def test_select():
     full, quick = shapes.select([]), shapes.select([], quick=True)
     assert full == list(shapes.SHAPES) and {s.suite for s in quick if not s.host} == {"core"}
     targets = {shapes.PAPER, shapes.WAN_DENSE, shapes.WAN_WINDOW, shapes.COG_DENSE}
-    targets |= {shapes.HUNYUAN_WINDOW, shapes.WAN_480P_WINDOW}
+    targets |= {shapes.HUNYUAN_WINDOW, shapes.WAN_480P_WINDOW, shapes.SHORT_WINDOW}
     assert targets <= {s.case(w) for s in quick for w in s.windows}
     assert not any(s.sweep or s.flex or s.emulated for s in quick)
     (one,) = shapes.select(["wan14b-720p/dense"], heads_scale=0.25)
@@ -659,6 +662,7 @@ def test_targets():
             (shapes.WAN_WINDOW, "sink", 0.96),
         )
     ]
+    short = make_record(shapes.SHORT_WINDOW, speedup=20.5, **cudnn)
     cog = make_record(shapes.COG_DENSE, speedup=2.11, **dense)
     hunyuan = make_record(shapes.HUNYUAN_WINDOW, speedup=10.1, **cudnn)
     small = make_record(shapes.WAN_480P_WINDOW, graph_gap_us=4.0, **cudnn)
@@ -671,27 +675,27 @@ def test_targets():
     host = [
         make_record(f"length-4k-d{d} host", host_ratio=4.0 + d / 128, total_ratio=1.05) for d in (64, 128)
     ]
-    records = [paper, wan, cudnn_fp8, windowed, *families, cog, hunyuan, small]
+    records = [paper, wan, cudnn_fp8, windowed, *families, short, cog, hunyuan, small]
     records += [backward, windowed_backward, training, text, *host]
-    assert judged(records) == [True] * 19
-    assert judged([]) == [None] * 19
-    values = [t.value(records) for t in bench.TARGETS[:6]]
-    assert values == [2.5, 2.3, 1.625, 11.6, 0.96, 0.96]
+    assert judged(records) == [True] * 20
+    assert judged([]) == [None] * 20
+    values = [t.value(records) for t in bench.TARGETS[:7]]
+    assert values == [2.5, 2.3, 1.625, 11.6, 0.96, 0.96, 20.5]
 
-    wan.attn_ms, wan.speedup, paper.speedup, windowed.tflops = 110.0, 1.8, 10.9, 920.0
-    families[2].over_gaussian = 0.94
-    hunyuan.speedup, cog.baseline, wan.quant_gbps, small.graph_gap_us = 9.9, common.FLASH, 2300.0, 11.0
+    wan.attn_ms, wan.speedup, paper.speedup, windowed.tflops = 90.0, 2.1, 11.4, 940.0
+    families[2].over_gaussian, short.speedup = 0.94, 19.9
+    hunyuan.speedup, cog.baseline, wan.quant_gbps, small.graph_gap_us = 9.9, common.FLASH, 2600.0, 11.0
     backward.speedup, windowed_backward.tflops_total, training.speedup = 1.1, 590.0, 5.9
     text.text_cost, host[0].host_ratio, host[1].total_ratio = 0.03, 5.1, 1.11
-    assert judged(records) == [False] * 7 + [None] + [False] * 8 + [True] * 3
+    assert judged(records) == [False] * 8 + [None] + [False] * 8 + [True] * 3
     paper.error_over_emulation, paper.rms_to_emulation = 1.2, 6e-3
     wan.fail("relative RMS error")
     families[2].fail("relative RMS error")
-    assert judged(records) == [None] * 3 + [False, None, True, False, None, None] + [False] * 10
+    assert judged(records) == [None] * 3 + [False, None, True, False, False, None, None] + [False] * 10
     families[1].fail("relative RMS error")
     families[0].fail("relative RMS error")
     cudnn_fp8.fail("no plan")
-    assert judged(records)[5] is None and judged([cudnn_fp8]) == [None] * 19
+    assert judged(records)[5] is None and judged([cudnn_fp8]) == [None] * 20
 
 
 def test_table_and_target_lines_fit():
