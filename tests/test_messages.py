@@ -143,10 +143,7 @@ CALLS = {
         lambda **change: CONFIG.resolve(**{"grid": GRID, "heads": 2} | change),
         ("grid", "heads", "prefix_len", "suffix_len"),
     ),
-    "plan": (
-        lambda **change: fps.plan(**{"grid": GRID} | change),
-        ("grid", "top", "density", "reach", "border", "heads", "head_dim"),
-    ),
+    "plan": (lambda **change: fps.plan(**{"grid": GRID} | change), ("grid", "top")),
     "explain": (
         fps.plan(GRID).explain,
         ("config", "heads", "head_dim", "prefix_len", "suffix_len"),
