@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from common import Record
 from contenders import as_hnd
 from shapes import Shape
 
@@ -38,6 +39,12 @@ def relative_rms(x: torch.Tensor, reference: torch.Tensor) -> float:
     return ((x.double() - reference.double()).norm() / reference.double().norm()).item()
 
 
-def relative_rms_of(shape: Shape, out: torch.Tensor, rows: torch.Tensor, exact: torch.Tensor) -> float:
-    """Relative RMS error of an output [B, H, L, D] on the rows and heads of `exact_heads`."""
-    return relative_rms(torch.stack([out[at][rows] for at in sampled_heads(shape)]), exact)
+def judge(
+    shape: Shape, out: torch.Tensor, rows, exact: torch.Tensor, tolerance: float, record: Record
+) -> None:
+    """Fill in a record's error, that of out [B, H, L, D] on the rows and heads of `exact_heads`, and say what fails."""
+    if not out.isfinite().all():
+        record.fail("output is not finite")
+    record.rel_rms = relative_rms(torch.stack([out[at][rows] for at in sampled_heads(shape)]), exact)
+    if not record.rel_rms <= tolerance:  # true for NaN, too
+        record.fail(f"relative RMS error {record.rel_rms:.3g} is above {tolerance}")

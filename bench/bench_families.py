@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from accuracy import exact_heads, relative_rms_of, sampled_rows
+from accuracy import exact_heads, judge, sampled_rows
 from common import INPUTS, OURS, GpuMonitor, Record, attention_flops, time_records
 from contenders import ours
 from families import FAMILIES, make
@@ -66,8 +66,4 @@ def check(shape: Shape, contender, work, qkv, record: Record, seed: int) -> None
     """Compare the contender with exact attention on sampled rows of some heads, and fill in the record's error."""
     out = contender.finish(contender.prepare(*qkv)())
     rows = sampled_rows(shape, seed, out.device)
-    record.rel_rms = relative_rms_of(shape, out, rows, exact_heads(shape, qkv, rows, work.allowed(rows)))
-    if not out.isfinite().all():
-        record.fail("output is not finite")
-    if not record.rel_rms <= TOLERANCE:  # true for NaN, too
-        record.fail(f"relative RMS error {record.rel_rms:.3g} is above {TOLERANCE}")
+    judge(shape, out, rows, exact_heads(shape, qkv, rows, work.allowed(rows)), TOLERANCE, record)

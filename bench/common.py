@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from fpsattention.cli.timing import CudaClock, Timing, time_interleaved
+from fpsattention.core.reference import E4M3_MAX
 
 try:
     import pynvml  # of the PyPI package nvidia-ml-py
@@ -33,7 +34,6 @@ BACKWARD, TRAINING, STEP, ALONE, TEXT = "backward", "training", "block step", "a
 HOST = "host"
 INPUTS = "inputs"
 
-E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 COPY_BYTES = 1 << 30
 GRAPH_REPLAYS = 10
 

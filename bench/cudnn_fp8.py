@@ -12,8 +12,8 @@ from functools import lru_cache, partial
 import cudnn
 import torch
 
-from common import E4M3_MAX
 from fpsattention.cli.timing import first_line
+from fpsattention.core.reference import E4M3_MAX
 
 VERSION = f"cudnn-frontend {cudnn.__version__}, cuDNN {cudnn.backend_version_string()}"
 SCALE_S = 64.0  # factor on the probabilities, which are at most 1, before they are rounded to E4M3
