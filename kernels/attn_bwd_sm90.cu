@@ -10,18 +10,18 @@
 //
 // A math warpgroup owns 64 of the keys. Scores are transposed, keys by queries: the rows of an accumulator are keys,
 // and dK and dV stay in registers. For a query block, with the operands of params.h,
-//   S^T  = k8 q8^T                                    FP8, as the forward computed it
-//   X    = 2^(S^T s_q s_k scale log2(e) + offset)     448 P times a power of two, which c takes off again
-//   dV  += X^ (c dO)                                  X^: X in E4M3's four significant bits, exact in bf16
-//   dS^T = X (v (c dO)^T - delta)                     bf16
+//   S^T  = k8 q8^T                               FP8, in fp16, as the forward computed it
+//   X    = number(S^T 8 s_q s_k scale log2(e))   the forward's P from its code in E4M3's octaves, times a power of two
+//                                                that c takes off again; exact in bf16
+//   dV  += X (c dO)
+//   dS^T = X (v (c dO)^T - delta)                bf16
 //   dK  += dS^T q        dQ += dS k
 // The warpgroups exchange dS through shared memory, and each computes dQ for half of the channels. One add warp per
 // half has the copy engine add dQ to global memory in fp32: atomically, or with `turns` one key block after the other.
 //
-// dK and dQ of a step are computed in the next step, beside its exponentials. The tensor core has work during those,
+// dK and dQ of a step are computed in the next step, beside its X. The tensor core has work during those,
 // and neither warpgroup waits for the other's dS.
 #include <algorithm>
-#include <cfloat>
 #include <cute/tensor.hpp>
 #include <numeric>
 
@@ -71,7 +71,7 @@ struct BwdConfig {
                                    SM90::GMMA::MMA_64x64x16_F32BF16BF16_RS<K, MN>>;
     using AtomDQ = conditional_t<kHeadDim == 128, SM90::GMMA::MMA_64x64x16_F32BF16BF16_SS<MN, MN>,
                                  SM90::GMMA::MMA_64x32x16_F32BF16BF16_SS<MN, MN>>;
-    using MmaS = decltype(make_tiled_mma(SM90::GMMA::MMA_64x64x32_F32E4M3E4M3_SS_TN<>{}));
+    using MmaS = decltype(make_tiled_mma(SM90::GMMA::MMA_64x64x32_F16E4M3E4M3_SS_TN<>{}));
     using MmaDP = decltype(make_tiled_mma(SM90::GMMA::MMA_64x64x16_F32BF16BF16_SS<K, K>{}));
     using MmaGrad = decltype(make_tiled_mma(AtomGrad{}));
     using MmaDQ = decltype(make_tiled_mma(AtomDQ{}));
@@ -177,29 +177,12 @@ __device__ void add(const BackwardParams &p, BwdSmem<Cfg> &smem, int half) {
     });
 }
 
-// x in E4M3's four significant bits, to nearest, ties to even; also where E4M3 has subnormals or underflows.
-// The last bit of 2^20 x + x is worth an eighth of x's leading one, and 2^20 x itself has no smaller bits.
-__device__ __forceinline__ float four_bits(float x) {
-    return __fmaf_rn(x, -0x1p20f, __fmaf_rn(x, 0x1p20f, x));
-}
-
 // S^T is keys by queries. Elements 4 i .. 4 i + 3 of its fragment belong to octet i of the queries: 8 queries.
 constexpr int kOctets = kQueryBlock / 8, kHalfOctets = kOctets / 2;
 
 // Values of this thread's two queries of an octet.
 __device__ __forceinline__ float2 of_queries(const float *values, int octet) {
     return *reinterpret_cast<const float2 *>(values + 8 * octet + 2 * (threadIdx.x % 4));
-}
-
-// Padding keys score -inf. `row` is this thread's first key of the block; the other is row + 8.
-template <class TensorS>
-__device__ __forceinline__ void mask(TensorS &s, int row, int valid) {
-    if (valid < kBlock) {
-#pragma unroll
-        for (int i = 0; i < size(s); ++i) {
-            s(i) = row + 8 * (i / 2 % 2) < valid ? s(i) : -INFINITY;
-        }
-    }
 }
 
 // Offsets of half of the octets, from kFirstOctet on.
@@ -210,14 +193,29 @@ __device__ __forceinline__ void load_offsets(const QueryRows &rows, float2 (&off
         offset[octet] = of_queries(rows.offset, kFirstOctet + octet);
     }
 }
-// X = 2^(S scale_log2 + offset), in place, for these octets.
-template <int kFirstOctet, class TensorS>
-__device__ __forceinline__ void exponentiate(TensorS &s, float scale_log2, const float2 (&offset)[kHalfOctets]) {
+// S to X for these octets. The offset makes of a sum a float whose low bits are the rounded code (fp8.cuh), which are
+// the exponent and the mantissa of X. X of padding is zero: keys of `row` and row + 8, if not below `valid`.
+template <int kFirstOctet, class TensorS, class TensorX>
+__device__ __forceinline__ void to_numbers(const TensorS &s, TensorX &x, float factor,
+                                           const float2 (&offset)[kHalfOctets], int row, int valid) {
+    Tensor words = recast<const uint32_t>(s);
 #pragma unroll
     for (int octet = 0; octet < kHalfOctets; ++octet) {
 #pragma unroll
-        for (int i = 4 * (kFirstOctet + octet); i < 4 * (kFirstOctet + octet) + 4; ++i) {
-            s(i) = exp2_approx(fmaf(s(i), scale_log2, i % 2 ? offset[octet].y : offset[octet].x));
+        for (int r = 0; r < 2; ++r) {
+            const int word = 2 * (kFirstOctet + octet) + r;
+            const float2 score = upcast<__half>(words(word));
+            const float codes[2] = {fmaf(score.x, factor, offset[octet].x), fmaf(score.y, factor, offset[octet].y)};
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                x(2 * word + c) = __int_as_float(__float_as_int(fmaxf(codes[c], kCodeZero)) << kCodeShift);
+            }
+        }
+    }
+    if (valid < kBlock) {
+#pragma unroll
+        for (int i = 4 * kFirstOctet; i < 4 * (kFirstOctet + kHalfOctets); ++i) {
+            x(i) = row + 8 * (i / 2 % 2) < valid ? x(i) : 0.0f;
         }
     }
 }
@@ -244,12 +242,13 @@ __device__ __forceinline__ void pack(const TensorX &x, TensorA &a) {
         words(i) = downcast<__nv_bfloat16>(x(2 * i), x(2 * i + 1));
     }
 }
+// The same for X, whose lower 16 bits are zero.
 template <class TensorX, class TensorA>
-__device__ __forceinline__ void round_and_pack(const TensorX &x, TensorA &a) {
+__device__ __forceinline__ void pack_upper_halves(const TensorX &x, TensorA &a) {
     Tensor words = recast<uint32_t>(a);
 #pragma unroll
     for (int i = 0; i < size(words); ++i) {
-        words(i) = downcast<__nv_bfloat16>(four_bits(x(2 * i)), four_bits(x(2 * i + 1)));
+        words(i) = select_bytes(__float_as_uint(x(2 * i)), __float_as_uint(x(2 * i + 1)), 0x7632);
     }
 }
 
@@ -278,10 +277,11 @@ __device__ __forceinline__ void load_ds(BF16 *ds, int first_key, TensorA &a) {
     }
 }
 
-// dQ of a step in the order of the fragment, for the add warp.
+// dQ of a step in the order of the fragment, for the add warp. The step's stage tells whether its number is odd.
 template <class Cfg, class TensorQ>
-__device__ __forceinline__ void hand_over_dq(BwdSmem<Cfg> &smem, int warpgroup, const TensorQ &dq, RingState<1> step) {
-    smem.dq_empty[warpgroup].wait(step.empty_parity());
+__device__ __forceinline__ void hand_over_dq(BwdSmem<Cfg> &smem, int warpgroup, const TensorQ &dq, int stage) {
+    static_assert(Cfg::kStages == 2);
+    smem.dq_empty[warpgroup].wait(stage ^ 1);
     float *to = smem.dq[warpgroup] + 4 * (threadIdx.x % 128);
 #pragma unroll
     for (int i = 0; i < size(dq); i += 4) {
@@ -347,9 +347,10 @@ __device__ auto operands_of(BwdSmem<Cfg> &smem, int warpgroup) {
 // Results in registers.
 template <class Cfg>
 struct Fragments {
-    FragmentC<typename Cfg::MmaS, Cfg::kKeys, kQueryBlock> s;           // S^T, then X
+    FragmentC<typename Cfg::MmaS, Cfg::kKeys, kQueryBlock> s;           // S^T
+    FragmentC<typename Cfg::MmaDP, Cfg::kKeys, kQueryBlock> x;          // X
     FragmentC<typename Cfg::MmaDP, Cfg::kKeys, kQueryBlock> dp;         // dP^T, then dS^T
-    FragmentA<BF16, typename Cfg::MmaGrad, Cfg::kKeys, kQueryBlock> a;  // dS^T' or P^T, as operand
+    FragmentA<BF16, typename Cfg::MmaGrad, Cfg::kKeys, kQueryBlock> a;  // dS^T' or X, as operand
     FragmentC<typename Cfg::MmaDQ, kQueryBlock, Cfg::kHalf> dq;
     FragmentC<typename Cfg::MmaGrad, Cfg::kKeys, Cfg::kHeadDim> dv, dk;
 };
@@ -357,10 +358,11 @@ struct Fragments {
 // The keys of a math warpgroup.
 struct OwnKeys {
     int warpgroup;
-    int first;         // first key, in the block
-    int row;           // this thread's first key, in the block; the other is row + 8
-    int valid;         // keys of the block that are not padding
-    float scale_log2;  // k's scale, times that of the scores, times log2(e)
+    int first;          // first key, in the block
+    int row;            // this thread's first key, in the block; the other is row + 8
+    int valid;          // keys of the block that are not padding
+    float k_scale;      // of k8
+    float score_scale;  // of the scores before softmax
 };
 
 // Waits for q of a step and issues dK += dS^T q.
@@ -385,10 +387,10 @@ __device__ __forceinline__ void issue_dq(BwdSmem<Cfg> &smem, const Operands &ope
 // One query block. A prime marks values of the previous step, at ring position `before`.
 template <class Cfg, class Operands>
 __device__ __forceinline__ void step(BwdSmem<Cfg> &smem, const Operands &operands, Fragments<Cfg> &fragments,
-                                     const OwnKeys &own, RingState<Cfg::kStages> ring,
-                                     RingState<Cfg::kStages> &before) {
-    auto &[rS, rdP, rA, rdQ, rdV, rdK] = fragments;
-    const int s = ring.stage(), ds_buffer = ring.count % 2;  // dS' is in the other buffer
+                                     const OwnKeys &own, RingState<Cfg::kStages> ring, RingState<Cfg::kStages> &before,
+                                     bool is_first) {
+    auto &[rS, rX, rdP, rA, rdQ, rdV, rdK] = fragments;
+    const int s = ring.stage(), ds_buffer = s;  // dS' is in the other buffer
     const QueryRows &rows = smem.rows[s];
     float2 offset[kHalfOctets];
 
@@ -402,13 +404,11 @@ __device__ __forceinline__ void step(BwdSmem<Cfg> &smem, const Operands &operand
     // Wait for q'. Issue dK += dS^T' q'.
     issue_dk(smem, operands, fragments, before);
 
-    // Wait for S^T. X = 2^(S^T scale + offset) of the first half of the queries.
-    // The scale is above zero, because padding's score is -inf, and 0 times that would be NaN.
-    const float scale_log2 = fmaxf(rows.scale * own.scale_log2, FLT_MIN);
+    // Wait for S^T. X of the first half of the queries.
+    const float factor = score_factor(rows.scale, own.k_scale, own.score_scale);
     load_offsets<0>(rows, offset);
     wait_for_products<1>(rS);
-    mask(rS, own.row, own.valid);
-    exponentiate<0>(rS, scale_log2, offset);
+    to_numbers<0>(rS, rX, factor, offset, own.row, own.valid);
 
     // Wait for dS' of both warpgroups. Issue dQ' = dS' k.
     issue_dq(smem, operands, fragments, ds_buffer ^ 1);
@@ -416,8 +416,8 @@ __device__ __forceinline__ void step(BwdSmem<Cfg> &smem, const Operands &operand
     // Wait for dK and dQ'. Hand over dQ' and release q'.
     load_offsets<kHalfOctets>(rows, offset);
     wait_for_products<0>(rdK, rdQ);
-    if (ring.count > 0) {
-        hand_over_dq(smem, own.warpgroup, rdQ, {before.count});
+    if (!is_first) {
+        hand_over_dq(smem, own.warpgroup, rdQ, before.stage());
         smem.q_empty[before.stage()].arrive_as_warp();
         before.next();
     }
@@ -425,17 +425,17 @@ __device__ __forceinline__ void step(BwdSmem<Cfg> &smem, const Operands &operand
     // Issue dP^T = v dO^T.
     issue<typename Cfg::MmaDP>(operands.v, operands.dout(_, _, _, s), rdP, Sum::kFromZero);
 
-    // X of the other half. Round it to P^T.
-    exponentiate<kHalfOctets>(rS, scale_log2, offset);
-    round_and_pack(rS, rA);
+    // X of the other half, as operand.
+    to_numbers<kHalfOctets>(rS, rX, factor, offset, own.row, own.valid);
+    pack_upper_halves(rX, rA);
 
-    // Issue dV += P^T dO.
+    // Issue dV += X dO.
     warpgroup_fence_operand(rA);
     issue<typename Cfg::MmaGrad>(rA, operands.dout_t(_, _, _, s), rdV, Sum::kAddTo);
 
     // Wait for dP^T. dS^T = X (dP^T - delta), in a fragment of its own: dV's product still reads rA.
     wait_for_products<1>(rdP);
-    differentiate(rdP, rS, rows);
+    differentiate(rdP, rX, rows);
     Tensor rdST = make_fragment_like(rA);
     pack(rdP, rdST);
 
@@ -459,8 +459,8 @@ __device__ void math(const BackwardParams &p, BwdSmem<Cfg> &smem, int warpgroup)
     // Wait for the keys.
     smem.keys_full.wait(0);
     const int first_key = warpgroup * Cfg::kKeys;
-    const OwnKeys own{warpgroup, first_key, first_key + fragment_row(threadIdx.x % 128), smem.k_meta.valid,
-                      smem.k_meta.scale * p.scale * kLog2E};
+    const OwnKeys own{warpgroup,         first_key,         first_key + fragment_row(threadIdx.x % 128),
+                      smem.k_meta.valid, smem.k_meta.scale, p.scale};
 
     // Before the first step there is no dS'. Zeros take its place.
     clear(fragments.a);
@@ -469,18 +469,20 @@ __device__ void math(const BackwardParams &p, BwdSmem<Cfg> &smem, int warpgroup)
 
     // Walk the query blocks.
     RingState<Cfg::kStages> ring, before;
+    bool is_first = true;
     for (int left = KeyItem(p).n_query_blocks(p.geometry); left > 0; --left) {
-        step(smem, operands, fragments, own, ring, before);
+        step(smem, operands, fragments, own, ring, before, is_first);
         ring.next();
+        is_first = false;
     }
 
     // dK and dQ of the last step.
-    const int last = ring.count % 2 ^ 1;
+    const int last = ring.stage() ^ 1;
     load_ds(smem.ds[last], own.first, fragments.a);
     issue_dk(smem, operands, fragments, before);
     issue_dq(smem, operands, fragments, last);
     wait_for_products<0>(fragments.dk, fragments.dq);
-    hand_over_dq(smem, warpgroup, fragments.dq, {before.count});
+    hand_over_dq(smem, warpgroup, fragments.dq, before.stage());
 
     store<Cfg, T>(p, own.row, fragments.dk, fragments.dv);
 }

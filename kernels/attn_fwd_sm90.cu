@@ -1,20 +1,25 @@
-// Forward: FP8 sliding-tile attention. One CTA per SM takes work items one by one: up to three query blocks that see
-// the same keys (work_items.cuh).
+// Forward: FP8 sliding-tile attention. One CTA per SM takes work items one by one: up to two query blocks, or three at
+// head_dim 64, that see the same keys (work_items.cuh).
 //
-//   warps           role      waits for        signals                                         registers
-//   3 warpgroups    math      q_full, full     q_empty, empty                                   160
-//   1 warp          queries   q_empty          q_full (with the copy engine's bytes)             32
-//   1 warp          keys      q_full, empty    q_empty, full (with the copy engine's bytes)      32
+//   warps              role      waits for        signals                                      registers of 2, of 3
+//   2 or 3 warpgroups  math      q_full, full     q_empty, empty                               240, 160
+//   1 warp             queries   q_empty          q_full (with the copy engine's bytes)         24,  32
+//   1 warp             keys      q_full, empty    q_empty, full (with the copy engine's bytes)  24,  32
 //
 // A math warpgroup owns one query block, 64 rows, and walks the key blocks of the item, 128 keys each. With
-//   z = q8.k8 * s_q s_k scale log2(e)     P = 2^(z - m)     T = e4m3(448 P) v8
-// a step computes O = O 2^(m_old - m) + T. The tensor core's accumulator keeps about 14 bits and truncates, so it adds
-// up one step only; the sum over steps is in fp32. The output is O s_v / (448 l) with l = sum(P).
+//   S = q8.k8      z = S s_q s_k scale log2(e)      m = ceil(max z), over this key block alone
+// the bit pattern of E4M3 is a piecewise linear logarithm, so no exponential is evaluated:
+//   P = the E4M3 number with code max(0, round(120 + 8 (z - m)))        about 256 2^(z - m)
+//   T = P v8,  t = sum(P)           O += 2^(m - M) s_v T        l += 2^(m - M) t
+// t is one more column of T: V^T has a row of ones for tokens and zeros for padding. M is an exponent of the row that
+// hardly ever changes. The tensor core's accumulator of T keeps about 14 bits and truncates, so it adds up one key
+// block only; the sum over blocks is in fp32. S is in fp16: two scores to an instruction, and half the traffic of
+// registers.
 //
-// m is an integer, at least the row's maximum so far. No step searches for the maximum: the sums of 448 P, which l
-// needs anyway, show whether m is still large enough (see `exponentiate`).
+// Within a warpgroup, the maxima of a key block are searched beside T of the block before, and that T is added to O
+// beside S of the next block.
 #include <algorithm>
-#include <cfloat>
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // wgmma with N = 136 and N = 72
 #include <cute/tensor.hpp>
 #include <numeric>
 
@@ -32,30 +37,35 @@ namespace {
 using namespace cute;
 using E4M3 = cute::float_e4m3_t;
 
-// 448 * 2^x is a finite float for x < 119. The margin covers the rounding of z and of the norms.
-constexpr float kLargestExponent = 110.0f;
-// E4M3 may enlarge an element by 1/17, and a score of two of them by (18/17)^2 = 1.121.
-constexpr float kScoreGrowth = 1.14f;
+// Rows of V^T behind those of the channels: the meta, is_token, and six that nothing reads but wgmma.
+constexpr int kExtraRows = 8;
 
-template <int kHeadDim_>
+// Up to this m, 1144 - 8 m is exact in fp16. Beyond, softmax subtracts the row's maximum first.
+constexpr float kLargestExponent = 1900.0f;
+
+// M is kHeadroom above m of the first key block, and is raised to that above a block whose m is kGrowth larger. So
+// 2^(m - M) P is at most 2^(kGrowth - kHeadroom + 8) = 2^-20, and O does not overflow, whatever V is, in 2^20 tokens.
+constexpr float kHeadroom = 36.0f, kGrowth = 8.0f;
+constexpr float kWithoutHeadroom = 0x1p-36f;
+
+template <int kHeadDim_, int kWarpgroups_>
 struct FwdConfig {
-    static constexpr int kHeadDim = kHeadDim_;
+    static constexpr int kHeadDim = kHeadDim_, kWarpgroups = kWarpgroups_;
     static constexpr int kStages = 4, kQStages = 2;
-    static constexpr int kWarpgroups = kBlocksPerItem, kMathThreads = 128 * kWarpgroups;
-    static constexpr int kThreads = kMathThreads + 128;
-    // Three warpgroups hide each other's waits; the SM has no registers for a fourth. The load warps give registers to
-    // the math warps.
-    static constexpr int kLoadRegisters = 32, kMathRegisters = 160;
+    static constexpr int kMathThreads = 128 * kWarpgroups, kThreads = kMathThreads + 128;
+    // The load warps give registers to the math warps. At head_dim 128, S, T, O, P and Q need more than 160.
+    static constexpr int kLoadRegisters = kWarpgroups == 2 ? 24 : 32, kMathRegisters = kWarpgroups == 2 ? 240 : 160;
     static_assert(128 * kLoadRegisters + kMathThreads * kMathRegisters <= kThreads * launch_registers(kThreads));
+    static_assert(kWarpgroups == 2 || (kWarpgroups == 3 && kHeadDim == 64));
     static_assert(kHeadDim == 64 || kHeadDim == 128);
 
     using AtomRow = conditional_t<kHeadDim == 128, GMMA::Layout_K_SW128_Atom<E4M3>, GMMA::Layout_K_SW64_Atom<E4M3>>;
-    using LayoutQ = decltype(tile_to_shape(AtomRow{}, Shape<Int<kQueryBlock>, Int<kHeadDim>>{}));
     using LayoutK = decltype(tile_to_shape(AtomRow{}, Shape<Int<kBlock>, Int<kHeadDim>>{}));
-    using LayoutV = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<E4M3>{}, Shape<Int<kHeadDim>, Int<kBlock>>{}));
-    using AtomPV = conditional_t<kHeadDim == 128, SM90::GMMA::MMA_64x128x32_F32E4M3E4M3_RS_TN<>,
-                                 SM90::GMMA::MMA_64x64x32_F32E4M3E4M3_RS_TN<>>;
-    using MmaQK = decltype(make_tiled_mma(SM90::GMMA::MMA_64x128x32_F32E4M3E4M3_SS_TN<>{}));
+    using LayoutV =
+        decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<E4M3>{}, Shape<Int<kHeadDim + kExtraRows>, Int<kBlock>>{}));
+    using AtomPV = conditional_t<kHeadDim == 128, SM90::GMMA::MMA_64x136x32_F32E4M3E4M3_RS_TN<>,
+                                 SM90::GMMA::MMA_64x72x32_F32E4M3E4M3_RS_TN<>>;
+    using MmaQK = decltype(make_tiled_mma(SM90::GMMA::MMA_64x128x32_F16E4M3E4M3_RS_TN<>{}));
     using MmaPV = decltype(make_tiled_mma(AtomPV{}));
 };
 
@@ -70,13 +80,16 @@ struct PackedKV {
     E4M3 k[kBlock * Cfg::kHeadDim];
     E4M3 v[kBlock * Cfg::kHeadDim];
     BlockMeta meta;
+    E4M3 is_token[kBlock];
 };
 
 template <class Cfg>
 struct FwdSmem {
     struct alignas(1024) Stage {
         PackedKV<Cfg> block;
+        E4M3 unread[(kExtraRows - 2) * kBlock];
     };
+    static_assert(sizeof(BlockMeta) == kBlock * sizeof(E4M3), "a row of V^T");
     struct alignas(1024) Query {
         PackedQ<Cfg> block;
     };
@@ -106,14 +119,14 @@ __device__ void load_queries(const ForwardParams &p, FwdSmem<Cfg> &smem) {
         Task &task = smem.tasks[ring.stage()];
         Barrier &full = smem.q_full[ring.stage()];
         smem.q_empty[ring.stage()].wait(ring.empty_parity());
-        fence_proxy_async();  // the math warps have read the metas of these queries
+        fence_proxy_async();  // the math warps have read these queries
 
         // Load its query blocks and write its task.
         bool any = false;
         if (!ends) {
             const WorkItem item(p, index);
 #pragma unroll 1
-            for (int i = 0; i < kBlocksPerItem; ++i) {
+            for (int i = 0; i < Cfg::kWarpgroups; ++i) {
                 const QueryBlock query(p, item, i);
                 any |= query.exists;
                 if (leads) {
@@ -181,131 +194,172 @@ __device__ void load_keys(const ForwardParams &p, FwdSmem<Cfg> &smem) {
     }
 }
 
-// Sum and maximum over the four lanes of a quad, which together hold a row.
-__device__ __forceinline__ float quad_sum(float x) {
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
-}
-__device__ __forceinline__ float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-
-// A thread's two rows: m (an integer, log2 domain), l (times 448, over the thread's own columns), and the power of two
-// by which the current step shrinks O and l.
-struct RowState {
-    float m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0}, shrink[2];
+// A thread's two rows of a key block: the exponent m, and the factors of T and of t. Before the first block, there is
+// no T to add.
+struct BlockWeights {
+    float m[2], of_t[2] = {0, 0}, of_sum[2] = {0, 0};
 };
 
-// Element (row r, own column c) of S. A thread holds it as groups of 8 columns, then rows, then pairs of columns.
-template <class TensorS>
-__device__ __forceinline__ auto &at(TensorS &s, int r, int c) {
-    return s(c % 2 + 2 * r + c / 2 * 4);
-}
-constexpr int kOwnColumns = kBlock / 4;  // columns of a row that one thread holds
+// A thread's two rows over all key blocks: M, and l. The first lane of a quad has their l.
+struct RowState {
+    float reference[2], l[2] = {0, 0};
+};
 
-// Set the scores of padding keys to -inf, in own columns from kFirst on. Padding keys come last.
-template <int kFirst, class TensorS>
-__device__ __forceinline__ void mask(TensorS &s, int valid) {
-    const int lane = threadIdx.x % 4;
+// Scores lie in a thread as words of two: word 2 g + r holds columns 8 g + 2 (lane % 4) and the next of row r, the
+// lower one in the low half.
+constexpr int kWords = kBlock / 4;
+
+// The largest scores of both rows, in the low and the high half.
+template <class Words>
+__device__ __forceinline__ uint32_t row_maxima(const Words &s) {
+    uint32_t top[2] = {s(0), s(1)};
 #pragma unroll
-    for (int c = kFirst; c < kOwnColumns; ++c) {
-        // Own column c is key c / 2 * 8 + 2 * lane + c % 2. Written otherwise, ptxas keeps a register for each column.
-        const bool padding = 2 * lane >= valid - (c / 2 * 8 + c % 2);
-        at(s, 0, c) = padding ? -INFINITY : at(s, 0, c);
-        at(s, 1, c) = padding ? -INFINITY : at(s, 1, c);
+    for (int i = 2; i < kWords; ++i) {  // ptxas merges two steps into one instruction; a tree is slower
+        top[i % 2] = max_f16x2(top[i % 2], s(i));
+    }
+    uint32_t both = max_f16x2(select_bytes(top[0], top[1], 0x5410), select_bytes(top[0], top[1], 0x7632));
+    both = max_f16x2(both, __shfl_xor_sync(~0u, both, 1));
+    return max_f16x2(both, __shfl_xor_sync(~0u, both, 2));
+}
+
+// Takes the maximum of its row off each score. fp16 holds the difference to the largest scores exactly.
+template <class Words>
+__device__ __forceinline__ void subtract_maxima(Words &s, uint32_t maxima) {
+    constexpr uint32_t kSigns = 0x80008000;
+    const uint32_t minus_top[2] = {select_bytes(maxima, 0, 0x1010) ^ kSigns, select_bytes(maxima, 0, 0x3232) ^ kSigns};
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+        s(i) = add_f16x2(s(i), minus_top[i % 2]);
     }
 }
 
-// Raises m to the maximum of these scores.
-template <class TensorS>
-__device__ __forceinline__ void cover_max(const TensorS &s, RowState &row, float scale_log2) {
+// S to the codes of P, in place: a code is the low byte of its half. Sets m of both rows. m is NaN if a scale is.
+template <int kHeadDim, class TensorS>
+__device__ __forceinline__ void softmax(TensorS &s, float q_scale, float k_scale, float score_scale, float (&m)[2]) {
+    Tensor words = recast<uint32_t>(s);
+    const float factor = score_factor(q_scale, k_scale, score_scale);
+    const uint32_t maxima = row_maxima(words);
+    const float2 both = upcast<__half>(maxima);
+    const float top[2] = {both.x, both.y};
+    float offset[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        float top = -INFINITY;
+        m[r] = ceilf(top[r] * (factor * (1 / kCodes)));
+        offset[r] = fmaf(-kCodes, m[r], 1024.0f + kTopCode);
+    }
+    // Rare: scores so wide that the offset might not be exact in fp16.
+    if (factor * (kQKMax * kQKMax * kHeadDim / kCodes) > kLargestExponent &&
+        __any_sync(~0u, fmaxf(fabsf(m[0]), fabsf(m[1])) > kLargestExponent)) {
+        subtract_maxima(words, maxima);
 #pragma unroll
-        for (int c = 0; c < kOwnColumns; ++c) {
-            top = fmaxf(top, at(s, r, c));
+        for (int r = 0; r < 2; ++r) {
+            // m and the offset are rounded where scores reach 10^7: no code may pass the largest
+            offset[r] = fminf(fmaf(top[r], factor, offset[r]), 1024.0f + kTopCode);
         }
-        const float m = fmaxf(row.m[r], ceilf(quad_max(top) * scale_log2));
-        row.shrink[r] = exp2_approx(row.m[r] - m);
-        row.m[r] = m;
+    }
+    // fp16 numbers from 1024 to 2047 are integers, with the integer less 1024 in their low bits. So one multiply-add
+    // also rounds, and 1024 is the code zero.
+    constexpr uint32_t kZero = 0x64006400;
+    const float in_range = fminf(factor, kLargestFactor);
+    const uint32_t slope = downcast<__half>(in_range, in_range);
+    const uint32_t offsets[2] = {downcast<__half>(offset[0], offset[0]), downcast<__half>(offset[1], offset[1])};
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+        words(i) = max_f16x2(fma_f16x2(words(i), slope, offsets[i % 2]), kZero);
+    }
+    if (!(q_scale * k_scale < INFINITY)) {
+        m[0] = m[1] = NAN;
     }
 }
 
-// 448 P to E4M3, in the A operand's register order (see permuted_token).
+// Loads this thread's part of Q as operand A: rows of 16 (warp % 4) + lane / 4 and 8 more, four bytes in 16.
+template <int kHeadDim, class TensorQ>
+__device__ __forceinline__ void load_q(const E4M3 *q, TensorQ &fragment) {
+    Tensor words = recast<uint32_t>(fragment);
+    const int thread = threadIdx.x % 128, row = fragment_row(thread), byte = thread % 4 * 4;
+#pragma unroll
+    for (int i = 0; i < size(words); ++i) {
+        const int offset = swizzled<kHeadDim>(row + i % 2 * 8, i / 2 * 16 + byte);
+        words(i) = *reinterpret_cast<const uint32_t *>(reinterpret_cast<const char *>(q) + offset);
+    }
+    warpgroup_fence_operand(fragment);
+}
+
+// Codes to P, in the A operand's register order (see permuted_token).
 template <class TensorS, class TensorP>
-__device__ __forceinline__ void pack_p(const TensorS &s, TensorP &p) {
+__device__ __forceinline__ void pack(const TensorS &s, TensorP &p) {
+    Tensor codes = recast<const uint32_t>(s);
     Tensor words = recast<uint32_t>(p);
 #pragma unroll
-    for (int g = 0; g < kOwnColumns / 4; ++g) {
+    for (int g = 0; g < kWords / 4; ++g) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const int i = 8 * g + 2 * r;
-            words(2 * g + r) = pack_e4m3(s(i), s(i + 1), s(i + 4), s(i + 5));
+            words(2 * g + r) = select_bytes(codes(4 * g + r), codes(4 * g + 2 + r), 0x6420);
         }
     }
 }
 
-// S to 448 P in place, and to P in E4M3; adds to l.
-//
-// E4M3 holds at most 448. A thread adds up its columns of a row in two sums of 16. If both are at most 448, so is every
-// column: that is almost always the case. Otherwise m of the row grows until the largest sum lies in (112, 224], and
-// all that was computed with the smaller m shrinks, exactly, by a power of two.
-template <class TensorS, class TensorP>
-__device__ __forceinline__ void exponentiate(TensorS &s, TensorP &p, RowState &row, float scale_log2) {
-    float sums[2][2] = {};
+// Raises M where m of a block is much larger, and shrinks O and l by the same power of two.
+template <class TensorO>
+__device__ __forceinline__ void raise_reference(TensorO &o, RowState &row, const float (&m)[2]) {
+    float shrink[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const float offset = kLog2P - row.m[r];
-#pragma unroll
-        for (int c = 0; c < kOwnColumns; ++c) {
-            at(s, r, c) = exp2_approx(fmaf(at(s, r, c), scale_log2, offset));
-            sums[r][c % 2] += at(s, r, c);
-        }
+        const float reference = fmaxf(row.reference[r], m[r] + kHeadroom);
+        shrink[r] = exp2_approx(row.reference[r] - reference);
+        row.reference[r] = reference;
+        row.l[r] *= shrink[r];
     }
-    pack_p(s, p);
-    const float top[2] = {fmaxf(sums[0][0], sums[0][1]), fmaxf(sums[1][0], sums[1][1])};
-    float sum[2] = {sums[0][0] + sums[0][1], sums[1][0] + sums[1][1]};
-    if (__any_sync(~0u, fmaxf(top[0], top[1]) > kE4M3Max)) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            // m grows by ceil(log2(row_top)) + 1, but not if row_top is NaN or Inf. The exponent bits of the next
-            // smaller float are ceil(log2(row_top)) + 126.
-            const float row_top = quad_max(top[r]) * (1.0f / kE4M3Max);
-            const int by = row_top > 1.0f && row_top < INFINITY ? ((__float_as_int(row_top) - 1) >> 23) - 125 : 0;
-            const float shrink = __int_as_float((127 - by) << 23);
-            row.m[r] += by;
-            row.shrink[r] *= shrink;
-            sum[r] *= shrink;
-#pragma unroll
-            for (int c = 0; c < kOwnColumns; ++c) {
-                at(s, r, c) *= shrink;
-            }
-        }
-        pack_p(s, p);
+    for (int i = 0; i < size(o); ++i) {
+        o(i) *= shrink[i / 2 % 2];
     }
-    row.l[0] = fmaf(row.l[0], row.shrink[0], sum[0]);
-    row.l[1] = fmaf(row.l[1], row.shrink[1], sum[1]);
 }
 
-// Stores O s_v / l in raster order, and LSE.
+// Sets the factors of T and t from m.
+template <class TensorO>
+__device__ __forceinline__ void weigh(TensorO &o, RowState &row, BlockWeights &block, float v_scale) {
+    const float excess = fmaxf(block.m[0] - row.reference[0], block.m[1] - row.reference[1]);
+    if (__any_sync(~0u, excess > kGrowth - kHeadroom)) {
+        raise_reference(o, row, block.m);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        block.of_sum[r] = exp2_approx(block.m[r] - row.reference[r]);
+        // V may be so large that a block counts whose own weight is too small for a float.
+        block.of_t[r] = exp2_approx(block.m[r] - row.reference[r] + kHeadroom) * (v_scale * kWithoutHeadroom);
+    }
+}
+
+// O += 2^(m - M) s_v T and l += 2^(m - M) t, for the completed T.
+template <class TensorO, class TensorT>
+__device__ __forceinline__ void add(TensorO &o, RowState &row, const TensorT &t, const BlockWeights &block) {
+#pragma unroll
+    for (int i = 0; i < size(o); ++i) {
+        o(i) = fmaf(t(i), block.of_t[i / 2 % 2], o(i));
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        row.l[r] = fmaf(t(size(o) + 2 * r + 1), block.of_sum[r], row.l[r]);  // the column of is_token
+    }
+}
+
+// The value of the first of the four lanes that share a row.
+__device__ __forceinline__ float first_of_quad(float x) {
+    return __shfl_sync(~0u, x, threadIdx.x & 28);
+}
+
+// Stores O / l in raster order, and LSE.
 template <class Cfg, class T, class TensorO>
 __device__ void store(const ForwardParams &p, const WorkItem &item, const QueryBlock &block, TensorO &o,
                       const RowState &row) {
     const TileGrid &g = p.geometry;
     const int thread = opaque(threadIdx.x) % 128, lane = thread % 4;
-    const float l[2] = {quad_sum(row.l[0]), quad_sum(row.l[1])};
+    const float l[2] = {first_of_quad(row.l[0]), first_of_quad(row.l[1])};
     const float inverse[2] = {__fdiv_rn(1.0f, l[0]), __fdiv_rn(1.0f, l[1])};
-    const float *v_amax = p.v_amax + item.bh * Cfg::kHeadDim;
 #pragma unroll
-    for (int j = 0; j < Cfg::kHeadDim / 8; ++j) {
-        const float2 amax = __ldg(reinterpret_cast<const float2 *>(v_amax + 8 * j + 2 * lane));
-        const float scale[2] = {dequant_scale(amax.x), dequant_scale(amax.y)};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            o(4 * j + i) = o(4 * j + i) * inverse[i / 2] * scale[i % 2];
-        }
+    for (int i = 0; i < size(o); ++i) {
+        o(i) *= inverse[i / 2 % 2];
     }
     const int first = block.first_row + fragment_row(thread);
 #pragma unroll
@@ -316,52 +370,9 @@ __device__ void store(const ForwardParams &p, const WorkItem &item, const QueryB
         store_row<T, Cfg::kHeadDim>(out, valid, r, lane, [&](int i) { return o(i); });
         if (valid && lane == 0 && p.lse != nullptr) {
             const int64_t at = item.bh * g.tokens() + token;
-            p.lse[at] = kLn2 * (row.m[r] + log2f(l[r]) - kLog2P) + (p.lse_shift == nullptr ? 0.0f : p.lse_shift[at]);
+            const float lse2 = row.reference[r] + log2f(l[r]) - (kLog2Top + kLog2Bias);
+            p.lse[at] = kLn2 * lse2 + (p.lse_shift == nullptr ? 0.0f : p.lse_shift[at]);
         }
-    }
-}
-
-// S to P. With `exactly`, m is raised to the maximum of these scores first.
-template <class TensorS, class TensorP>
-__device__ __forceinline__ void softmax(TensorS &s, TensorP &p, RowState &row, float q_scale_log2,
-                                        const BlockMeta &meta, bool exactly) {
-    // Above zero, because padding's score is -inf, and 0 times that would be NaN.
-    const float scale_log2 = fmaxf(q_scale_log2 * meta.scale, FLT_MIN);
-    row.shrink[0] = row.shrink[1] = 1.0f;
-    // Nearly all padded blocks have padding among the last 8 keys only: no branch for those.
-    mask<kOwnColumns - 2>(s, meta.valid);
-    if (meta.valid <= kBlock - 8) {
-        mask<0>(s, meta.valid);
-    }
-    if (exactly) {
-        cover_max(s, row, scale_log2);
-    }
-    exponentiate(s, p, row, scale_log2);
-}
-
-// Whether an exponential of this item might overflow before m grows: its scores may lie very far apart.
-__device__ __forceinline__ bool may_overflow(const ForwardParams &p, int64_t bh, const RowState &row) {
-    const float2 norms = __ldg(reinterpret_cast<const float2 *>(p.norms) + bh);
-    const float bound = kScoreGrowth * norms.x * norms.y * p.scale * kLog2E;
-    return __any_sync(~0u, !(bound - fminf(row.m[0], row.m[1]) < kLargestExponent));
-}
-
-// O = O shrink + T, for the completed T.
-template <class TensorO, class TensorT>
-__device__ __forceinline__ void add_to_o(TensorO &o, const TensorT &t, const RowState &row) {
-#pragma unroll
-    for (int i = 0; i < size(t); ++i) {
-        o(i) = fmaf(o(i), row.shrink[i / 2 % 2], t(i));
-    }
-}
-
-// T's fragment. At D 128 it shares S's registers: neither lives while the other is computed.
-template <class Cfg, class TensorS, class TensorO>
-__device__ auto fragment_of_t(TensorS &s, const TensorO &o) {
-    if constexpr (Cfg::kHeadDim == 128) {
-        return make_tensor(s.data(), o.layout());
-    } else {
-        return make_fragment_like(o);
     }
 }
 
@@ -380,18 +391,17 @@ __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int warpgroup) 
     // Operands in shared memory. Their last mode is the stage.
     using MmaQK = typename Cfg::MmaQK;
     using MmaPV = typename Cfg::MmaPV;
-    constexpr int kQStride = sizeof(smem.queries[0]), kStride = sizeof(smem.stages[0]);
-    auto &queries = smem.queries[0][warpgroup].block;
+    constexpr int kStride = sizeof(smem.stages[0]);
     auto &keys = smem.stages[0].block;
-    Tensor rQ = operand_a<MmaQK>(smem_tensor(queries.q, ring_of<Cfg::kQStages, kQStride>(typename Cfg::LayoutQ{})));
     Tensor rK = operand_b<MmaQK>(smem_tensor(keys.k, ring_of<Cfg::kStages, kStride>(typename Cfg::LayoutK{})));
     Tensor rV = operand_b<MmaPV>(smem_tensor(keys.v, ring_of<Cfg::kStages, kStride>(typename Cfg::LayoutV{})));
 
     // Fragments in registers.
+    FragmentA<E4M3, MmaQK, kQueryBlock, Cfg::kHeadDim> rQ;
     FragmentC<MmaQK, kQueryBlock, kBlock> rS;
     FragmentA<E4M3, MmaPV, kQueryBlock, kBlock> rP;
-    FragmentC<MmaPV, kQueryBlock, Cfg::kHeadDim> rO;
-    Tensor rT = fragment_of_t<Cfg>(rS, rO);
+    FragmentC<MmaPV, kQueryBlock, Cfg::kHeadDim + kExtraRows> rT;
+    auto rO = make_tensor<float>(Shape<Int<Cfg::kHeadDim / 2>>{});
 
     RingState<Cfg::kStages> ring;
     for (RingState<Cfg::kQStages> q_ring;; q_ring.next()) {
@@ -408,50 +418,56 @@ __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int warpgroup) 
             skip_keys(smem, ring, left);
             continue;
         }
-        const float q_scale_log2 = smem.queries[q_stage][warpgroup].block.meta.scale * p.scale * kLog2E;
+        const auto &query = smem.queries[q_stage][warpgroup].block;
+        const float q_scale = query.meta.scale;
         RowState row;
+        BlockWeights block;
         clear(rO);
+        clear(rT);
+        load_q<Cfg::kHeadDim>(query.q, rQ);
 
-        // First key block: S = Q K^T, and softmax from its maxima.
+        // First key block: S = Q K^T. Softmax: S to codes, codes to P.
         smem.full[ring.stage()].wait(ring.full_parity());
-        BlockMeta meta = smem.stages[ring.stage()].block.meta;
-        issue<MmaQK>(rQ(_, _, _, q_stage), rK(_, _, _, ring.stage()), rS, Sum::kFromZero);
+        issue<MmaQK>(rQ, rK(_, _, _, ring.stage()), rS, Sum::kFromZero);
         wait_for_products<0>(rS);
-        softmax(rS, rP, row, q_scale_log2, meta, true);
-        const bool careful = may_overflow(p, task.item.bh, row);
+        softmax<Cfg::kHeadDim>(rS, q_scale, smem.stages[ring.stage()].block.meta.scale, p.scale, block.m);
+        row.reference[0] = block.m[0] + kHeadroom;
+        row.reference[1] = block.m[1] + kHeadroom;
+        pack(rS, rP);
 
         while (--left > 0) {
-            // Issue T = P V.
+            // Wait for the next K and V. Issue the next S = Q K^T.
+            RingState<Cfg::kStages> after = ring;
+            after.next();
+            smem.full[after.stage()].wait(after.full_parity());
+            issue<MmaQK>(rQ, rK(_, _, _, after.stage()), rS, Sum::kFromZero);
+
+            // Add T of the block before to O. Issue T = P V.
+            add(rO, row, rT, block);
             warpgroup_fence_operand(rP);
             issue<MmaPV>(rP, rV(_, _, _, ring.stage()), rT, Sum::kFromZero);
-            Barrier &read = smem.empty[ring.stage()];
-            ring.next();
+            weigh(rO, row, block, smem.stages[ring.stage()].block.meta.v_scale);
 
-            // Wait for the next K and V.
-            smem.full[ring.stage()].wait(ring.full_parity());
-            meta = smem.stages[ring.stage()].block.meta;
+            // Wait for S. Softmax: S to codes.
+            const float k_scale = smem.stages[after.stage()].block.meta.scale;
+            wait_for_products<1>(rS);
+            softmax<Cfg::kHeadDim>(rS, q_scale, k_scale, p.scale, block.m);
 
-            // Wait for T. O = O shrink + T.
+            // Wait for T. Release its stage. Codes to P: while T was in flight, ptxas would have serialised all wgmmas.
             wait_for_products<0>(rT);
-            add_to_o(rO, rT, row);
-
-            // Release the stage.
-            read.arrive_as_warp();
-
-            // Issue S = Q K^T and wait for it.
-            issue<MmaQK>(rQ(_, _, _, q_stage), rK(_, _, _, ring.stage()), rS, Sum::kFromZero);
-            wait_for_products<0>(rS);
-
-            // Softmax: S to P.
-            softmax(rS, rP, row, q_scale_log2, meta, careful);
+            smem.empty[ring.stage()].arrive_as_warp();
+            pack(rS, rP);
+            ring = after;
         }
 
         // Last key block: T = P V, added to O. Release the stage.
+        add(rO, row, rT, block);
         warpgroup_fence_operand(rP);
         issue<MmaPV>(rP, rV(_, _, _, ring.stage()), rT, Sum::kFromZero);
+        weigh(rO, row, block, smem.stages[ring.stage()].block.meta.v_scale);
         wait_for_products<0>(rT);
-        add_to_o(rO, rT, row);
         smem.empty[ring.stage()].arrive_as_warp();
+        add(rO, row, rT, block);
         ring.next();
 
         // Store O and LSE. Release Q.
@@ -506,19 +522,29 @@ void attn_fwd(ForwardParams p, cudaStream_t stream) {
     p.tiles_per_group = group.volume();
     p.groups = p.tiles_per_group > 0 ? g.tiles / group : Int3{1, 1, 1};  // there may be text tokens only
     p.n_groups = p.groups.volume();
-    p.items_per_group = ceil_div(p.tiles_per_group * (g.slot / kQueryBlock), kBlocksPerItem);
-    p.text_items_per_head = ceil_div(g.text.blocks(kQueryBlock), kBlocksPerItem);
+    const int blocks_of_group = p.tiles_per_group * (g.slot / kQueryBlock);
+    p.blocks_per_item = blocks_per_item(p.head_dim, blocks_of_group);
+    p.items_per_group = ceil_div(blocks_of_group, p.blocks_per_item);
+    p.text_items_per_head = ceil_div(g.text.blocks(kQueryBlock), p.blocks_per_item);
     p.text_items = p.batch * p.heads * p.text_items_per_head;
     p.items = p.text_items + p.batch * p.heads * p.n_groups * p.items_per_group;
 
     int device, sm_count;
     FPS_CUDA_CHECK(cudaGetDevice(&device));
     FPS_CUDA_CHECK(cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device));
-    dispatch(p.head_dim, p.dtype, [&](auto dim, auto element) {
-        using Cfg = FwdConfig<decltype(dim)::value>;
+    const auto launch_with = [&](auto dim, auto element, auto warpgroups) {
+        using Cfg = FwdConfig<decltype(dim)::value, decltype(warpgroups)::value>;
         constexpr int kSmemBytes = dynamic_smem_bytes<FwdSmem<Cfg>>();
         launch(attn_fwd_sm90<Cfg, decltype(element)>, dim3(std::min(p.items, sm_count)), Cfg::kThreads, kSmemBytes,
                stream, p);
+    };
+    dispatch(p.head_dim, p.dtype, [&](auto dim, auto element) {
+        if constexpr (decltype(dim)::value == 64) {
+            if (p.blocks_per_item == 3) {
+                return launch_with(dim, element, std::integral_constant<int, 3>{});
+            }
+        }
+        launch_with(dim, element, std::integral_constant<int, 2>{});
     });
 }
 

@@ -176,20 +176,19 @@ cudaStream_t stream_of(uintptr_t address) {
 
 void launch_quantize(const QuantizeParams &p, int device, uintptr_t stream) {
     require({{"q", p.q}, {"k", p.k}, {"v", p.v}, {"q_blocks", p.q_blocks}, {"kv_blocks", p.kv_blocks}});
-    require({{"v_amax", p.v_amax}, {"norms", p.norms}, {"zeroed", p.zeroed.begin}});
+    require({{"zeroed", p.zeroed.begin}});
     const DeviceGuard guard(device);
     quantize(p, stream_of(stream));
 }
 
 void launch_attn_fwd(const ForwardParams &p, int device, uintptr_t stream) {
-    require({{"q_blocks", p.q_blocks}, {"kv_blocks", p.kv_blocks}, {"v_amax", p.v_amax}, {"norms", p.norms}});
-    require({{"out", p.out}, {"next_item", p.next_item}});
+    require({{"q_blocks", p.q_blocks}, {"kv_blocks", p.kv_blocks}, {"out", p.out}, {"next_item", p.next_item}});
     const DeviceGuard guard(device);
     attn_fwd(p, stream_of(stream));
 }
 
 void launch_attn_bwd(const BackwardParams &p, int device, uintptr_t stream) {
-    require({{"q_blocks", p.q_blocks}, {"kv_blocks", p.kv_blocks}, {"v_amax", p.v_amax}, {"out", p.out}});
+    require({{"q_blocks", p.q_blocks}, {"kv_blocks", p.kv_blocks}, {"out", p.out}});
     require({{"dout", p.dout}, {"lse", p.lse}, {"dlse", p.dlse}, {"zeroed", p.zeroed.begin}, {"dq_sum", p.dq_sum}});
     require({{"query_operands", p.query_operands}, {"key_operands", p.key_operands}});
     require({{"dq", p.dq}, {"dk", p.dk}, {"dv", p.dv}});
@@ -200,9 +199,9 @@ void launch_attn_bwd(const BackwardParams &p, int device, uintptr_t stream) {
 void bind_geometry(py::module_ &m) {
     m.attr("BLOCK") = kBlock;
     m.attr("QUERY_BLOCK") = kQueryBlock;
-    m.attr("BLOCKS_PER_ITEM") = kBlocksPerItem;
     m.attr("MAX_SLOT") = kMaxSlot;
     m.attr("MAX_WINDOWS") = kMaxWindows;
+    m.def("blocks_per_item", &blocks_per_item, "head_dim"_a, "blocks_of_group"_a);
     m.def("axis_keys",
           [](int i, int n, int w, bool truncate) { return pair(axis_keys(i, n, w, border_of(truncate))); });
     m.def("axis_queries",
@@ -260,8 +259,6 @@ void bind_quantize(py::module_ &m) {
     strides(c, "v_strides", &QuantizeParams::v_strides);
     pointer(c, "q_blocks", &QuantizeParams::q_blocks);
     pointer(c, "kv_blocks", &QuantizeParams::kv_blocks);
-    pointer(c, "v_amax", &QuantizeParams::v_amax);
-    pointer(c, "norms", &QuantizeParams::norms);
     pointer(c, "k_sum", &QuantizeParams::k_sum);
     pointer(c, "k_mean", &QuantizeParams::k_mean);
     pointer(c, "lse_shift", &QuantizeParams::lse_shift);
@@ -280,8 +277,6 @@ void bind_forward(py::module_ &m) {
     c.def(py::init<const ForwardParams &>(), "other"_a);
     pointer(c, "q_blocks", &ForwardParams::q_blocks);
     pointer(c, "kv_blocks", &ForwardParams::kv_blocks);
-    pointer(c, "v_amax", &ForwardParams::v_amax);
-    pointer(c, "norms", &ForwardParams::norms);
     pointer(c, "lse_shift", &ForwardParams::lse_shift);
     pointer(c, "out", &ForwardParams::out);
     pointer(c, "lse", &ForwardParams::lse);
@@ -295,7 +290,6 @@ void bind_backward(py::module_ &m) {
     c.def(py::init<const BackwardParams &>(), "other"_a);
     pointer(c, "q_blocks", &BackwardParams::q_blocks);
     pointer(c, "kv_blocks", &BackwardParams::kv_blocks);
-    pointer(c, "v_amax", &BackwardParams::v_amax);
     pointer(c, "out", &BackwardParams::out);
     pointer(c, "dout", &BackwardParams::dout);
     strides(c, "out_strides", &BackwardParams::out_strides);

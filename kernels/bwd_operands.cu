@@ -104,11 +104,11 @@ __global__ void __launch_bounds__(kThreads, kCtas)
         for (int offset = kLanes / 2; offset > 0; offset /= 2) {
             delta += __shfl_xor_sync(~0u, delta, offset);
         }
-        // dO c, with c = 2^(M - lse2) / 448 and M = ceil(lse2)
+        // dO c, with c = 2^(M - lse2 - kLog2Bias) and M = ceil(lse2): X c is a probability
         const int64_t at = block.bh * p.geometry.tokens() + token;
         const float shift = p.lse_shift == nullptr ? 0.0f : p.lse_shift[at];
         const float lse2 = valid ? (p.lse[at] - shift) * kLog2E : 0.0f, m = ceilf(lse2);
-        const float c = exp2f(m - lse2) * (1.0f / kE4M3Max);
+        const float c = exp2f(m - lse2 - kLog2Bias);
 #pragma unroll
         for (int i = 0; i < kVec; ++i) {
             dout[i] *= c;
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
         *part_of<64>(dout_operand, kQueryBlock, row, channel) = to_bf16(dout);
         // Row constants
         if (channel == 0) {
-            rows.offset[row] = valid ? kLog2P - m : -INFINITY;
+            rows.offset[row] = valid ? kCodeZero + (kCodeOfOne - kCodes * m) : -INFINITY;
             rows.minus_delta[row] = valid ? c * (p.dlse[at] - delta) : 0.0f;
         }
         // q
@@ -134,20 +134,17 @@ __global__ void __launch_bounds__(kThreads, kCtas)
     constexpr int kLanes = kHeadDim / kVec, kChunks = kBlock / 16;
     constexpr int kPitch = kBlock + 4;  // bytes from channel to channel; the pad of a word shifts them by one bank
     __shared__ alignas(16) uint8_t tokens_of[kHeadDim * kPitch];
-    __shared__ float v_scale[kHeadDim];
     const Block<kBlock> block(p);
     if (block.valid <= 0) {
         return;
     }
     const uint8_t *fp8 = p.kv_blocks + block.index * kv_block_bytes(kHeadDim);
-    const float k_scale = reinterpret_cast<const BlockMeta *>(fp8 + 2 * kBlock * kHeadDim)->scale;
+    const BlockMeta &meta = *reinterpret_cast<const BlockMeta *>(fp8 + 2 * kBlock * kHeadDim);
+    const float k_scale = meta.scale, v_scale = meta.v_scale;
     uint8_t *k_operand = p.key_operands + block.index * bwd_key_bytes(kHeadDim);
     uint8_t *v_operand = k_operand + kBlock * kHeadDim * 2;
 
     // V's channels to shared memory, as they lie: tokens by channel, permuted.
-    for (int i = threadIdx.x; i < kHeadDim; i += kThreads) {
-        v_scale[i] = quant_scale(p.v_amax[block.bh * kHeadDim + i]).scale;
-    }
     for (int i = threadIdx.x; i < kHeadDim * kChunks; i += kThreads) {
         const int d = i / kChunks, byte = i % kChunks * 16;
         const uint4 raw = *reinterpret_cast<const uint4 *>(fp8 + kBlock * kHeadDim + swizzled<kBlock>(d, byte));
@@ -172,11 +169,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
             words[j / 4] |= uint32_t(from[j * kPitch]) << (j % 4 * 8);
         }
         float v[kVec];
-        decode({words[0], words[1]}, 1.0f, v);
-#pragma unroll
-        for (int j = 0; j < kVec; ++j) {
-            v[j] *= v_scale[channel + j];
-        }
+        decode({words[0], words[1]}, v_scale, v);
         *part_of<64>(v_operand, kBlock, row, channel) = to_bf16(v);
     }
 }

@@ -2,11 +2,11 @@
 // bulk copy.
 //
 //   row_rms         1 / RMS of the rows of Q and K, if they are to be normalised
-//   channel_stats   V's amax and K's sum per (batch, head, channel), in one pass over all tokens
+//   channel_sums    sums of K per (batch, head, channel) over some tokens, to smooth K
 //   finish_mean     K's mean from the partial sums
-//   quantize_qk     one CTA per (tile, head): amax, norms, scale, E4M3, swizzled; reads each element once. With bricks
-//                   of several tiles, a first launch takes each brick's amax
-//   quantize_v      one CTA per (block, head): E4M3 by channel scale, transposed, tokens permuted, swizzled
+//   quantize_qk     one CTA per (tile, head): amax, scale, E4M3, swizzled; reads each element once. With bricks of
+//                   several tiles, a first launch takes each brick's amax
+//   quantize_v      one CTA per (block, head): amax, scale, E4M3, transposed, tokens permuted, swizzled
 //
 // Every element moves anyway, so the change from raster to tile order costs nothing here.
 #include "fpsattention/fp8.cuh"
@@ -18,6 +18,8 @@ namespace {
 
 constexpr int kVecsPerThread = 8;  // loads in flight per thread: a CTA holds its whole tile in registers
 constexpr int kStatsThreads = 256;
+constexpr int kMetaVecs = sizeof(BlockMeta) / sizeof(uint4);
+static_assert(offsetof(BlockMeta, v_scale) == sizeof(uint4), "two kernels write the meta of a key block");
 
 template <int kHeadDim>
 constexpr int kLanesPerRow = kHeadDim / kVec;
@@ -30,9 +32,19 @@ __device__ __forceinline__ void load_floats(const float *base, float (&x)[kVec])
     }
 }
 
-// For x >= 0, whose order is that of its bit pattern as an integer.
-__device__ __forceinline__ void atomic_max_nonnegative(float *address, float x) {
-    atomicMax(reinterpret_cast<int *>(address), __float_as_int(x));
+// Magnitudes are compared as the bits of floats: the order of floats x >= 0 is that of their bits, and NaN is the
+// largest.
+
+// The larger magnitude of two 16-bit floats in each half, given the one so far.
+__device__ __forceinline__ uint32_t larger_magnitudes(uint32_t so_far, uint4 pairs) {
+    constexpr uint32_t kNoSigns = 0x7FFF7FFF;
+    const uint32_t upper = max_u16x2(pairs.x & kNoSigns, pairs.y & kNoSigns);
+    return max_u16x2(so_far, max_u16x2(upper, max_u16x2(pairs.z & kNoSigns, pairs.w & kNoSigns)));
+}
+template <class T>
+__device__ __forceinline__ int larger_half(uint32_t magnitudes) {
+    const float2 x = upcast<T>(magnitudes);
+    return max(__float_as_int(x.x), __float_as_int(x.y));
 }
 
 // Which head, and which of its `count` tiles or blocks, CTA `linear` takes. Consecutive CTAs take what is closest in
@@ -143,53 +155,44 @@ struct Prologue {
     }
 };
 
-// grid (heads * chunks, 2, batch): blockIdx.y = 0 takes V's amax, 1 takes K's sum and is launched with smoothing only.
+// grid (heads * chunks, 1, batch): sums of K over samples of the valid tokens
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kStatsThreads)
-    channel_stats(const __grid_constant__ Deferred<QuantizeParams> deferred) {
+    channel_sums(const __grid_constant__ Deferred<QuantizeParams> deferred) {
     const QuantizeParams &p = deferred.after_previous();
     constexpr int kLanes = kLanesPerRow<kHeadDim>, kRows = kStatsThreads / kLanes;
     __shared__ float partial[kRows][kHeadDim + 4];
-    const bool summing = blockIdx.y == 1;
-    const void *base = summing ? p.k : p.v;
-    const Strides &strides = summing ? p.k_strides : p.v_strides;
-    const int tokens = p.geometry.tokens(), chunks = quantize_chunks(tokens);
-    const auto [head, chunk] = head_and_index(blockIdx.x, p.heads, chunks, strides);
+    const TileGrid &g = p.geometry;
+    const int tokens = g.tokens(), chunks = quantize_chunks(tokens), stride = smooth_stride(tokens);
+    const auto [head, chunk] = head_and_index(blockIdx.x, p.heads, chunks, p.k_strides);
     const int batch = blockIdx.z, row = threadIdx.x / kLanes, channel = threadIdx.x % kLanes * kVec;
-    const int end = min(tokens, (chunk + 1) * kStatsChunk);
     const TextTokens valid = p.valid_text(batch);
 
-    float acc[kVec] = {};
-#pragma unroll 1
-    for (int i = 0; i < 3; ++i) {
-        const Range section = p.geometry.section(i, valid);
-        const int last = min(section.hi, end);
+    float sum[kVec] = {};
 #pragma unroll 4
-        for (int token = max(section.lo, chunk * kStatsChunk) + row; token < last; token += kRows) {
-            float x[kVec];
-            upcast_vec<T>(load_vec<T>(base, strides.offset(batch, head, token) + channel), x);
+    for (int i = row; i < kSamplesOfCta; i += kRows) {
+        const int token = (chunk * kSamplesOfCta + i) * stride;
+        float x[kVec];
+        const bool counts = token < tokens && g.is_valid(token, valid);
+        const int64_t offset = p.k_strides.offset(batch, head, token) + channel;
+        upcast_vec<T>(counts ? load_vec<T>(p.k, offset) : uint4{}, x);
 #pragma unroll
-            for (int j = 0; j < kVec; ++j) {
-                acc[j] = summing ? acc[j] + x[j] : fmaxf(acc[j], fabsf(x[j]));
-            }
+        for (int j = 0; j < kVec; ++j) {
+            sum[j] = fmaf(x[j], 1.0f / kSamplesOfCta, sum[j]);  // the sum of large K might overflow
         }
     }
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
-        partial[row][channel + i] = acc[i];
+        partial[row][channel + i] = sum[i];
     }
     __syncthreads();
     for (int d = threadIdx.x; d < kHeadDim; d += kStatsThreads) {
         float total = 0;
         for (int r = 0; r < kRows; ++r) {
-            total = summing ? total + partial[r][d] : fmaxf(total, partial[r][d]);
+            total += partial[r][d];
         }
         const int64_t bh = int64_t(batch) * p.heads + head;
-        if (summing) {
-            p.k_sum[(bh * chunks + chunk) * kHeadDim + d] = total;
-        } else {
-            atomic_max_nonnegative(&p.v_amax[bh * kHeadDim + d], total);
-        }
+        p.k_sum[(bh * chunks + chunk) * kHeadDim + d] = total;
     }
 }
 
@@ -197,62 +200,42 @@ __global__ void __launch_bounds__(kStatsThreads)
 __global__ void finish_mean(const __grid_constant__ Deferred<QuantizeParams> deferred) {
     const QuantizeParams &p = deferred.after_previous();
     const int64_t bh = int64_t(blockIdx.y) * p.heads + blockIdx.x;
-    const int chunks = quantize_chunks(p.geometry.tokens());
+    const int tokens = p.geometry.tokens(), chunks = quantize_chunks(tokens), stride = smooth_stride(tokens);
     double total = 0;
     for (int c = 0; c < chunks; ++c) {
         total += p.k_sum[(bh * chunks + c) * p.head_dim + threadIdx.x];
     }
     const TextTokens valid = p.valid_text(blockIdx.y);
-    const int tokens = valid.prefix + p.geometry.grid.volume() + valid.suffix;
-    p.k_mean[bh * p.head_dim + threadIdx.x] = float(total / max(tokens, 1));
+    int samples = 0;
+    for (int i = 0; i < 3; ++i) {
+        const Range section = p.geometry.section(i, valid);
+        samples += ceil_div(section.hi, stride) - ceil_div(section.lo, stride);
+    }
+    p.k_mean[bh * p.head_dim + threadIdx.x] = float(total * kSamplesOfCta / max(samples, 1));
 }
 
-// Fills table[r], r < rows, with the token of row first_row + r of a tile, or -1 for padding.
+// Fills table[r], r < rows, with the token of row first_row + r of a tile. For padding it is -1, or with `repeats` the
+// first token of the block, if there is one.
 __device__ __forceinline__ void fill_token_table(int *table, const TileGrid &g, const TileRows &tile, int first_row,
-                                                 int rows) {
+                                                 int rows, bool repeats) {
     for (int r = threadIdx.x; r < rows; r += blockDim.x) {
-        const int in_tile = first_row + r;
+        int in_tile = first_row + r;
+        in_tile = repeats && in_tile >= tile.valid() ? in_tile / kBlock * kBlock : in_tile;
         table[r] = in_tile < tile.valid() ? g.token(tile, in_tile) : -1;
     }
     __syncthreads();
 }
 
-// Sums over rows. kLanes lanes share kVecsPerThread rows, and part(i) is this lane's part of the sum of row i. Each
-// lane, or pair of lanes, returns the sum of another row. Lanes `distance` apart swap halves of their parts, and each
-// adds up one half: that takes fewer shuffles than a sum over all lanes for every row.
-template <int kLanes, class Part>
-__device__ __forceinline__ float sum_of_a_row(Part &&part) {
-    const auto merge = [](float low, float high, int distance) {
-        const bool upper = threadIdx.x & distance;
-        return (upper ? high : low) + __shfl_xor_sync(~0u, upper ? low : high, distance);
-    };
-    static_assert(kVecsPerThread == 8);
-    float sum[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        sum[i] = merge(part(i), part(i + 4), kLanes / 2);
-    }
-    sum[0] = merge(merge(sum[0], sum[2], kLanes / 4), merge(sum[1], sum[3], kLanes / 4), kLanes / 8);
-    return kLanes == 16 ? sum[0] + __shfl_xor_sync(~0u, sum[0], 1) : sum[0];
-}
-
-// The largest x and the largest y of the CTA.
-__device__ __forceinline__ float2 block_max(float x, float y) {
-    __shared__ float2 warp_max[32];
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-        x = fmaxf(x, __shfl_xor_sync(~0u, x, offset));
-        y = fmaxf(y, __shfl_xor_sync(~0u, y, offset));
-    }
+// The largest of the CTA's x.
+__device__ __forceinline__ int block_max(int x) {
+    __shared__ int warp_max[32];
+    const int of_warp = __reduce_max_sync(~0u, x);
     if (threadIdx.x % 32 == 0) {
-        warp_max[threadIdx.x / 32] = {x, y};
+        warp_max[threadIdx.x / 32] = of_warp;
     }
     __syncthreads();
-    for (int w = 0; w < blockDim.x / 32; ++w) {
-        x = fmaxf(x, warp_max[w].x);
-        y = fmaxf(y, warp_max[w].y);
-    }
-    return {x, y};
+    const int lane = threadIdx.x % 32;
+    return __reduce_max_sync(~0u, lane < blockDim.x / 32 ? warp_max[lane] : 0);
 }
 
 // Index of a tile's brick in q_amax and k_amax. Bricks of the grid come first, then each text tile as a brick of its
@@ -267,22 +250,11 @@ __device__ __forceinline__ int64_t brick_of(const QuantizeParams &p, int64_t bh,
     return bh * (bricks.volume() + all_tiles - g.tiles.volume()) + brick;
 }
 
-// Takes K's mean off eight elements of K.
-__device__ __forceinline__ void subtract_mean(float (&x)[kVec], const float *mean_of_k) {
-    float mean[kVec];
-    load_floats(mean_of_k, mean);
-#pragma unroll
-    for (int j = 0; j < kVec; ++j) {
-        x[j] -= mean[j];
-    }
-}
-
 // Product of a row of Q with K's mean. Each of the kLanes lanes of the row holds eight elements of both; each gets the
 // sum.
 template <int kLanes>
-__device__ __forceinline__ float dot_with_mean(const float (&q)[kVec], const float *mean_of_k) {
-    float mean[kVec], dot = 0;
-    load_floats(mean_of_k, mean);
+__device__ __forceinline__ float dot_with_mean(const float (&q)[kVec], const float (&mean)[kVec]) {
+    float dot = 0;
 #pragma unroll
     for (int j = 0; j < kVec; ++j) {
         dot += q[j] * mean[j];
@@ -294,14 +266,15 @@ __device__ __forceinline__ float dot_with_mean(const float (&q)[kVec], const flo
     return dot;
 }
 
-// Writes the metas of a tile's blocks, 16 bytes a thread: all of each, because a copy of the block reads all of it.
-__device__ __forceinline__ void store_metas(uint8_t *packed, int blocks, int block_rows, int block_bytes, float scale,
-                                            int valid) {
-    constexpr int kMetaVecs = sizeof(BlockMeta) / sizeof(uint4);
-    if (threadIdx.x < blocks * kMetaVecs) {
-        const int block = threadIdx.x / kMetaVecs, vec = threadIdx.x % kMetaVecs;
+// Writes the metas of a tile's blocks, 16 bytes a thread: all of each, because a copy of the block reads all of it. Of
+// a key block it writes the first 16 bytes; quantize_v writes the others.
+__device__ __forceinline__ void store_metas(uint8_t *packed, int blocks, int block_rows, int block_bytes,
+                                            int meta_offset, bool is_k, float scale, int valid) {
+    const int vecs = is_k ? 1 : kMetaVecs;
+    if (threadIdx.x < blocks * vecs) {
+        const int block = threadIdx.x / vecs, vec = threadIdx.x % vecs;
         const uint32_t rows_left = min(max(valid - block * block_rows, 0), block_rows);
-        uint8_t *meta = packed + (block + 1) * block_bytes - sizeof(BlockMeta);
+        uint8_t *meta = packed + block * block_bytes + meta_offset;
         reinterpret_cast<uint4 *>(meta)[vec] = vec == 0 ? uint4{__float_as_uint(scale), rows_left, 0, 0} : uint4{};
     }
 }
@@ -310,7 +283,7 @@ __device__ __forceinline__ void store_metas(uint8_t *packed, int blocks, int blo
 // 16 bytes in registers. With kBrickAmax it only takes the brick's amax, and a second launch quantises. With kNormRope
 // it normalises and rotates the rows first.
 template <class T, int kHeadDim, bool kBrickAmax, bool kNormRope>
-__global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64)
+__global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64, 1)
     quantize_qk(const __grid_constant__ Deferred<QuantizeParams> deferred) {
     const QuantizeParams &p = deferred.after_previous();
     constexpr int kLanes = kLanesPerRow<kHeadDim>;
@@ -325,7 +298,7 @@ __global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64)
     const int64_t bh = int64_t(batch) * p.heads + head;
     const TileRows rows = g.rows(tile, p.valid_text(batch));
     const int valid = rows.valid();
-    fill_token_table(token_of_row, g, rows, 0, g.slot);
+    fill_token_table(token_of_row, g, rows, 0, g.slot, is_k);
 
     // Load the tile. Normalise and rotate its rows.
     const int first_row = threadIdx.x / kLanes, rows_per_pass = blockDim.x / kLanes;
@@ -345,47 +318,60 @@ __global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64)
 #pragma unroll
         for (int i = 0; i < kVecsPerThread; ++i) {
             const int row = opaque(first_row) + i * rows_per_pass;
-            if (row < valid) {
+            if (token_of_row[row] >= 0) {
                 raw[i] = prologue.template apply<T>(raw[i], p.norm_rope, row, opaque(channel) / kVec);
             }
         }
     }
 
-    // Its amax and the largest norm of its rows. Rows that are normalised here come without smoothing.
-    const float *mean_of_k = kNormRope || p.k_mean == nullptr ? nullptr : p.k_mean + bh * kHeadDim + channel;
+    // Its amax. Rows that are normalised here come without smoothing.
+    const bool smooths = !kNormRope && p.k_mean != nullptr;
+    float mean[kVec] = {};  // of K
+    if (smooths) {
+        load_floats(p.k_mean + bh * kHeadDim + channel, mean);
+    }
     const auto values = [&](int i, float (&x)[kVec]) {  // of row i of this thread; padding stays zero
         upcast_vec<T>(raw[i], x);
-        if (is_k && mean_of_k != nullptr && token_of_row[first_row + i * rows_per_pass] >= 0) {
-            subtract_mean(x, mean_of_k);
-        }
-    };
-    float *brick_amax = is_k ? p.k_amax : p.q_amax;
-    float amax = 0;
-    const auto square = [&](int i) {  // this thread's part of it
-        float x[kVec], sum = 0;
-        values(i, x);
+        if (is_k && smooths && token_of_row[first_row + i * rows_per_pass] >= 0) {
 #pragma unroll
-        for (int j = 0; j < kVec; ++j) {
-            amax = fmaxf(amax, fabsf(x[j]));
-            sum = fmaf(x[j], x[j], sum);
+            for (int j = 0; j < kVec; ++j) {
+                x[j] -= mean[j];
+            }
         }
-        return sum;
     };
-    const float row_square = sum_of_a_row<kLanes>(square);
-    const float2 largest = block_max(amax, row_square);
+    int amax = 0;
+    if (is_k && smooths) {
+#pragma unroll
+        for (int i = 0; i < kVecsPerThread; ++i) {
+            float x[kVec];
+            values(i, x);
+#pragma unroll
+            for (int j = 0; j < kVec; ++j) {
+                amax = max(amax, __float_as_int(fabsf(x[j])));
+            }
+        }
+    } else {
+        uint32_t magnitudes = 0;
+#pragma unroll
+        for (int i = 0; i < kVecsPerThread; ++i) {
+            magnitudes = larger_magnitudes(magnitudes, raw[i]);
+        }
+        amax = larger_half<T>(magnitudes);
+    }
+    amax = block_max(amax);
+    int *brick_amax = reinterpret_cast<int *>(is_k ? p.k_amax : p.q_amax);
     if constexpr (kBrickAmax) {
         if (threadIdx.x == 0) {
-            atomic_max_nonnegative(&brick_amax[brick_of(p, bh, tile, n_tiles)], largest.x);
+            atomicMax(&brick_amax[brick_of(p, bh, tile, n_tiles)], amax);
         }
         return;
     }
-    amax = brick_amax == nullptr ? largest.x : brick_amax[brick_of(p, bh, tile, n_tiles)];
-    if (threadIdx.x == 0) {
-        atomic_max_nonnegative(&p.norms[bh * 2 + is_k], sqrtf(largest.y));
+    if (brick_amax != nullptr) {
+        amax = brick_amax[brick_of(p, bh, tile, n_tiles)];
     }
 
     // Quantise it to packed blocks. For Q, store what smoothing K takes off its scores.
-    const QuantScale quant = quant_scale(amax);
+    const QuantScale quant = quant_scale(__int_as_float(amax), kQKMax);
     const int block_bytes = is_k ? kv_block_bytes(kHeadDim) : q_block_bytes(kHeadDim);
     const int block_rows = is_k ? kBlock : kQueryBlock, blocks = g.slot / block_rows;  // of this tile
     uint8_t *packed = (is_k ? p.kv_blocks : p.q_blocks) + (bh * n_tiles + tile) * blocks * block_bytes;
@@ -394,8 +380,8 @@ __global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64)
         const int row = first_row + i * rows_per_pass;
         float x[kVec];
         values(i, x);
-        if (!is_k && mean_of_k != nullptr) {
-            const float dot = dot_with_mean<kLanes>(x, mean_of_k);
+        if (!is_k && smooths) {
+            const float dot = dot_with_mean<kLanes>(x, mean);
             if (channel == 0 && token_of_row[row] >= 0) {
                 p.lse_shift[bh * g.tokens() + token_of_row[row]] = dot * p.scale;
             }
@@ -408,7 +394,8 @@ __global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64)
         *reinterpret_cast<uint2 *>(block + swizzled<kHeadDim>(row % block_rows, channel)) = {
             pack_e4m3(x[0], x[1], x[2], x[3]), pack_e4m3(x[4], x[5], x[6], x[7])};
     }
-    store_metas(packed, blocks, block_rows, block_bytes, quant.scale, valid);
+    store_metas(packed, blocks, block_rows, block_bytes, (is_k ? 2 : 1) * block_rows * kHeadDim, is_k, quant.scale,
+                valid);
 }
 
 // grid (heads * blocks, 1, batch), kBlock * head_dim / 64 threads. A thread loads eight channels of the four tokens
@@ -428,7 +415,7 @@ __global__ void __launch_bounds__(kBlock *kHeadDim / 64)
     const int64_t bh = int64_t(batch) * p.heads + head;
     const int in_tile = block % g.blocks_per_tile();
     const TileRows rows = g.rows(block / g.blocks_per_tile(), p.valid_text(batch));
-    fill_token_table(token_of_row, g, rows, in_tile * kBlock, kBlock);
+    fill_token_table(token_of_row, g, rows, in_tile * kBlock, kBlock, false);
 
     // Load the tokens of this thread's words.
     const int channel = threadIdx.x % kLanes * kVec;
@@ -443,13 +430,16 @@ __global__ void __launch_bounds__(kBlock *kHeadDim / 64)
         }
     }
 
-    // Quantise them with the scale of each channel.
-    float inverse[kVec];
-    load_floats(p.v_amax + bh * kHeadDim + channel, inverse);
+    // Quantise them with the block's scale.
+    uint32_t magnitudes = 0;
 #pragma unroll
-    for (int j = 0; j < kVec; ++j) {
-        inverse[j] = quant_scale(inverse[j]).inverse;
+    for (int i = 0; i < kWords / kWordsPerPass; ++i) {
+#pragma unroll
+        for (int byte = 0; byte < 4; ++byte) {
+            magnitudes = larger_magnitudes(magnitudes, raw[i][byte]);
+        }
     }
+    const QuantScale quant = quant_scale(__int_as_float(block_max(larger_half<T>(magnitudes))), kE4M3Max);
 #pragma unroll
     for (int i = 0; i < kWords / kWordsPerPass; ++i) {
         const int word = threadIdx.x / kLanes + i * kWordsPerPass;
@@ -461,8 +451,8 @@ __global__ void __launch_bounds__(kBlock *kHeadDim / 64)
         uint32_t packed[kVec];
 #pragma unroll
         for (int j = 0; j < kVec; ++j) {
-            packed[j] =
-                pack_e4m3(x[0][j] * inverse[j], x[1][j] * inverse[j], x[2][j] * inverse[j], x[3][j] * inverse[j]);
+            packed[j] = pack_e4m3(x[0][j] * quant.inverse, x[1][j] * quant.inverse, x[2][j] * quant.inverse,
+                                  x[3][j] * quant.inverse);
         }
         uint4 *to = reinterpret_cast<uint4 *>(&words[word / 4][word % 4 * kHeadDim + channel]);
         to[0] = {packed[0], packed[1], packed[2], packed[3]};
@@ -470,9 +460,23 @@ __global__ void __launch_bounds__(kBlock *kHeadDim / 64)
     }
     __syncthreads();
 
-    // Store V^T, 16 bytes of a channel at a time.
+    // Store V^T, 16 bytes of a channel at a time, the meta from v_scale on, and is_token.
     constexpr int kChunks = kBlock / 16;
     uint8_t *v = p.kv_blocks + (bh * g.blocks() + block) * kv_block_bytes(kHeadDim) + kBlock * kHeadDim;
+    if (threadIdx.x < kMetaVecs - 1) {
+        uint4 *meta = reinterpret_cast<uint4 *>(v + kBlock * kHeadDim);
+        meta[1 + threadIdx.x] = {threadIdx.x == 0 ? __float_as_uint(quant.scale) : 0, 0, 0, 0};
+    }
+    if (threadIdx.x < kWords) {
+        constexpr uint32_t kOne = 0x38;  // in E4M3
+        const int *tokens = token_of_row + threadIdx.x / 4 * 16;
+        uint32_t word = 0;
+#pragma unroll
+        for (int byte = 0; byte < 4; ++byte) {
+            word |= (tokens[permuted_token(threadIdx.x % 4, byte)] < 0 ? 0 : kOne) << (8 * byte);
+        }
+        *reinterpret_cast<uint32_t *>(v + swizzled<kBlock>(kHeadDim + 1, 4 * threadIdx.x)) = word;
+    }
 #pragma unroll
     for (int i = threadIdx.x; i < kHeadDim * kChunks; i += kThreads) {
         const int chunk = i % kChunks, d = i / kChunks;
@@ -491,10 +495,9 @@ void quantize(const QuantizeParams &p, cudaStream_t stream) {
     dispatch(p.head_dim, p.dtype, [&](auto dim, auto element) {
         constexpr int kHeadDim = decltype(dim)::value;
         using T = decltype(element);
-        const unsigned roles = p.k_mean == nullptr ? 1 : 2;
-        launch(channel_stats<T, kHeadDim>, {heads * quantize_chunks(g.tokens()), roles, batch}, kStatsThreads, 0,
-               stream, p);
         if (p.k_mean != nullptr) {
+            launch(channel_sums<T, kHeadDim>, {heads * quantize_chunks(g.tokens()), 1, batch}, kStatsThreads, 0, stream,
+                   p);
             launch(finish_mean, {heads, batch}, kHeadDim, 0, stream, p);
         }
         const dim3 tile_grid{heads * tiles, 2, batch};

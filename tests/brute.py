@@ -27,6 +27,14 @@ def tile_tokens(grid, tile):
     return list(tiles.values())
 
 
+def key_blocks(grid, tile):
+    """The raster indices of every key block's tokens, tile after tile: 128 of a tile's tokens each. A slot has as many
+    blocks as a whole tile needs, so those of a ragged tile may be empty.
+    """
+    per_slot = -(-(tile[0] * tile[1] * tile[2]) // 128)
+    return [tokens[128 * i : 128 * (i + 1)] for tokens in tile_tokens(grid, tile) for i in range(per_slot)]
+
+
 def tile_mask(grid, tile, window, border):
     """bool [tiles, tiles]: which tiles (rows) attend which (columns)."""
     axes = []

@@ -46,13 +46,15 @@ def pytest_configure(config):
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the programs that tests start
     config.gpu_deselected = 0
+    config.deselected = {"deselected": 0, "gpu_deselected": 0}  # but for the check of the receipt
     config.stderr_fd = os.dup(sys.__stderr__.fileno())  # capturing is suspended here: this is the real one
-    if path := config.getoption("--gpu-receipt"):
+    path = config.getoption("--gpu-receipt")
+    if path and not hasattr(
+        config, "workerinput"
+    ):  # all reports of workers reach the one process that writes
         if not has_hopper():
             raise pytest.UsageError("--gpu-receipt: there is no GPU of compute capability 9.0 here")
-        if config.getoption("numprocesses", None):
-            raise pytest.UsageError("--gpu-receipt: run the tests in one process, without -n")
-        config.pluginmanager.register(ReceiptWriter(path))
+        config.pluginmanager.register(ReceiptWriter(path), "receipt")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -68,14 +70,25 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=dropped)
 
 
+def pytest_deselected(items):
+    items = [item for item in items if not item.get_closest_marker("receipt")]
+    if items:
+        counts = items[0].config.deselected
+        counts["deselected"] += len(items)
+        counts["gpu_deselected"] += sum(item.get_closest_marker("gpu") is not None for item in items)
+
+
 def pytest_sessionfinish(session):
     if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist: the summary is written elsewhere
         session.config.workeroutput["gpu_deselected"] = session.config.gpu_deselected
+        session.config.workeroutput["deselected"] = session.config.deselected
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node):
-    node.config.gpu_deselected = getattr(node, "workeroutput", {}).get("gpu_deselected", 0)
+    output = getattr(node, "workeroutput", {})  # every worker collects the same tests
+    node.config.gpu_deselected = output.get("gpu_deselected", 0)
+    node.config.deselected = output.get("deselected", node.config.deselected)
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -161,11 +174,6 @@ class ReceiptWriter:
         self.failures: list[str] = []
         self.skipped: dict[str, str] = {}
 
-    def pytest_deselected(self, items):
-        items = [item for item in items if not item.get_closest_marker("receipt")]
-        self.counts["deselected"] += len(items)
-        self.counts["gpu_deselected"] += sum(item.get_closest_marker("gpu") is not None for item in items)
-
     def pytest_collectreport(self, report):
         if report.failed:
             self._fail(report.nodeid)
@@ -194,6 +202,7 @@ class ReceiptWriter:
             self._fail("the run was interrupted")
         if self.sources != receipt.sources_hash(receipt.ROOT):
             self._fail("the sources changed during the run")
+        self.counts |= session.config.deselected
         receipt.write(
             self.path,
             sources=self.sources,

@@ -92,8 +92,8 @@ def _key_outliers(draw):
 
 
 def _constant(draw):
-    """All equal: every probability is 1/n. 0.5 keeps 448 P off the boundary between two codes, where the last
-    bit of a logit would decide for all rows at once.
+    """All equal: every probability is 1/n. 0.5 keeps P off the boundary between two codes, where the last bit of a
+    logit would decide for all rows at once.
     """
     return tuple(torch.full(draw.shape, 0.5, device=draw.device) for _ in range(3))
 
@@ -174,8 +174,8 @@ class Kind:
     """A kind of input.
 
     make: its generator.
-    wide_logits: whether its logits are so wide (beyond some ten in the log2 domain) that the tensor core's own
-        rounding of Q K^T moves the probabilities (see compare.py).
+    wide_logits: whether its logits are so wide (beyond some ten in the log2 domain) that rounding them to fp16
+        moves many probabilities to another code (see compare.py).
     dout: by dtype, the size of the output's gradient for which those of q, k, v are within what the dtype holds.
     """
 

@@ -15,6 +15,7 @@ from compare import check_gradients
 from fpsattention import reference
 from fpsattention.core import ops
 from inputs import KINDS, make_qkv, poisoned, to_nhd
+from tensor_core import tensor_core
 from test_attention_gpu import BOTH_DTYPES, BOTH_HEAD_DIMS, CASES, random_cases
 
 pytestmark = pytest.mark.gpu
@@ -54,7 +55,8 @@ def check(q, k, v, *, seed, kind="gaussian", with_lse=False, deterministic=False
     if with_lse:
         outputs, given_grads = (exact_out, exact_lse), (dout.double(), dlse.double())
     exact = torch.autograd.grad(outputs, leaves, given_grads)
-    emulated = reference.emulated_backward(q, k, v, out, lse, dout, dlse, **call)
+    with tensor_core():
+        emulated = reference.emulated_backward(q, k, v, out, lse, dout, dlse, **call)
     layout = call.get("tensor_layout", "NHD")
     all_nhd = [[to_nhd(x, layout) for x in three] for three in (grads, exact, emulated)]
     geometry = call["config"].resolve(call["grid"], all_nhd[0][0].shape[2]).geometry

@@ -688,7 +688,7 @@ def test_targets():
     backward.speedup, windowed_backward.tflops_total, training.speedup = 1.1, 590.0, 5.9
     text.text_cost, host[0].host_ratio, host[1].total_ratio = 0.03, 5.1, 1.11
     assert judged(records) == [False] * 8 + [None] + [False] * 8 + [True] * 3
-    paper.error_over_emulation, paper.rms_to_emulation = 1.2, 6e-3
+    paper.error_over_emulation, paper.rms_to_emulation = 1.2, 2.1e-2
     wan.fail("relative RMS error")
     families[2].fail("relative RMS error")
     assert judged(records) == [None] * 3 + [False, None, True, False, False, None, None] + [False] * 10

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import types
+from dataclasses import asdict
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from fpsattention import AttentionConfig, WindowTable
 from fpsattention.cli import bench, doctor, estimate, options, plan, profile, schedule, timing, video
 from fpsattention.cli import catalog as models
 from fpsattention.cli import main as cli
-from fpsattention.core import support
+from fpsattention.core import explain, support
 
 ROOT = Path(__file__).resolve().parent.parent
 WAN = "wan2.1-14b-720p"
@@ -253,6 +254,22 @@ def test_plan_of_a_model(capsys):
     assert "An estimate from rates" in text and "density 0.135" in text and "40 layers" in text
 
 
+def test_plan_ranks_under_the_window(capsys):
+    result, text = run(capsys, "plan", WAN, "--window", 3, 3, 9)
+    ranked = explain.plan((21, 45, 80), reach=(21, 27, 18), heads=40)
+    assert result["candidates"] == json.loads(json.dumps([asdict(choice) for choice in ranked.candidates]))
+    assert result["candidates"][0]["window"] and "density wanted" in text
+    assert run(capsys, "plan", WAN)[0]["candidates"][0]["window"] is None
+
+
+def test_plan_finds_tile_and_window_of_a_density(capsys):
+    result, text = run(capsys, "plan", "wan2.1-1.3b-480p", "--density", 0.06, "--border", "truncate")
+    best = explain.plan((21, 30, 52), density=0.06, border="truncate", heads=12).best
+    assert (result["tile"], result["window"]) == (list(best.tile), list(best.window))
+    assert result["density"] == pytest.approx(best.density)
+    assert f"{best.window} tiles, border 'truncate'" in text and "density wanted" in text
+
+
 def test_plan_of_a_grid_prints_for_people(capsys):
     assert cli.main(["plan", "--grid", "33", "45", "80", "--tile", "3", "8", "16", "--heads", "24"]) == 0
     printed = capsys.readouterr()
@@ -281,6 +298,11 @@ def test_plan_refuses(capsys):
     assert "neither is given. Models: wan2.1-1.3b-480p" in fails(capsys, "plan")
     assert "nearest legal values 1 and 3" in fails(capsys, "plan", WAN, "--window", 2, 3, 9)
     assert "nearest legal tile" in fails(capsys, "plan", WAN, "--tile", 9, 9, 9)
+    assert "leave --tile and --window out" in fails(capsys, "plan", WAN, "--density", 0.1, "--tile", 7, 9, 2)
+    assert "leave --tile and --window out" in fails(
+        capsys, "plan", WAN, "--density", 0.1, "--window", 3, 3, 9
+    )
+    assert "density: 0.0 must be a number above 0" in fails(capsys, "plan", WAN, "--density", 0)
 
 
 # The expected time
@@ -288,7 +310,7 @@ def test_plan_refuses(capsys):
 
 def test_the_estimate_is_near_what_was_measured():
     """Every forward of at least 16,000 tokens in the results from which the rates come."""
-    records = json.loads((ROOT / "bench" / "results" / "h100.json").read_text())["records"]
+    records = json.loads((ROOT / "bench" / "results" / "h200.json").read_text())["records"]
     ours = [
         r
         for r in records

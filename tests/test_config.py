@@ -23,6 +23,13 @@ def test_defaults_are_dense_fp8_with_the_planned_tile():
     assert resolved.density == 1.0
 
 
+@pytest.mark.parametrize("window", [None, (1, 1, 1), (99, 99, 1)])
+@pytest.mark.parametrize("heads", [1, 40])
+def test_the_planned_tile_is_that_of_the_grid(window, heads):
+    """Calls with other windows or heads, on another share of the heads for example, cut Q, K and V in the same way."""
+    assert AttentionConfig(window=window).resolve(GRID, heads).tile == plan(GRID).best.tile
+
+
 def test_lists_become_tuples_and_configs_hash():
     config = AttentionConfig(tile=[7, 9, 2], window=[[3, 3, 9], [3, 5, 1]], quant_tile=[14, 9, 8])
     assert config == AttentionConfig(tile=TILE, window=((3, 3, 9), (3, 5, 1)), quant_tile=(14, 9, 8))
@@ -152,24 +159,6 @@ def test_errors_of_the_fit(kwargs, grid, heads, error, words):
         AttentionConfig(**kwargs).resolve(grid, heads)
     for word in words:
         assert word in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("grid", "tile", "window", "fill"),
-    [
-        ((21, 45, 80), (7, 9, 2), (3, 3, 9), 1.0),  # 3 tiles along t of 2 blocks: two items of 3
-        ((21, 45, 80), (7, 9, 2), (1, 3, 9), 2 / 3),
-        ((21, 45, 80), (7, 9, 2), ((3, 3, 9), (1, 3, 9)), 2 / 3),  # one head for which t is not whole
-        ((21, 45, 80), (7, 9, 2), None, 1.0),  # 1,200 blocks
-        ((36, 48, 48), (6, 8, 8), (3, 3, 1), 1.0),
-        ((12, 12, 40), (6, 6, 6), (1, 1, 3), 4 / 6),
-        ((16, 16, 40), (8, 8, 8), (1, 1, 3), 8 / 9),
-        ((0, 8, 8), (4, 4, 4), None, 1.0),
-    ],
-)
-def test_item_fill(grid, tile, window, fill):
-    heads = len(window) if window and isinstance(window[0], tuple) else 1
-    assert AttentionConfig(tile=tile, window=window).resolve(grid, heads).item_fill == pytest.approx(fill)
 
 
 SPECS = [

@@ -5,18 +5,21 @@ with its formulas in full score matrices, and the gradient with the kernels' 16-
 """
 
 import itertools
+import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import brute
 import fpsattention as fps
 from fpsattention import reference
 from fpsattention.core.config import AttentionConfig
 from fpsattention.core.reference import emulated_attention, emulated_backward, exact_attention, quantize
 from inputs import KINDS, make_qkv, poisoned
-from test_reference import GRID, LENGTH, TILE, LargestTensor, masks, qkv, rms, to_e4m3
+from test_reference import E4M3, GRID, LENGTH, LN2, LSE_BIAS, TILE, LargestTensor, index_of, masks, qkv, rms
 
 # Both borders, ragged tiles, windows per head, bricks, smoothing.
 FP8_CONFIGS = [
@@ -25,6 +28,7 @@ FP8_CONFIGS = [
     AttentionConfig(tile=(2, 1, 2), window=(1, 3, 3), border="truncate", smooth_k=True),
     AttentionConfig(tile=(1, 2, 2), window=((1, 3, 1), (3, 1, 3), (9, 9, 9)), border="truncate"),
     AttentionConfig(tile=(1, 2, 2), window=((1, 3, 1), (3, 1, 3), (1, 3, 1)), quant_tile=(8, 2, 4), smooth_k=True),
+    AttentionConfig(tile=GRID),  # two key blocks
 ]  # fmt: skip
 
 
@@ -55,36 +59,44 @@ class Dense:
     """One call in fp64 by the contract's formulas, with score matrices [B, H, L, L]; q, k, v are [B, L, H, D]."""
 
     def __init__(self, q, k, v, config, scale):
-        x = quantize(q, k, v, config.resolve(GRID, q.shape[2]))
-        self.scale = scale
+        resolved = config.resolve(GRID, q.shape[2])
+        x = quantize(q, k, v, resolved)
+        self.scale, self.block = scale, index_of(brute.key_blocks(GRID, resolved.tile), LENGTH)
         self.q = x.q8.double() * x.q_scale.double()[:, :, x.tile_of_token, None]
         self.k = x.k8.double() * x.k_scale.double()[:, :, x.tile_of_token, None]
-        self.v = x.v8.double() * x.v_scale.double()[:, :, None]
+        self.v = x.v8.double() * x.v_scale.double()[:, :, self.block, None]
         self.mean = torch.zeros(()) if x.k_mean is None else x.k_mean.double()[:, :, None]
         self.lse_of_mean = scale * (q.double().transpose(1, 2) * self.mean).sum(-1)
-        z = self.q @ self.k.mT * scale * reference.LOG2E
+        z = self.q @ self.k.mT * scale / LN2
         self.z = z.masked_fill(~masks(config, GRID, q.shape[2]), -torch.inf)
 
     def forward(self):
-        """out, lse, P and P rounded, both normalised."""
-        m = self.z.amax(-1, keepdim=True).ceil()
-        p = 2 ** (self.z - m)
+        """out, lse and P, normalised."""
+        z = self.z.numpy()
+        p = np.zeros_like(z)
+        for block in range(self.block.max() + 1):
+            own = z[..., self.block == block]
+            m = np.ceil(own.max(-1, keepdims=True)).clip(-1e9)  # finite, for a block out of sight
+            p[..., self.block == block] = E4M3[np.round(120 + 8 * (own - m)).clip(0).astype(int)] * 2 ** (
+                m - 8
+            )
+        p = torch.from_numpy(p)
         total = p.sum(-1, keepdim=True)
-        rounded = torch.from_numpy(to_e4m3(448 * p.numpy())) / (448 * total)
-        lse = (m + total.log2())[..., 0] / reference.LOG2E + self.lse_of_mean
-        return (rounded @ self.v).transpose(1, 2), lse, p / total, rounded
+        lse = total.log()[..., 0] - LSE_BIAS + self.lse_of_mean
+        p = p / total
+        return (p @ self.v).transpose(1, 2), lse, p
 
     def straight_through(self, dout, dlse):
-        out, _, p, rounded = self.forward()
+        out, _, p = self.forward()
         d = dout.double().transpose(1, 2)
         delta = (dout * out).sum(-1).transpose(1, 2) - dlse
         ds = p * (d @ self.v.mT - delta[..., None])
         dq = self.scale * (ds @ self.k + dlse[..., None] * self.mean)
-        return [g.transpose(1, 2) for g in (dq, self.scale * ds.mT @ self.q, rounded.mT @ d)]
+        return [g.transpose(1, 2) for g in (dq, self.scale * ds.mT @ self.q, p.mT @ d)]
 
     def sizes(self, dout, dlse):
         """The three gradients with all summands made positive: the scale of their errors."""
-        out, _, p, _ = self.forward()
+        out, _, p = self.forward()
         d, q, k, v = (x.abs() for x in (dout.double().transpose(1, 2), self.q, self.k, self.v))
         delta = (d * out.transpose(1, 2).abs()).sum(-1) + dlse.abs()
         ds = p * (d @ v.mT + delta[..., None])
@@ -92,22 +104,24 @@ class Dense:
         return [g.transpose(1, 2) for g in (dq, self.scale * ds.mT @ q, p.mT @ d)]
 
     def in_16_bits(self, out, lse, dout, dlse):
-        """The gradients with the roundings of x, dO', V, K, Q and dS in the places where the kernels have them."""
+        """The gradients with the roundings of dO', V, K, Q and dS in the places where the kernels have them.
+
+        P has a code of any octave: no key underflows.
+        """
 
         def bf16(x):
             return x.float().bfloat16().double()
 
         d = dout.double().transpose(1, 2)
-        lse2 = ((lse - self.lse_of_mean) * reference.LOG2E)[..., None]
+        lse2 = ((lse - self.lse_of_mean) / LN2)[..., None]
         m = lse2.ceil()
-        c = 2 ** (m - lse2) / 448
-        x = 448 * 2 ** (self.z - m)
-        mantissa, exponent = x.frexp()
-        four_bits = (16 * mantissa).round() / 16 * 2.0**exponent
+        c = 2 ** (m - lse2 - LSE_BIAS / LN2)
+        octave, code = np.divmod(np.round(8 * self.z.numpy().clip(-1e9)), 8)
+        x = torch.from_numpy(E4M3[56 + code.astype(int)] * 2 ** (octave - m.numpy()))
         delta = c * ((d * out.transpose(1, 2)).sum(-1) - dlse)[..., None]
         ds = bf16(x * (bf16(c * d) @ bf16(self.v).mT - delta))
         dq = self.scale * (ds @ bf16(self.k) + dlse[..., None] * self.mean)
-        dk, dv = self.scale * ds.mT @ bf16(self.q), four_bits.mT @ bf16(c * d)
+        dk, dv = self.scale * ds.mT @ bf16(self.q), x.mT @ bf16(c * d)
         return [g.transpose(1, 2) for g in (dq, dk, dv)]
 
 
@@ -177,7 +191,13 @@ def test_emulation_has_the_gradient_of_the_contract(config, scale, small_budget)
 
 def test_without_rounding_emulation_has_the_gradient_of_finite_differences(monkeypatch):
     """Scales are constants that cancel. A second derivative works too."""
+
+    def unrounded(z, _):
+        m = z.amax(-1).ceil()
+        return (z - m[..., None] + 8).exp2() * math.exp(LSE_BIAS), m
+
     monkeypatch.setattr(reference, "_StraightThrough", SimpleNamespace(apply=lambda x, rounded: x))
+    monkeypatch.setattr(reference, "_probabilities", unrounded)
     leaves = [normal(1, 24, 2, 3, seed=s).requires_grad_() for s in range(3)]
     config = AttentionConfig(tile=(1, 2, 3), window=((1, 1, 2), (2, 1, 1)), border="truncate")
     call = {"grid": SMALL, "config": config}
@@ -198,7 +218,7 @@ def test_second_gradient_is_straight_through_too():
     out, _ = emulated_attention(*leaves, grid=GRID, config=config, dtype=torch.float64)
     (dv,) = torch.autograd.grad((out * dout).sum(), leaves[2], create_graph=True)
     (twice,) = torch.autograd.grad((dv * w).sum(), dout)
-    rounded = Dense(*(x.detach() for x in leaves), config, 0.25).forward()[3]
+    rounded = Dense(*(x.detach() for x in leaves), config, 0.25).forward()[2]
     torch.testing.assert_close(twice, (rounded @ w.transpose(1, 2)).transpose(1, 2), rtol=1e-10, atol=1e-10)
 
 
@@ -287,14 +307,20 @@ def test_memory_of_the_gradient_is_bounded(config, monkeypatch):
 BF16_RMS = 1.66e-3
 
 
-def test_four_bits_are_the_mantissa_of_e4m3():
-    x = torch.cat([2.0 ** torch.linspace(-6, 8.8, 5001), torch.arange(16, 449).float(), torch.zeros(1)])
-    expected = torch.from_numpy(to_e4m3(x.numpy())).float()
-    for power in (0, -20, -100):  # no smallest number
-        rounded = reference._to_four_bits(x * 2.0**power)
-        assert torch.equal(rounded, expected * 2.0**power)
-    assert reference._to_four_bits(torch.tensor([500.0, torch.nan])).tolist()[0] == 512
-    assert reference._to_four_bits(torch.tensor([torch.nan])).isnan()
+def test_the_backwards_p_is_the_forwards():
+    """But in octaves of a float's exponent: no number of it underflows, and bf16 holds it exactly."""
+    z = normal(4, 200, seed=3) * 4
+    m = z.amax(-1).ceil()
+    code = np.round(120 + 8 * (z - m[:, None]).numpy()).astype(int)
+    assert code.min() < 8 < code.max() <= 120
+    for shift in (0, 5, -70):
+        p = reference._number_of_code(z, m[:, None] + shift)
+        assert torch.equal(p.float(), p.bfloat16().float())
+        p = (p * 2.0**shift).numpy()
+        np.testing.assert_array_equal(p[code >= 8], E4M3[code[code >= 8]] / 256)
+        assert (abs(np.log2(p[code < 8]) - (z - m[:, None]).numpy()[code < 8]) < 1 / 16 + 0.0861).all()
+    z = torch.tensor([-math.inf, math.nan])
+    assert reference._number_of_code(z, torch.zeros(1)).nan_to_num(nan=7).tolist() == [0, 7]
 
 
 @pytest.mark.parametrize("tensor_layout", ["NHD", "HND"])
@@ -319,8 +345,9 @@ def test_every_rounding_is_where_the_kernels_have_it(config, tensor_layout, smal
 
 
 # Here dP - delta is as large as dP and the limit is relative to the gradient itself. In the others they cancel:
-# values have a mean, or one key has nearly all of the probability.
-WELL_CONDITIONED = {"gaussian", "peaked", "channel_outliers", "zero_tile", "one_hot_token", "large"}
+# values have a mean, or one key has nearly all of the probability. Or one number decides: with one_hot_token, dK is
+# that of one query, in proportion to its delta.
+WELL_CONDITIONED = {"gaussian", "peaked", "channel_outliers", "zero_tile", "large"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -143,7 +143,10 @@ CALLS = {
         lambda **change: CONFIG.resolve(**{"grid": GRID, "heads": 2} | change),
         ("grid", "heads", "prefix_len", "suffix_len"),
     ),
-    "plan": (lambda **change: fps.plan(**{"grid": GRID} | change), ("grid", "top")),
+    "plan": (
+        lambda **change: fps.plan(**{"grid": GRID} | change),
+        ("grid", "top", "density", "reach", "border", "heads", "head_dim"),
+    ),
     "explain": (
         fps.plan(GRID).explain,
         ("config", "heads", "head_dim", "prefix_len", "suffix_len"),

@@ -1,6 +1,6 @@
 """Tests of the judge: wrong outputs must fail `check_attention`, right ones must pass.
 
-On the CPU the emulation with a little noise plays the kernel; on a GPU the kernel plays itself. Every
+On the CPU the emulation with the tensor core's scores plays the kernel; on a GPU the kernel plays itself. Every
 mutation is a mistake a kernel can make.
 """
 
@@ -12,10 +12,13 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+import brute
 import compare
+import families
 import fpsattention as fps
 from fpsattention import reference
 from inputs import make_qkv, tile_coordinates
+from tensor_core import tensor_core
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LN2 = math.log(2)
@@ -54,10 +57,8 @@ class Case:
         config = replace(self.config, **changes)
         if self.device == "cuda":
             return fps.attention(q, k, v, grid=self.grid, config=config, return_lse=True, backend="sm90")
-        out, lse = reference.emulated_attention(q, k, v, grid=self.grid, config=config)
-        noise = torch.Generator().manual_seed(4)
-        out = (out.float() * (1 + 2e-3 * torch.randn(out.shape, generator=noise))).to(out.dtype)
-        return out, lse + 1e-4 * torch.randn(lse.shape, generator=noise)
+        with tensor_core():
+            return reference.emulated_attention(q, k, v, grid=self.grid, config=config)
 
     def tile(self, n) -> torch.Tensor:
         """bool [L]: the tokens of query tile n."""
@@ -208,14 +209,14 @@ def swapped_heads(case, q, k, v):
 
 def missing_value_scale(case, q, k, v):
     out, lse = case.attend(q, k, v)
-    step = v.float().abs().amax(1, keepdim=True) / 448
-    return (out.float() / step).to(out.dtype), lse
+    return (out.float() * 448 / v.float().abs().amax()).to(out.dtype), lse
 
 
-def one_value_scale_for_all_channels(case, q, k, v):
-    out, lse = case.attend(q, k, v)
-    amax = v.float().abs().amax(1, keepdim=True)
-    return (out.float() * amax.amax(3, keepdim=True) / amax).to(out.dtype), lse
+def dropped_value_scale(case, q, k, v):
+    """The V scale of one tile is twice what it should be."""
+    v = v.clone()
+    v[:, case.tile(1)] *= 2
+    return case.attend(q, k, v)
 
 
 def probabilities_not_normalised(case, q, k, v):
@@ -263,13 +264,13 @@ MUTATIONS = {
     window_cut_at_the_border: "tile exact",
     window_shifted: "exact",
     unmasked_padding_of_one_tile: "exact",
-    unmasked_padding_rows: "lse",
+    unmasked_padding_rows: "lse mean",
     swapped_query_tiles: "tile exact",
     swapped_value_tiles: "tile exact",
     swapped_heads: "exact",
     missing_value_scale: "exact",
-    one_value_scale_for_all_channels: "exact",
-    probabilities_not_normalised: "emulation",
+    dropped_value_scale: "tile exact",
+    probabilities_not_normalised: "scale",
     lse_in_log2_units: "lse",
     lse_off_by_one_octave: "lse",
     one_stale_nan: "finite",
@@ -282,6 +283,160 @@ MUTATIONS = {
 def test_wrong_output_fails(case, expected, mutation):
     rules = broken_rules(case, expected, *mutation(case, *expected[0]))
     assert MUTATIONS[mutation] in rules
+
+
+# Mutations of the arithmetic between the scores and the output, on score matrices in full.
+
+BLOCKS = Case(
+    (4, 16, 24), fps.AttentionConfig(tile=(4, 8, 8), window=(1, 1, 3)), "cpu"
+)  # two key blocks a tile
+
+
+class Steps:
+    """The contract's steps from z to out and lse, in fp64. A fault replaces one of them."""
+
+    def __init__(self, case, q, k, v):
+        x = reference.quantize(q, k, v, case.resolved)
+        block = torch.empty(len(x.block_of_token), dtype=torch.int64)
+        for i, tokens in enumerate(brute.key_blocks(case.grid, case.config.tile)):
+            block[tokens] = i
+        self.block, self.blocks = block, int(block.max()) + 1
+        mask = brute.token_mask(case.grid, case.config.tile, case.config.window, case.config.border)
+        z = x.q[0].double() @ x.k[0].double().mT * (case.scale / LN2)
+        self.z = z.masked_fill(~mask, -math.inf)
+        self.v8, self.v_scale, self.dtype = x.v8[0].double(), x.v_scale[0].double(), q.dtype
+        self.m = torch.stack([self.z[..., block == i].amax(-1).ceil() for i in range(self.blocks)], -1)
+        self.bias = compare.LSE_BIAS
+
+    def exponents(self):
+        """[H, L, blocks]: the exponent of each block, of which a code is the distance."""
+        return self.m
+
+    def weights(self, m):
+        """2^m, for the blocks' sums of P V and of P."""
+        return (m - 8).exp2(), (m - 8).exp2()
+
+    def scales(self):
+        return self.v_scale
+
+    def summed(self, p, z_less_m):
+        """What l sums, given P, and z less the block's exponent."""
+        return p
+
+    def out_and_lse(self):
+        m = self.exponents()
+        of_v, of_l = self.weights(m)
+        out, total = 0, 0
+        for i in range(self.blocks):
+            seen = self.block == i
+            z_less_m = self.z[..., seen] - m[..., i, None].clamp(min=-1e9)  # finite, for a block out of sight
+            p = compare.number_of_code((120 + 8 * z_less_m).round().clamp(0, 126))
+            out += of_v[..., i, None] * (p @ self.v8[:, seen]) * self.scales()[:, i, None, None]
+            total += of_l[..., i] * self.summed(p, z_less_m).sum(-1)
+        lse = total.log() - self.bias
+        return (out / total[..., None]).transpose(0, 1)[None].to(self.dtype), lse[None].float()
+
+
+class UnroundedSum(Steps):
+    """l sums 2^z, as version 1 of the contract did."""
+
+    def summed(self, p, z_less_m):
+        return 2 ** (z_less_m + 8)
+
+
+class NoBias(Steps):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.bias = 0.0
+
+
+class BiasOfTheWrongSign(Steps):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.bias *= -1
+
+
+class SwappedWeights(Steps):
+    """Each block's sums get the exponent of its neighbour, as when a register is read a step late."""
+
+    def weights(self, m):
+        swapped = m.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        return (swapped - 8).exp2(), (swapped - 8).exp2()
+
+
+class SwappedWeightsOfValues(SwappedWeights):
+    """The same, in the sums of P V alone."""
+
+    def weights(self, m):
+        return super().weights(m)[0], (m - 8).exp2()
+
+
+class NoWeights(Steps):
+    def weights(self, m):
+        return (m > -math.inf).double(), (m > -math.inf).double()
+
+
+class ScalesOfTheNextBlock(Steps):
+    def scales(self):
+        return self.v_scale.roll(-1, 1)
+
+
+class OneScale(Steps):
+    """All blocks have the largest of their scales."""
+
+    def scales(self):
+        return self.v_scale.amax(1, keepdim=True).expand(self.v_scale.shape)
+
+
+class OneExponent(Steps):
+    """Every block has the exponent of the row. No fault but for keys more than 14 octaves below it: they underflow."""
+
+    def exponents(self):
+        return self.m.amax(-1, keepdim=True).expand(self.m.shape)
+
+
+@pytest.fixture(scope="module")
+def in_blocks():
+    qkv = BLOCKS.inputs()
+    call = {"grid": BLOCKS.grid, "config": BLOCKS.config}
+    return qkv, reference.exact_attention(*qkv, **call), reference.emulated_attention(*qkv, **call)
+
+
+@pytest.mark.parametrize("steps", [Steps, OneExponent])
+def test_right_steps_pass(in_blocks, steps):
+    out, lse = steps(BLOCKS, *in_blocks[0]).out_and_lse()
+    assert broken_rules(BLOCKS, in_blocks, out, lse) == set()
+    assert (out.float() - in_blocks[2][0].float()).norm() < 2e-3 * out.float().norm()
+    torch.testing.assert_close(lse, in_blocks[2][1], rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("steps", "rules"),
+    [
+        (UnroundedSum, {"scale", "lse mean"}),
+        (NoBias, {"lse mean"}),
+        (BiasOfTheWrongSign, {"lse mean"}),
+        (SwappedWeights, {"exact"}),
+        (SwappedWeightsOfValues, {"exact"}),
+        (NoWeights, {"exact"}),
+        (ScalesOfTheNextBlock, {"emulation"}),
+        (OneScale, {"scale"}),
+    ],
+)
+def test_wrong_steps_fail(in_blocks, steps, rules):
+    assert rules <= broken_rules(BLOCKS, in_blocks, *steps(BLOCKS, *in_blocks[0]).out_and_lse())
+
+
+def test_one_exponent_for_all_blocks_fails_beside_a_sink():
+    """Keys far below those of another block are lost. It shows where the block above holds little value."""
+    case = replace(BLOCKS, head_dim=128)
+    qkv = families.make("sink", case.grid, case.heads, case.head_dim)
+    qkv[1][:, 0] *= 1.5
+    qkv[2][:, 0] = 0
+    call = {"grid": case.grid, "config": case.config}
+    expected = qkv, reference.exact_attention(*qkv, **call), reference.emulated_attention(*qkv, **call)
+    assert broken_rules(case, expected, *Steps(case, *qkv).out_and_lse()) == set()
+    assert broken_rules(case, expected, *OneExponent(case, *qkv).out_and_lse())
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -298,16 +453,24 @@ def test_wrong_output_fails_with_wide_logits(device, mutation):
         compare.check_attention(*mutation(case, q, k, v), *exact, *emulated, geometry, wide_logits=True)
 
 
+def judged_with(tile, tile_of_token) -> str:
+    """How a report names the tiles that are judged together with `tile`, on a grid of equal tiles."""
+    together = -(-compare.LEAST_ROWS // int((tile_of_token == 0).sum()))
+    first = tile // together * together
+    return f"tile {tile} is" if together == 1 else f"tiles {first} to {first + together - 1} are"
+
+
 def test_failure_names_the_place(case, expected):
     """The report names the wrong element."""
     out, lse = (x.clone() for x in case.attend(*expected[0]))
     out[0, 17, 1] = 0
     out[0, 17, 1, 5] = 90.0
     _, exact, emulated = expected
-    tile = int(case.resolved.geometry.tile_of_token[17])
+    tile_of_token = case.resolved.geometry.tile_of_token
+    tile = int(tile_of_token[17])
     with pytest.raises(AssertionError) as failure:
         compare.check_attention(out, lse, *exact, *emulated, case.resolved.geometry)
-    assert f"batch 0, head 1, tile {tile} is worst" in str(failure.value)
+    assert f"batch 0, head 1, {judged_with(tile, tile_of_token)} worst" in str(failure.value)
     assert f"[batch 0, row 17, head 1, channel 5], tile {tile}: 90, emulation" in str(failure.value)
 
 
@@ -324,21 +487,22 @@ def test_zero_reference_needs_a_zero_output():
 @pytest.mark.parametrize("window", [(1, 3, 3), (3, 1, 9), (1, 1, 1), None])
 def test_row_oracle_agrees_with_the_reference(window, border, seed):
     """Two independent versions of the contract agree: geometry, scales, rounding, LSE."""
-    grid, config = (5, 7, 9), fps.AttentionConfig(tile=(2, 2, 2), window=window, border=border)
+    tile = (4, 5, 7) if window is None else (2, 2, 2)  # two key blocks a tile, some of them empty
+    grid, config = (5, 7, 9), fps.AttentionConfig(tile=tile, window=window, border=border)
     q, k, v = make_qkv("peaked", grid=grid, tile=config.tile, device="cpu", seed=seed)
     resolved = config.resolve(grid, 2)
     rows = torch.randperm(5 * 7 * 9, generator=torch.Generator().manual_seed(seed))
     exact = reference.exact_attention(q, k, v, grid=grid, config=config)
-    emulated = reference.emulated_attention(q, k, v, grid=grid, config=config)
+    emulated = reference.emulated_attention(q, k, v, grid=grid, config=config, dtype=torch.float64)
     for head in range(2):
         mine = compare.attend_rows(
             *(x[0, :, head] for x in (q, k, v)), rows, resolved, resolved.windows[0], 64**-0.5
         )
         torch.testing.assert_close(mine[0], exact[0][0, rows, head], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(mine[1], exact[1][0, head, rows], rtol=1e-12, atol=1e-12)
-        same = mine[2].float() - emulated[0][0, rows, head].float()
-        assert same.norm() <= 1e-3 * mine[2].float().norm()
-        torch.testing.assert_close(mine[3], emulated[1][0, head, rows], rtol=0, atol=1e-5)
+        same = mine[2].float() - emulated[0][0, rows, head].to(mine[2].dtype).float()
+        assert same.norm() <= 1e-4 * mine[2].float().norm()
+        torch.testing.assert_close(mine[3].double(), emulated[1][0, head, rows], rtol=0, atol=1e-5)
 
 
 def test_tile_coordinates_agree_with_the_geometry():

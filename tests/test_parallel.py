@@ -379,11 +379,13 @@ def test_a_ring_of_one_process(two):
 
 @pytest.mark.parametrize("name", RING)
 def test_rounding_in_a_ring_is_no_worse_than_in_one_process(processes, name):
-    """Codes differ: V's scales, K's mean and the scales of coarse tiles come from a slab."""
-    for errors in processes.run(ring_errors, RING[name], "NHD", torch.bfloat16):
-        for ours, one in errors:
-            assert ours < 1.1 * one
-        assert max(one for _, one in errors) < 0.1
+    """Codes may differ: K's mean and the scales of coarse tiles come from a slab. The errors are those of all processes
+    together, because in the few tokens of one of them chance alone makes a tenth.
+    """
+    errors = torch.tensor(processes.run(ring_errors, RING[name], "NHD", torch.bfloat16))
+    ours, one = errors.square().mean(0).sqrt().unbind(-1)
+    assert (ours < 1.05 * one).all()
+    assert errors[..., 1].max() < 0.1
 
 
 SHARE = (30, 4, 16)  # of one of four processes

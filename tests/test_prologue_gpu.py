@@ -47,12 +47,11 @@ def test_contract(norm, rope, config, dtype, head_dim, seed):
     rest = {"grid": GRID, "eps": given["eps"], "rope": given.get("rope")}
     q, k = (fps.norm_rope(x, given.get(f"{n}_weight"), **rest) for n, x in (("q", q), ("k", k)))
     want = fps.quantize_qkv(q, k, v, **call)
-    for a, b in zip(values(got), values(want), strict=True):
+    ours, theirs = values(got), values(want)
+    for a, b in zip(ours, theirs, strict=True):
         assert a.isfinite().all() and (a - b).norm() <= 3e-3 * b.norm()
         assert ((a - b).abs() > 1e-2 * b.abs()).float().mean() <= 5e-3
-    ours, theirs = (packed.sections(call_of(x), *x.operands) for x in (got, want))
-    torch.testing.assert_close(ours.v_amax, theirs.v_amax, rtol=0, atol=0)
-    torch.testing.assert_close(ours.norms, theirs.norms, rtol=5e-3, atol=0)  # norms of rounded rows
+    assert torch.equal(ours[2], theirs[2])
     out, expected = fps.attention(got).float(), fps.attention(want).float()
     assert (out - expected).norm() <= 5e-3 * expected.norm()
 

@@ -11,7 +11,6 @@ import fpsattention as fps
 import packed
 from fpsattention import _C, reference
 from fpsattention.core import ops
-from fpsattention.core.checks import to_heads_first
 from inputs import KINDS, make_qkv, poisoned
 
 pytestmark = pytest.mark.gpu
@@ -32,24 +31,7 @@ def call_of(q, config, grid, tensor_layout="NHD") -> ops.Call:
 
 def assert_bits(q, k, v, config, grid, tensor_layout="NHD"):
     call, operands = quantize(q, k, v, config, grid, tensor_layout)
-    expected = reference.quantize(q, k, v, call.resolved, tensor_layout)
-    mine = packed.decode(call, operands)
-    for name, got, want in zip("qkv", mine, (expected.q, expected.k, expected.v), strict=True):
-        want = want.transpose(1, 2)
-        wrong = (got != want).nonzero()
-        first = tuple(wrong[0].tolist()) if len(wrong) else None
-        assert first is None, (
-            f"{name}: {len(wrong)} of {want.numel()} values differ, the first at [B, L, H, D] {first}: "
-            f"{got[first].item():.9g}, reference {want[first].item():.9g}"
-        )
-    found = packed.sections(call, operands)
-    q, k, v = (to_heads_first(x, tensor_layout).float() for x in (q, k, v))
-    assert torch.equal(found.v_amax, v.abs().amax(2))
-    if expected.k_mean is not None:
-        k = k - expected.k_mean[:, :, None]
-    norms = torch.stack([x.norm(dim=-1).amax(-1) for x in (q, k)], -1)
-    torch.testing.assert_close(found.norms, norms, rtol=1e-5, atol=0)
-    return found
+    packed.check(call, operands, reference.quantize(q, k, v, call.resolved, tensor_layout))
 
 
 GRIDS = {
@@ -107,34 +89,54 @@ def test_bits_of_every_bfloat16(seed):
     assert_bits(by_size, by_size.flip(1).contiguous(), shuffled.reshape(values.shape), config, grid)
 
 
+@pytest.mark.parametrize("quant_tile", [None, (4, 9, 8)], ids=["tile", "brick"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_what_is_not_finite_spreads_over_its_scale(dtype, value, quant_tile, seed):
+    """One such value makes NaN of all that share its scale, of their padding too, and of nothing else."""
+    grid, config = (7, 11, 13), fps.AttentionConfig(tile=(2, 3, 4), quant_tile=quant_tile)
+    qkv = make_qkv("gaussian", grid=grid, tile=config.tile, batch=2, heads=2, dtype=dtype, seed=seed)
+    for operand, x in enumerate(qkv):
+        x[1, 100 * operand + 5, 0, 3] = value
+        x[0, -1, 1, 40] = value
+    assert_bits(*qkv, config, grid)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(("grid", "tile"), [((7, 11, 13), (3, 4, 5)), ((9, 12, 20), (8, 8, 8))])
-def test_padding_rows_are_zero(grid, tile, head_dim):
-    """Every input is 1, so every valid element has the code of 448. The rest of a packed block must be zero: a stale
-    NaN in a padding row of V would reach the output through a probability of zero.
+def test_padding(grid, tile, head_dim):
+    """Every input is 1, so every token has the codes of 14 in q and k, and of 448 in v. So has the padding of k. That
+    of q and v must be zero: a stale NaN in a padding row of V would reach the output through a probability of zero.
     """
-    code_of_448 = 0x7E
     ones = torch.ones(1, math.prod(grid), 2, head_dim, dtype=torch.bfloat16, device="cuda")
     call, operands = quantize(ones, ones, ones, fps.AttentionConfig(tile=tile), grid)
-    geometry, found = call.resolved.geometry, packed.sections(call, operands)
-    k_bytes = _C.BLOCK * head_dim
-    for operand, rows, codes in (
-        ("q", _C.QUERY_BLOCK, found.q_blocks[..., : _C.QUERY_BLOCK * head_dim]),
-        ("k", _C.BLOCK, found.kv_blocks[..., :k_bytes]),
-        ("v", _C.BLOCK, found.kv_blocks[..., k_bytes : 2 * k_bytes]),
+    x, slots = packed.blocks(call, operands), call.resolved.geometry.slot_tokens
+    for name, rows, codes, value in (
+        ("q", _C.QUERY_BLOCK, x.q, 14),
+        ("k", _C.BLOCK, x.k, 14),
+        ("v", _C.BLOCK, x.v, 448),
+        ("is_token", _C.BLOCK, x.is_token[..., None], 1),
     ):
-        valid = (geometry.slot_tokens >= 0).reshape(-1, rows).sum(1)
-        assert (valid % rows != 0).any(), "the case has padding"
-        for index in valid.nonzero()[:, 0].tolist():  # blocks of padding only are never read
-            ones_found = (codes[:, :, index] == code_of_448).sum(-1)
-            zeros_found = (codes[:, :, index] == 0).sum(-1)
-            n = int(valid[index]) * head_dim
-            assert (ones_found == n).all(), (
-                f"{operand}, block {index}: {ones_found.tolist()} codes, {n} expected"
-            )
-            assert (zeros_found == rows * head_dim - n).all(), (
-                f"{operand}, block {index}: padding is not zero"
-            )
+        holds = (slots >= 0).reshape(-1, rows, 1).to(codes.device)
+        assert not holds.all(), "the case has padding"
+        holds = holds.any(1, keepdim=True).expand_as(holds) if name == "k" else holds
+        assert torch.equal(codes, (value * holds.float()).expand_as(codes)), name
+
+
+@pytest.mark.parametrize("counts", [None, ((100, 3), (0, 130))], ids=["all", "some"])
+def test_text_tokens(counts, seed):
+    grid, config = (5, 7, 9), fps.AttentionConfig(tile=(2, 3, 4))
+    generator = torch.Generator("cuda").manual_seed(seed)
+    shape = (2, 140 + math.prod(grid) + 130, 2, 128)
+    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    given = (None, None)
+    if counts is not None:
+        given = [torch.tensor(x, dtype=torch.int32, device="cuda") for x in counts]
+    call = ops.call_of(config, grid, 140, 130, 2, 2, 128, q.dtype, 0.125, "NHD")
+    with poisoned():
+        operands = ops.launch_quantize(call, q, k, v, *given)
+    valid = reference.valid_tokens(call.resolved.geometry, *given)
+    packed.check(call, operands, reference.quantize(q, k, v, call.resolved, "NHD", *given), valid)
 
 
 @pytest.mark.parametrize("quant_tile", [None, (6, 8, 8)], ids=["tile", "brick"])
@@ -185,12 +187,10 @@ def test_layouts_give_the_same_codes(seed):
     hnd = quantize(*(x.transpose(1, 2).contiguous() for x in qkv), config, grid, "HND")
     for a, b in zip(packed.decode(*nhd), packed.decode(*hnd), strict=True):
         assert torch.equal(a, b)
-    for name in ("v_amax", "norms"):
-        assert torch.equal(*(getattr(packed.sections(*x), name) for x in (nhd, hnd)))
 
 
 def test_same_codes_every_time(seed):
-    """Sums and maxima over many blocks included: the mean of K, bricks, V's channels."""
+    """Sums and maxima over many blocks included: the mean of K, and bricks."""
     grid = (17, 45, 40)
     config = fps.AttentionConfig(tile=(7, 9, 2), quant_tile=(7, 9, 8), smooth_k=True)
     qkv = make_qkv("key_mean", grid=grid, tile=config.tile, head_dim=128, seed=seed)

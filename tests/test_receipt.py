@@ -131,9 +131,13 @@ def test_the_writer_names_skipped_gpu_tests(tmp_path, monkeypatch, details, why)
     outcome = {"failed": False, "skipped": True, "passed": False, **details}
     for nodeid, keywords in (("test_a.py::test_x", {"gpu": 1}), ("test_b.py::test_on_a_cpu", {})):
         writer.pytest_runtest_logreport(SimpleNamespace(nodeid=nodeid, keywords=keywords, **outcome))
-    writer.pytest_sessionfinish(SimpleNamespace(), pytest.ExitCode.OK)
+    deselected = {"deselected": 3, "gpu_deselected": 1}
+    node = SimpleNamespace(workeroutput={"deselected": deselected}, config=SimpleNamespace(deselected=None))
+    conftest.pytest_testnodedown(node)  # a worker of pytest-xdist reports what it has left out
+    writer.pytest_sessionfinish(SimpleNamespace(config=node.config), pytest.ExitCode.OK)
     record = json.loads((tmp_path / "receipt.json").read_text())
     assert record["skipped"] == {"test_a.py::test_x": why} and record["counts"]["skipped"] == 2
+    assert record["counts"] | deselected == record["counts"]
 
 
 @pytest.mark.parametrize("name", [name for name in VOUCHED_FOR if name != "tests/test_a.py"])

@@ -1,5 +1,6 @@
 """Text tokens before and after the grid's, on the CPU: against attention written query by query (text_cases.py)."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import brute
 import fake_kernels
 import fpsattention as fps
 import text_cases
+from compare import by_codes
 from fpsattention import reference
 from fpsattention.core import api, ops
 from fpsattention.core.geometry import TileGeometry
@@ -48,16 +50,14 @@ def test_emulated_attention(case, seed):
 
 @ALL
 def test_quantize(case, seed):
-    """Bit for bit: a text tile's scale covers its valid tokens, V's scale all valid tokens."""
+    """Bit for bit: a text tile's scale covers its valid tokens, V's scale the valid tokens of a key block."""
     q, k, v = case.make_qkv(dtype=torch.bfloat16, seed=seed)
     resolved = case.config().resolve(case.grid, case.heads, case.prefix_len, case.suffix_len)
     x = reference.quantize(q, k, v, resolved, case.layout, **case.counts())
     want = text_cases.quantized(case, q, k, v)
     for name in ("q8", "k8", "v8"):
         assert torch.equal(getattr(x, name).float().transpose(1, 2), want[name]), name
-    group = torch.empty(case.tokens, dtype=torch.int64)
-    for g, tokens in enumerate(case.groups(case.quant_tile or case.tile)):
-        group[tokens] = g
+    group = text_cases.index_of(case.groups(case.quant_tile or case.tile))
     for name in ("q", "k"):
         scale, step = getattr(x, f"{name}_scale"), want[f"{name}_step"].transpose(1, 2)
         assert torch.equal(scale[:, :, x.tile_of_token], step[:, :, group]), name
@@ -65,7 +65,8 @@ def test_quantize(case, seed):
             assert torch.equal(scale, step), (
                 "tiles in raster order, then the prefix's runs, then the suffix's"
             )
-    assert torch.equal(x.v_scale, want["v_step"])
+    assert torch.equal(x.v_scale, want["v_step"].transpose(1, 2))
+    assert torch.equal(x.block_of_token, text_cases.index_of(case.blocks()))
     if case.smooth_k:
         torch.testing.assert_close(x.k_mean, want["k_mean"], rtol=1e-7, atol=0)
 
@@ -102,27 +103,34 @@ def random_gradients(case, qkv, generator):
     return dout, torch.randn(lse, generator=generator, dtype=torch.promote_types(dout.dtype, torch.float32))
 
 
+def every_row(masks):
+    """Indices (b, h, i) of the rows of masks [B, H, L, L], and the rows."""
+    return list(itertools.product(*map(range, masks.shape[:3]))), masks.flatten(0, 2)
+
+
 def straight_through(case, qkv, dout, dlse):
     """dq, dk, dv [B, L, H, D] of the FP8 contract in fp64, by the formulas of `emulated_attention`."""
     scale = qkv[0].shape[-1] ** -0.5 if case.scale is None else case.scale
     x = {name: t.double() for name, t in text_cases.quantized(case, *qkv).items()}
-    group = torch.empty(case.tokens, dtype=torch.int64)
-    for g, tokens in enumerate(case.groups(case.quant_tile or case.tile)):
-        group[tokens] = g
-    q, k = ((x[f"{n}8"] * x[f"{n}_step"][:, group, :, None]).transpose(1, 2) for n in "qk")
-    v8, v_step, k_mean = x["v8"].transpose(1, 2), x["v_step"][:, :, None], x["k_mean"][:, :, None]
+    group, block = (
+        text_cases.index_of(x) for x in (case.groups(case.quant_tile or case.tile), case.blocks())
+    )
+    parts = (("q", group), ("k", group), ("v", block))
+    q, k, v = ((x[f"{n}8"] * x[f"{n}_step"][:, i, :, None]).transpose(1, 2) for n, i in parts)
+    k_mean = x["k_mean"][:, :, None]
     dout, dlse = to_nhd(dout, case.layout).double().transpose(1, 2), dlse.double()
-    z = (q @ k.mT * scale * math.log2(math.e)).masked_fill(~text_cases.masks_of(case), -math.inf)
-    m = z.amax(-1, keepdim=True).ceil().clamp(min=-1e9)  # finite for a query that attends nothing
-    p = (z - m).exp2()
-    l = p.sum(-1, keepdim=True).clamp(min=1e-300)  # noqa: E741
-    p8 = text_cases.e4m3((448 * p).float()).double() / (448 * l)
-    dout = dout * (p.sum(-1, keepdim=True) > 0)
-    dlse = dlse * (p.sum(-1) > 0)
-    delta = (dout * (p8 @ v8 * v_step)).sum(-1) - dlse
-    ds = p / l * (dout @ (v8 * v_step).mT - delta[..., None])
+    z = q @ k.mT * scale * math.log2(math.e)
+    p = torch.zeros_like(z)
+    for (b, h, i), seen in zip(*every_row(text_cases.masks_of(case)), strict=True):
+        if seen.any():
+            p[b, h, i, seen] = by_codes(z[b, h, i, seen][None], block[seen])[0]
+    l = p.sum(-1, keepdim=True)  # noqa: E741
+    p = p / l.clamp(min=1e-300)
+    dout, dlse = dout * (l > 0), dlse * (l[..., 0] > 0)
+    delta = (dout * (p @ v)).sum(-1) - dlse
+    ds = p * (dout @ v.mT - delta[..., None])
     dq = scale * (ds @ k + dlse[..., None] * k_mean)
-    return tuple(t.transpose(1, 2) for t in (dq, scale * ds.mT @ q, p8.mT @ dout))
+    return tuple(t.transpose(1, 2) for t in (dq, scale * ds.mT @ q, p.mT @ dout))
 
 
 @ALL

@@ -11,6 +11,7 @@ import torch
 import fpsattention as fps
 from fpsattention import reference
 from inputs import poisoned, to_nhd
+from tensor_core import tensor_core
 from test_attention_gpu import BOTH_DTYPES, BOTH_HEAD_DIMS
 from text_cases import TEXT_CASES, TextCase, check_attention, check_gradients
 
@@ -75,7 +76,8 @@ def test_contract(case, dtype, head_dim, seed):
     exact = reference.emulated_attention(*leaves, **call, dtype=torch.float64)
     exact[1].data[exact[1] == -math.inf] = 0  # so that 0 * lse is not NaN
     exact = torch.autograd.grad(exact, leaves, (dout.double(), dlse.double()))
-    emulated = reference.emulated_backward(q, k, v, out, lse, dout, dlse, **call)
+    with tensor_core():
+        emulated = reference.emulated_backward(q, k, v, out, lse, dout, dlse, **call)
     check_gradients(case, *([to_nhd(x, case.layout) for x in three] for three in (grads, exact, emulated)))
 
 

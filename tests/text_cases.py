@@ -11,7 +11,7 @@ import torch
 
 import brute
 import fpsattention as fps
-from compare import gradient_violations, violations
+from compare import LSE_BIAS, by_codes, gradient_violations, violations
 from inputs import to_nhd
 
 
@@ -101,6 +101,11 @@ class TextCase:
         for section in (range(self.prefix_len), range(self.video.stop, self.tokens)):
             groups += [list(section[i : i + slot]) for i in range(0, len(section), slot)]
         return groups
+
+    def blocks(self) -> list[list[int]]:
+        """The tokens of every key block, empty for one of padding alone."""
+        per_slot = -(-math.prod(self.tile) // 128)
+        return [tokens[128 * i : 128 * (i + 1)] for tokens in self.groups(self.tile) for i in range(per_slot)]
 
     def make_qkv(self, head_dim=16, dtype=torch.float64, seed=0, device="cpu", invalid=math.nan):
         """q, k, v of unit normals; K's channels and the sections have means and sizes of their own, so that a token
@@ -203,20 +208,19 @@ def e4m3(x: torch.Tensor) -> torch.Tensor:
 
 def quantized(case: TextCase, q, k, v) -> dict[str, torch.Tensor]:
     """The contract's operands, group by group: q8, k8, v8 fp32 [B, L, H, D] with the values of E4M3 codes, q_step and
-    k_step fp32 [B, groups, H], v_step fp32 [B, H, D], k_mean fp32 [B, H, D] (0 without smoothing).
+    k_step fp32 [B, groups, H], v_step fp32 [B, blocks, H], k_mean fp32 [B, H, D] (0 without smoothing).
     """
     q, k, v = (to_nhd(x, case.layout).float() for x in (q, k, v))
-    groups = case.groups(case.quant_tile or case.tile)
+    groups, blocks = case.groups(case.quant_tile or case.tile), case.blocks()
     batch, _, heads, head_dim = q.shape
     r = {f"{n}8": torch.zeros_like(x) for n, x in (("q", q), ("k", k), ("v", v))}
     r |= {f"{n}_step": q.new_ones(batch, len(groups), heads) for n in "qk"}
-    r |= {"v_step": q.new_ones(batch, heads, head_dim), "k_mean": q.new_zeros(batch, heads, head_dim)}
+    r |= {"v_step": q.new_ones(batch, len(blocks), heads), "k_mean": q.new_zeros(batch, heads, head_dim)}
 
-    def put(into, x):  # x: the values that share one scale
+    def put(into, x, largest):  # x: the values that share one scale
         amax = x.abs().max() if x.numel() else x.new_zeros(())
-        top = torch.full_like(
-            amax, 448
-        )  # a tensor: with a Python number, torch multiplies by the rounded inverse of amax
+        # A tensor: with a Python number, torch multiplies by the rounded inverse of amax.
+        top = torch.full_like(amax, largest)
         if amax > 2.0**-100:
             into.copy_(e4m3(x * (top / amax)))
         return amax / top if amax > 2.0**-100 else torch.ones_like(amax)
@@ -228,18 +232,27 @@ def quantized(case: TextCase, q, k, v) -> dict[str, torch.Tensor]:
             if case.smooth_k and valid.any():
                 r["k_mean"][b, h] = own_k[valid].double().mean(0)
                 own_k = own_k - r["k_mean"][b, h]
-            for g, group in enumerate(groups):
-                some = torch.tensor(group, device=q.device)
-                some = some[valid[some]]
-                for name, x in (("q", q[b, :, h]), ("k", own_k)):
+            of_groups = (
+                ("q", q[b, :, h], groups, 14),
+                ("k", own_k, groups, 14),
+                ("v", v[b, :, h], blocks, 448),
+            )
+            for name, x, parts, largest in of_groups:
+                for g, tokens in enumerate(parts):
+                    some = torch.tensor(tokens, dtype=torch.int64, device=q.device)
+                    some = some[valid[some]]
                     codes = torch.zeros_like(x[some])
-                    r[f"{name}_step"][b, g, h] = put(codes, x[some])
+                    r[f"{name}_step"][b, g, h] = put(codes, x[some], largest)
                     r[f"{name}8"][b, some, h] = codes
-            for d in range(head_dim):
-                codes = torch.zeros_like(v[b, valid, h, d])
-                r["v_step"][b, h, d] = put(codes, v[b, valid, h, d])
-                r["v8"][b, valid, h, d] = codes
     return r
+
+
+def index_of(groups: list[list[int]], device="cpu") -> torch.Tensor:
+    """int64 [L]: the group of each token, given the tokens of each group."""
+    group = torch.empty(sum(map(len, groups)), dtype=torch.int64, device=device)
+    for g, tokens in enumerate(groups):
+        group[tokens] = g
+    return group
 
 
 def emulated(case: TextCase, q, k, v):
@@ -247,19 +260,15 @@ def emulated(case: TextCase, q, k, v):
     scale = q.shape[3] ** -0.5 if case.scale is None else case.scale
     x = {name: t.double() for name, t in quantized(case, q, k, v).items()}
     q = to_nhd(q, case.layout).double()
-    group = torch.empty(case.tokens, dtype=torch.int64, device=q.device)
-    for g, tokens in enumerate(case.groups(case.quant_tile or case.tile)):
-        group[tokens] = g
+    group, block = (index_of(x, q.device) for x in (case.groups(case.quant_tile or case.tile), case.blocks()))
 
     def attend_row(b, h, i, keys):
         z = x["k8"][b, keys, h] @ x["q8"][b, i, h] * x["q_step"][b, group[i], h]
         z = z * x["k_step"][b, group[keys], h] * (scale * math.log2(math.e))
-        m = z.max().ceil()
-        p = (z - m).exp2()
-        p8 = e4m3((448 * p).float()).double()
-        out = p8 @ x["v8"][b, keys, h] * x["v_step"][b, h] / (448 * p.sum())
+        p = by_codes(z[None], block[keys])[0]
+        out = p @ (x["v8"][b, keys, h] * x["v_step"][b, block[keys], h, None]) / p.sum()
         mean = scale * (q[b, i, h] @ x["k_mean"][b, h])
-        return out, math.log(2) * (m + p.sum().log2()) + mean
+        return out, p.sum().log() - LSE_BIAS + mean
 
     return _by_query(attend_row, masks_of(case), q.shape[3], q.device)
 
@@ -293,8 +302,6 @@ def check_gradients(case: TextCase, grads, reference, emulated) -> None:
 
 def _sample(case: TextCase, sample: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """(bool [L], which tokens are valid; int64, the tile of each of those)."""
-    tile_of_token = torch.empty(case.tokens, dtype=torch.int64)
-    for tile, tokens in enumerate(case.groups(case.tile)):
-        tile_of_token[tokens] = tile
+    tile_of_token = index_of(case.groups(case.tile))
     valid = case.valid(sample)
     return valid.to(device), tile_of_token[valid].to(device)

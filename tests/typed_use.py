@@ -29,6 +29,7 @@ def plans_and_schedules(q: Tensor, path: Path) -> None:
     assert_type(resolved.density, float)
     assert_type(resolved.tile, tuple[int, int, int])
     assert_type(fps.plan(grid), fps.Plan)
+    assert_type(fps.plan(grid, density=0.1, heads=40).best.window, tuple[int, int, int] | None)
     assert_type(fps.plan(grid).explain(fps.AttentionConfig(), heads=40), str)
     config = fps.AttentionConfig(tile=(7, 9, 2))
     schedule = fps.StepSchedule(early=config, mid=config, late=config, alpha=(0.2, 0.8))

@@ -10,23 +10,38 @@
 namespace fps {
 
 constexpr float kE4M3Max = 448.0f;
-constexpr float kLog2P = 8.80735492205760410f;  // log2(448): P is scaled to E4M3's range
+constexpr float kQKMax = 14.0f;  // largest element of Q and K in E4M3: scores, sums of 128 products, fit fp16
+// P is an E4M3 number whose code, its bit pattern, is round(kTopCode + kCodes (z - m)).
+constexpr float kCodes = 8.0f, kTopCode = 120.0f;  // codes of an octave; the code of 256 = 2^kLog2Top
+constexpr float kLog2Top = 8.0f;
+// Any number with three bits of mantissa has a code like that: bits 20 to 30 of a float. kCodeZero plus a code, in
+// [0, 2048), is a float with the code in its low bits.
+constexpr float kCodeZero = 0x1.8p23f, kCodeOfOne = 8 * 127;
+constexpr int kCodeShift = 20;
+constexpr float kLog2Bias = 0.05753275f;  // mean of log2(P) - z, as -log2(2 ln(2)^2)
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.69314718055994531f;
 
-// x8 = e4m3(x * inverse), and x is about x8 * scale. If the amax of the values that share a scale is at most
-// kAmaxFloor, 448 / amax might overflow: their scale is 1, and they become zeros.
+// x8 = e4m3(x * inverse), and x is about x8 * scale. `largest` is the x8 of amax, the largest magnitude of the values
+// that share a scale. If amax is at most kAmaxFloor, largest / amax might overflow: the scale is 1, and all become
+// zeros. If it is NaN or Inf, the scale is NaN, and makes all NaN that attends these values.
 constexpr float kAmaxFloor = 0x1p-100f;
 struct QuantScale {
     float scale, inverse;
 };
-__device__ __forceinline__ QuantScale quant_scale(float amax) {
-    return amax <= kAmaxFloor ? QuantScale{1.0f, 1.0f}
-                              : QuantScale{__fdiv_rn(amax, kE4M3Max), __fdiv_rn(kE4M3Max, amax)};
+__device__ __forceinline__ QuantScale quant_scale(float amax, float largest) {
+    return amax <= kAmaxFloor   ? QuantScale{1.0f, 1.0f}
+           : !(amax < INFINITY) ? QuantScale{NAN, NAN}
+                                : QuantScale{__fdiv_rn(amax, largest), __fdiv_rn(largest, amax)};
 }
-// The scale alone, at most one ulp off, without a division.
-__device__ __forceinline__ float dequant_scale(float amax) {
-    return amax <= kAmaxFloor ? 1.0f : amax * (1.0f / kE4M3Max);
+
+// From S to codes of P: 8 s_q s_k scale log2(e), with fp16's precision where fp16 has the range. Forward and backward
+// multiply and round it alike, and both have S in fp16: so the backward's P is the forward's, bit for bit, unless the
+// forward subtracts maxima. A NaN becomes the smallest.
+constexpr float kLargestFactor = 60000.0f;
+__device__ __forceinline__ float score_factor(float q_scale, float k_scale, float scale) {
+    const float factor = fmaxf(q_scale * k_scale * (scale * (kLog2E * kCodes)), 0x1p-24f);
+    return factor > kLargestFactor ? factor : __half2float(__float2half_rn(factor));
 }
 
 // Byte offset of (row, byte) in rows of kRowBytes with wgmma's swizzle of 128 bytes (64 bytes for 64-byte rows): the

@@ -12,11 +12,11 @@
 
 namespace fps {
 
-constexpr int kBlock = 128;        // keys of a pipeline stage; a slot is a multiple of it
-constexpr int kQueryBlock = 64;    // queries of a warpgroup
-constexpr int kBlocksPerItem = 3;  // query blocks of a work item, which a CTA computes at a time
-constexpr int kMaxSlot = 512;      // rows of a slot, at most
-constexpr int kMaxWindows = 256;   // heads with a window each, at most
+constexpr int kBlock = 128;           // keys of a pipeline stage; a slot is a multiple of it
+constexpr int kQueryBlock = 64;       // queries of a warpgroup
+constexpr int kMaxBlocksPerItem = 3;  // query blocks of a work item, which a CTA computes at a time, at most
+constexpr int kMaxSlot = 512;         // rows of a slot, at most
+constexpr int kMaxWindows = 256;      // heads with a window each, at most
 
 // One value per axis: 0 is t, 1 is h, 2 is w.
 struct Int3 {
@@ -43,6 +43,13 @@ enum class Border : int {
 
 FPS_HD int ceil_div(int a, int b) {
     return (a + b - 1) / b;
+}
+
+// Query blocks of a work item, one to a warpgroup, in tile groups of this many. At head_dim 64 softmax outweighs the
+// products: three warpgroups are a tenth faster than two, unless one of them is often idle.
+FPS_HD int blocks_per_item(int head_dim, int blocks_of_group) {
+    const int in_threes = ceil_div(blocks_of_group, 3) * 3, in_twos = ceil_div(blocks_of_group, 2) * 2;
+    return head_dim == 64 && 10 * in_threes <= 11 * in_twos ? 3 : 2;
 }
 
 // Key tiles that query tile `i` sees on an axis of `n` tiles, under a window of `w` tiles: odd, or at least n (the
@@ -156,6 +163,10 @@ struct TileGrid {
         return i == 0   ? Range{0, valid.prefix}
                : i == 1 ? Range{text.prefix, suffix}
                         : Range{suffix, suffix + valid.suffix};
+    }
+    FPS_HD bool is_valid(int token, TextTokens valid) const {
+        const int in_suffix = token - text.prefix - grid.volume();
+        return token < text.prefix ? token < valid.prefix : in_suffix < valid.suffix;
     }
     // Token of row r (0 <= r < rows.valid()).
     FPS_HD int token(const TileRows &rows, int r) const {

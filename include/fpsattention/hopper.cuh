@@ -64,17 +64,23 @@ struct Barrier {
     }
 };
 
-// Position in a ring of kStages buffers, in one register. The consumer waits for full_parity, the producer for
-// empty_parity. The first lap of the producer does not wait.
+// Position in a ring of kStages buffers. The consumer waits for full_parity, the producer for empty_parity. The first
+// lap of the producer does not wait.
 template <int kStages>
-struct RingState {
-    static_assert((kStages & (kStages - 1)) == 0, "a power of two");
-    uint32_t count = 0;
+class RingState {
+public:
+    __device__ int stage() const { return stage_; }
+    __device__ uint32_t full_parity() const { return lap_parity_; }
+    __device__ uint32_t empty_parity() const { return lap_parity_ ^ 1; }
+    __device__ void next() {
+        const bool wraps = ++stage_ == kStages;
+        stage_ = wraps ? 0 : stage_;
+        lap_parity_ ^= wraps;
+    }
 
-    __device__ int stage() const { return count % kStages; }
-    __device__ uint32_t full_parity() const { return count / kStages % 2; }
-    __device__ uint32_t empty_parity() const { return full_parity() ^ 1; }
-    __device__ void next() { ++count; }
+private:
+    int stage_ = 0;
+    uint32_t lap_parity_ = 0;
 };
 
 // griddepcontrol: lets the next kernel of the stream start, then waits until the kernels before this one have ended and
@@ -171,6 +177,37 @@ __device__ __forceinline__ int opaque(int x) {
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Two fp16 numbers in a word: the larger of each, the sum, and a b + c, rounded once.
+__device__ __forceinline__ uint32_t max_f16x2(uint32_t a, uint32_t b) {
+    uint32_t y;
+    asm("max.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+__device__ __forceinline__ uint32_t add_f16x2(uint32_t a, uint32_t b) {
+    uint32_t y;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+__device__ __forceinline__ uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t y;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+    return y;
+}
+
+// max.u16x2: the larger of two 16-bit integers, twice.
+__device__ __forceinline__ uint32_t max_u16x2(uint32_t a, uint32_t b) {
+    uint32_t y;
+    asm("max.u16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+
+// prmt: each digit of `selector`, the last first, is the index of a byte of the result among the bytes of a, then of b.
+__device__ __forceinline__ uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+    uint32_t y;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(selector));
     return y;
 }
 

@@ -18,17 +18,22 @@ enum class Dtype : int { kBF16 = 0, kFP16 = 1 };
 
 // A packed block holds the rows of one block as the forward reads them from shared memory: one bulk copy brings it.
 //   Q block:  q  [64][D] e4m3, swizzled | BlockMeta
-//   KV block: k  [128][D] e4m3, swizzled | v^T [D][128] e4m3, swizzled, tokens permuted in 16s | BlockMeta
+//   KV block: k  [128][D] e4m3, swizzled | v^T [D][128] e4m3, swizzled, tokens permuted in 16s | BlockMeta |
+//             is_token [128] e4m3, tokens permuted: 1 for a token, 0 for padding; swizzled as row D + 1 of v^T
+// The rows of a block's tokens come first. Padding of q and v is zero. Padding of k repeats the block's first row: it
+// changes no maximum of scores, and with v and is_token zero no sum.
 struct alignas(128) BlockMeta {
-    float scale;  // of the tile's Q or K: x = x8 * scale
-    int valid;    // rows that hold a token; they come first, and the rest are zero
+    float scale;  // of the tile's Q or K: x = x8 * scale; NaN if the tile holds a NaN or an Inf
+    int valid;    // rows that hold a token
+    int unused[2];
+    float v_scale;  // of the V of a key block, likewise
 };
 
 FPS_HD constexpr int q_block_bytes(int head_dim) {
     return kQueryBlock * head_dim + int(sizeof(BlockMeta));
 }
 FPS_HD constexpr int kv_block_bytes(int head_dim) {
-    return 2 * kBlock * head_dim + int(sizeof(BlockMeta));
+    return 2 * kBlock * head_dim + int(sizeof(BlockMeta)) + kBlock;
 }
 
 // 16-bit operands of the backward, bf16 for fp16 inputs as well. D is cut in halves or in parts of 64 columns, whose
@@ -36,8 +41,8 @@ FPS_HD constexpr int kv_block_bytes(int head_dim) {
 //   query block:  q  [D/64][64][64] | dO c  [D/64][64][64] | QueryRows
 //   key block:    k  [2][128][D/2]  | v  [D/64][128][64]
 struct QueryRows {
-    float offset[kQueryBlock];  // log2(448) - M: 448 P 2^(lse2 - M) = 2^(z + offset), M = ceil(lse2); -inf for padding
-    float minus_delta[kQueryBlock];  // c (dlse - rowsum(dO O)), c = 2^(M - lse2) / 448
+    float offset[kQueryBlock];       // -M in codes of P, plus what makes a float's bits of them; -inf for padding
+    float minus_delta[kQueryBlock];  // c (dlse - rowsum(dO O)), c = 2^(M - lse2 - kLog2Bias), M = ceil(lse2)
     float scale;                     // of q8
     int unused[3];                   // zero
 };
@@ -93,8 +98,6 @@ struct QuantizeParams : CallParams {
     Strides q_strides, k_strides, v_strides;
     uint8_t *q_blocks;       // [B, H, tiles * slot / 64, q_block_bytes]
     uint8_t *kv_blocks;      // [B, H, tiles * slot / 128, kv_block_bytes]
-    float *v_amax;           // [B, H, D], zeroed
-    float *norms;            // [B, H, 2], zeroed: largest L2 norm of a row of Q, and of K
     float *k_sum;            // [B, H, chunks, D], partial sums, scratch; null: no smoothing
     float *k_mean;           // [B, H, D]; null: no smoothing
     float *lse_shift;        // [B, H, L], q . k_mean * scale; null: no smoothing
@@ -118,8 +121,6 @@ struct WindowedParams : CallParams {
 
 struct ForwardParams : WindowedParams {
     const uint8_t *q_blocks, *kv_blocks;  // as in QuantizeParams
-    const float *v_amax;                  // [B, H, D]
-    const float *norms;                   // [B, H, 2]
     const float *lse_shift;               // [B, H, L] or null
     void *out;                            // [B, H, L, D], dtype; rows of invalid text tokens are not written
     float *lse;                           // [B, H, L], natural logarithm; likewise. Null: not wanted
@@ -129,6 +130,7 @@ struct ForwardParams : WindowedParams {
     // Work items; set by attn_fwd.
     Int3 groups;                       // tile groups per axis; a tile group is a box of query tiles with the same keys
     int group_axis[3], group_size[3];  // axes, fastest first, and tiles of a group along them
+    int blocks_per_item;               // query blocks, at most
     int n_groups, tiles_per_group, items_per_group;
     int text_items_per_head, text_items;  // of text queries; they come first
     int items;
@@ -136,7 +138,6 @@ struct ForwardParams : WindowedParams {
 
 struct BackwardParams : WindowedParams {
     const uint8_t *q_blocks, *kv_blocks;  // as in QuantizeParams
-    const float *v_amax;                  // [B, H, D]
     const void *out, *dout;               // [B, H, L, D], dtype
     Strides out_strides, dout_strides;
     const float *lse, *dlse;  // [B, H, L], and its gradient
@@ -154,10 +155,16 @@ struct BackwardParams : WindowedParams {
     int key_axis[3], key_size[3];
 };
 
-constexpr int kStatsChunk = 512;  // tokens that one CTA takes for the channels' amax and sums
+// Smoothing takes K's mean over about kSmoothSamples tokens: those whose index is a multiple of the stride. The mean
+// need not be exact, because softmax does not change when all keys of a row move alike.
+constexpr int kSmoothSamples = 2048;
+FPS_HD int smooth_stride(int tokens) {
+    return tokens < kSmoothSamples ? 1 : tokens / kSmoothSamples;
+}
+constexpr int kSamplesOfCta = 512;  // of which one CTA adds up K
 // Partial sums per (batch, head) that k_sum must hold.
 FPS_HD int quantize_chunks(int tokens) {
-    return ceil_div(tokens, kStatsChunk);
+    return ceil_div(ceil_div(tokens, smooth_stride(tokens)), kSamplesOfCta);
 }
 
 void quantize(const QuantizeParams &p, cudaStream_t stream);

@@ -17,7 +17,7 @@ __device__ __forceinline__ Int3 coordinates(int i, const int (&axis)[3], const i
 
 // ---- Forward ----
 
-// Up to three query blocks that see the same keys.
+// Up to p.blocks_per_item query blocks that see the same keys.
 //
 // They belong to one tile group (TileGrid::tile_group). Its tiles are ordered with ragged axes slowest; the first
 // blocks of all its tiles come first, then the second blocks, and so on. Blocks without a token then lie together, and
@@ -36,7 +36,7 @@ struct WorkItem {
         is_text = index < p.text_items;
         index -= is_text ? 0 : p.text_items;
         const int per_group = is_text ? p.text_items_per_head : p.items_per_group, groups = is_text ? 1 : p.n_groups;
-        first_block = index % per_group * kBlocksPerItem;
+        first_block = index % per_group * p.blocks_per_item;
         index /= per_group;
         origin = coordinates(index % groups, p.groups);
         index /= groups;
@@ -83,7 +83,7 @@ struct Task {
     int index;         // of the item; an index past the last item ends the CTA
     int n_key_blocks;  // that hold a token
     WorkItem item;
-    QueryBlock queries[kBlocksPerItem];
+    QueryBlock queries[kMaxBlocksPerItem];
 };
 
 // Calls f(block) for every key block of an item that holds a token: the window's box in raster order of its tiles, then

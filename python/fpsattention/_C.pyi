@@ -12,10 +12,10 @@ _Triple = Sequence[int]
 
 BLOCK: int
 QUERY_BLOCK: int
-BLOCKS_PER_ITEM: int
 MAX_SLOT: int
 MAX_WINDOWS: int
 
+def blocks_per_item(head_dim: int, blocks_of_group: int) -> int: ...
 def axis_keys(i: int, n: int, w: int, truncate: bool, /) -> list[int]: ...
 def axis_queries(j: int, n: int, w: int, truncate: bool, /) -> list[int]: ...
 def q_block_bytes(head_dim: int, /) -> int: ...
@@ -60,8 +60,6 @@ class QuantizeParams(CallParams):
     v_strides: _Triple
     q_blocks: int
     kv_blocks: int
-    v_amax: int
-    norms: int
     k_sum: int
     k_mean: int
     lse_shift: int
@@ -78,8 +76,6 @@ class ForwardParams(CallParams):
     def __init__(self, other: ForwardParams) -> None: ...
     q_blocks: int
     kv_blocks: int
-    v_amax: int
-    norms: int
     lse_shift: int
     out: int
     lse: int
@@ -93,7 +89,6 @@ class BackwardParams(CallParams):
     def __init__(self, other: BackwardParams) -> None: ...
     q_blocks: int
     kv_blocks: int
-    v_amax: int
     out: int
     dout: int
     out_strides: _Triple

@@ -107,7 +107,7 @@ def ring_attention(
     whole axis t; on h and w any is legal. Differentiable as `attention` is; each process then keeps what P calls keep.
 
     In exact arithmetic it gives what one process gives. Values that rounding takes from all tokens come from each slab
-    instead: V's scales, K's mean under smooth_k, and the scales of a quant_tile longer than the slab.
+    instead: K's mean under smooth_k, and the scales of a quant_tile longer than the slab.
 
     All processes of the group must call it, with arguments that differ in the tokens only.
 

@@ -17,7 +17,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 KERNELS = ROOT / "kernels"
 HOPPER = Path("fpsattention/hopper.cuh")
+PARAMS = Path("fpsattention/params.h")
 GMMA = Path("cute/arch/mma_sm90_gmma.hpp")
+GMMA_EXTENDED = Path("cute/arch/mma_sm90_gmma_ext.hpp")  # the other widths
 CUTE_UTIL = Path("cute/arch/util.hpp")
 FLAGS = [
     *("-std=c++17", "-O2", "-march=native", "-fPIC", "-fvisibility=hidden", "-w", "-fpermissive"),
@@ -86,24 +88,21 @@ def as_cpp(source: str) -> str:
 
 def emulated_gmma(source: str) -> str:
     """CUTLASS's wgmma wrappers with calls of the emulator in place of their host code, which only fails."""
-    for what, call in (("fence", ""), ("wait_group<N>", "wgmma_wait(N)"), ("commit_group", "wgmma_commit()")):
-        failure = f'CUTE_INVALID_CONTROL_PATH("Attempting to use wgmma.{what} without CUTE_ARCH_MMA_SM90A_ENABLED");'
-        source = replace(source, failure, f"emulator::{call};" if call else "")
     parts = re.split(r"^(?=struct MMA_64x)", source, flags=re.MULTILINE)
-    name = re.compile(r"struct MMA_64x(\d+)x(\d+)_F32(E4M3E4M3|BF16BF16)_(SS|RS)(?:_TN)?\n")
+    name = re.compile(r"struct MMA_64x(\d+)x(\d+)_(F16|F32)(E4M3E4M3|BF16BF16)_(SS|RS)(?:_TN)?\n")
     for i, part in enumerate(parts):
         match = name.match(part)
         if not match:
             continue
-        n, k, types, operands = match.groups()
-        fp8, in_registers = types == "E4M3E4M3", operands == "RS"
+        n, k, sums, types, operands = match.groups()
+        fp16, fp8, in_registers = sums == "F16", types == "E4M3E4M3", operands == "RS"
         signature = part[part.index("fma(") : part.index("#if defined")]
-        d, a = re.findall(r"float\s*& (d\d+)", signature), re.findall(r"uint32_t const& (a\d+)", signature)
-        assert len(d) == int(n) // 2 and len(a) == (4 if in_registers else 0), match[0]
+        d, a = re.findall(r"\w+\s*& (d\d+)", signature), re.findall(r"uint32_t const& (a\d+)", signature)
+        assert len(d) == int(n) // (4 if fp16 else 2) and len(a) == (4 if in_registers else 0), match[0]
         major = [
             "false" if fp8 or (x == "A" and in_registers) else f"tnsp{x} == GMMA::Major::MN" for x in "AB"
         ]
-        shape = ", ".join([n, k, *(str(x).lower() for x in (fp8, in_registers)), *major])
+        shape = ", ".join([n, k, *(str(x).lower() for x in (fp8, fp16, in_registers)), *major])
         a_descriptor = "0" if in_registers else "desc_a"
         addresses = [", ".join(f"&{x}" for x in registers) for registers in (a, d)]
         call = (
@@ -113,6 +112,22 @@ def emulated_gmma(source: str) -> str:
         parts[i], found = re.subn(r"CUTE_INVALID_CONTROL_PATH\(.*?\);", call, part, count=1)
         assert found, match[0]
     return "".join(parts)
+
+
+def emulated_barriers(source: str) -> str:
+    """The same for what orders wgmmas."""
+    for what, call in (("fence", ""), ("wait_group<N>", "wgmma_wait(N)"), ("commit_group", "wgmma_commit()")):
+        failure = f'CUTE_INVALID_CONTROL_PATH("Attempting to use wgmma.{what} without CUTE_ARCH_MMA_SM90A_ENABLED");'
+        source = replace(source, failure, f"emulator::{call};" if call else "")
+    return source
+
+
+def observed_params(source: str) -> str:
+    """params.h, with loads of BlockMeta observed: wgmma reads it too."""
+    meta = re.search(r"struct alignas\(128\) BlockMeta \{.*?\n\};\n", source, re.DOTALL)[0]
+    observed, count = re.subn(r"\b(float|int) (\w+);", r"emulator::Observed<\1> \2;", meta)
+    assert count == 3, meta
+    return replace(source, meta, observed)
 
 
 def emulated_util(source: str) -> str:
@@ -166,7 +181,9 @@ def build(folder: Path, mutations: Sequence[Mutation] = ()) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for path, text in (
         (HOPPER, (HERE / HOPPER.name).read_text()),
-        (GMMA, emulated_gmma((cutlass / GMMA).read_text())),
+        (PARAMS, observed_params((ROOT / "include" / PARAMS).read_text())),
+        (GMMA, emulated_barriers(emulated_gmma((cutlass / GMMA).read_text()))),
+        (GMMA_EXTENDED, emulated_gmma((cutlass / GMMA_EXTENDED).read_text())),
         (CUTE_UTIL, emulated_util((cutlass / CUTE_UTIL).read_text())),
     ):
         (include / path).parent.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ constexpr size_t kStackBytes = 192 * 1024;
 constexpr size_t kSharedBytes = 228 * 1024;
 constexpr int kSlowCopy = 1000;           // steps that a copy may take, long enough for several loops of a kernel
 constexpr int kStepsOfDeadlock = 200000;  // steps of the scheduler in which nothing happens
-constexpr uint32_t kPoison = 0x7fbadbad;  // a NaN
+constexpr uint32_t kPoison = 0x7fba7fba;  // a NaN, also as two halves
 
 int concurrent_ctas = 1;
 bool eager_wgmma = false;
@@ -48,15 +48,16 @@ struct Wgmma {
     std::vector<const uint32_t *> a;
     std::vector<uint32_t> a_at_issue;
     uint64_t a_descriptor, b_descriptor;
-    std::vector<float *> d;
+    std::vector<void *> d;
     bool accumulate;
     uint64_t fenced_at;
 };
-// When stmatrix last wrote some bytes of shared memory, and when a bulk copy last filled them. Loads are not observed:
-// bytes of a copy that no wgmma has read count as read by threads.
+// When stmatrix last wrote some bytes of shared memory, when a bulk copy last filled them, and when a thread last read
+// them. Only loads of `Observed` numbers are known; other bytes of a copy that no wgmma has read count as read by
+// threads.
 constexpr int kChunk = 16;
 struct Chunk {
-    uint64_t written_at = 0, filled_at = 0;
+    uint64_t written_at = 0, filled_at = 0, loaded_at = 0;
     bool read_by_wgmma = false;
 };
 
@@ -81,10 +82,10 @@ struct Thread {
     void *stack_pointer = nullptr;
     std::deque<Wgmma> in_flight;
     uint64_t issued = 0;
-    std::vector<uint64_t> groups;                   // wgmmas issued before each commit
-    std::map<float *, std::vector<float>> results;  // accumulators in flight, by their first register
-    uint64_t fenced_at = 0, acquired_at = 0;        // when it last fenced shared memory; when it last passed a barrier
-    bool acquired_global = false;                   // passed a barrier and has not fenced global memory since
+    std::vector<uint64_t> groups;                  // wgmmas issued before each commit
+    std::map<void *, std::vector<float>> results;  // accumulators in flight, by their first register
+    uint64_t fenced_at = 0, acquired_at = 0;       // when it last fenced shared memory; when it last passed a barrier
+    bool acquired_global = false;                  // passed a barrier and has not fenced global memory since
 };
 
 // Each of 32 lanes leaves a row of words; the last one to arrive does the work.
@@ -286,7 +287,7 @@ void land(Cta &cta, size_t which) {
     }
     std::memcpy(copy.to, copy.from, copy.bytes);
     const auto first = cta.chunks.begin() + (copy.to - cta.memory) / kChunk;
-    std::fill(first, first + copy.bytes / kChunk, Chunk{0, ++now, false});
+    std::fill(first, first + copy.bytes / kChunk, Chunk{0, ++now, 0, false});
     Mbarrier &barrier = mbarrier_of(cta, copy.barrier);
     barrier.bytes -= copy.bytes;
     complete_phase(barrier);
@@ -340,6 +341,36 @@ float bf16(uint16_t x) {
     return bits<float>(uint32_t(x) << 16);
 }
 
+uint32_t &word(void *reg) {
+    return *static_cast<uint32_t *>(reg);
+}
+
+// Element e of an accumulator's registers.
+float element(const std::vector<void *> &d, const Shape &shape, int e) {
+    return shape.fp16_sums ? __half2float(static_cast<const __half *>(d[e / 2])[e % 2])
+                           : *static_cast<const float *>(d[e]);
+}
+void set_element(const std::vector<void *> &d, const Shape &shape, int e, float x) {
+    if (shape.fp16_sums) {
+        static_cast<__half *>(d[e / 2])[e % 2] = __float2half(x);
+    } else {
+        *static_cast<float *>(d[e]) = x;
+    }
+}
+
+// Products of 16 rows, in fp32 or, exact for E4M3, in fp64.
+template <class T>
+void multiply(const float (&a)[16][32], const float (&b)[32][256], T (&product)[16][256], int n, int k) {
+    for (int row = 0; row < 16; ++row) {
+        std::fill(product[row], product[row] + n, T(0));
+        for (int i = 0; i < k; ++i) {
+            for (int column = 0; column < n; ++column) {
+                product[row][column] += T(a[row][i]) * b[i][column];
+            }
+        }
+    }
+}
+
 bool issued_by_all(const Cta &cta, int warpgroup, uint64_t number) {
     const auto first = cta.threads.begin() + warpgroup * 128;
     return std::all_of(first, first + 128, [&](const Thread &t) { return t.issued > number; });
@@ -359,6 +390,7 @@ bool execute(Cta &cta, int warp) {
         fenced_at = std::min(fenced_at, threads[i].in_flight.front().fenced_at);
     }
     static float a[16][32], b[32][256], product[16][256];
+    static double exact[16][256];
     // Calls set(mn, k, value) for an operand's rows or columns from `first_mn` on. Swizzles keep 16 bytes together.
     const auto read = [&](uint64_t descriptor, bool mn_major, int first_mn, int count, auto set) {
         const int per_chunk = kChunk / bytes;
@@ -398,31 +430,30 @@ bool execute(Cta &cta, int warp) {
             }
         }
     }
-    for (int m = 0; m < 16; ++m) {
-        std::fill(product[m], product[m] + shape.n, 0.0f);
-        for (int k = 0; k < shape.k; ++k) {
-            for (int n = 0; n < shape.n; ++n) {
-                product[m][n] += a[m][k] * b[k][n];
-            }
-        }
+    if (shape.fp16_sums) {
+        multiply(a, b, exact, shape.n, shape.k);
+    } else {
+        multiply(a, b, product, shape.n, shape.k);
     }
     for (int i = 0; i < 32; ++i) {
         Thread &thread = threads[i];
         const Wgmma own = std::move(thread.in_flight.front());
         thread.in_flight.pop_front();
         std::vector<float> &result = thread.results.at(own.d[0]);
-        for (int e = 0; e < int(own.d.size()); ++e) {
+        for (int e = 0; e < int(result.size()); ++e) {
             const int row = i / 4 + 8 * (e / 2 % 2), column = e / 4 * 8 + i % 4 * 2 + e % 2;
-            result[e] = (own.accumulate ? result[e] : 0.0f) + product[row][column];
+            const float before = own.accumulate ? result[e] : 0.0f;
+            result[e] = shape.fp16_sums ? __half2float(__double2half(before + exact[row][column]))
+                                        : before + product[row][column];
         }
         const bool last = std::none_of(thread.in_flight.begin(), thread.in_flight.end(),
                                        [&](const Wgmma &later) { return later.d[0] == own.d[0]; });
         if (last) {
-            for (int e = 0; e < int(own.d.size()); ++e) {
-                if (bits<uint32_t>(*own.d[e]) != kPoison) {
-                    fail("an accumulator was written while a wgmma owns it");
-                }
-                *own.d[e] = result[e];
+            if (std::any_of(own.d.begin(), own.d.end(), [](void *reg) { return word(reg) != kPoison; })) {
+                fail("an accumulator was written while a wgmma owns it");
+            }
+            for (int e = 0; e < int(result.size()); ++e) {
+                set_element(own.d, shape, e, result[e]);
             }
             thread.results.erase(own.d[0]);
         }
@@ -485,6 +516,24 @@ bool all(bool x) {
     const uint32_t word = x;
     const Meeting &meeting = meet(&word, 1, publish);
     return std::all_of(meeting.shared, meeting.shared + 32, [](uint32_t y) { return y != 0; });
+}
+
+int largest(int x) {
+    const uint32_t word = x;
+    const Meeting &meeting = meet(&word, 1, publish);
+    int top = x;
+    for (const uint32_t y : meeting.shared) {
+        top = std::max(top, int(y));
+    }
+    return top;
+}
+
+void note_load(const void *p) {
+    Cta &cta = *current->cta;
+    const auto offset = static_cast<const char *>(p) - cta.memory;
+    if (offset >= 0 && offset < long(kSharedBytes)) {
+        cta.chunks[offset / kChunk].loaded_at = ++now;
+    }
 }
 
 void store_matrices(uint32_t row, const uint32_t (&words)[4]) {
@@ -579,8 +628,10 @@ void bulk_copy(void *shared, const void *global, int bytes, void *barrier) {
         fail("a bulk copy counts on an mbarrier whose initialisation was not fenced");
     }
     const auto first = cta.chunks.begin() + shared_address(shared) / kChunk;
-    if (std::any_of(first, first + bytes / kChunk,
-                    [](const Chunk &chunk) { return chunk.filled_at > current->fenced_at && !chunk.read_by_wgmma; })) {
+    if (std::any_of(first, first + bytes / kChunk, [](const Chunk &chunk) {
+            return (chunk.filled_at > current->fenced_at && !chunk.read_by_wgmma) ||
+                   chunk.loaded_at > current->fenced_at;
+        })) {
         fail("a bulk copy over what threads have read, without a proxy fence ahead of it");
     }
     cta.copies.push_back(
@@ -607,7 +658,7 @@ void bulk_wait(bool until_read) {
 }
 
 void wgmma(Shape shape, std::vector<const uint32_t *> a, uint64_t a_descriptor, uint64_t b_descriptor,
-           std::vector<float *> d, bool accumulate) {
+           std::vector<void *> d, bool accumulate) {
     Cta &cta = *current->cta;
     const int warpgroup = current->index / 128;
     const Issue issue{a_descriptor, b_descriptor, accumulate, shape.n};
@@ -623,9 +674,11 @@ void wgmma(Shape shape, std::vector<const uint32_t *> a, uint64_t a_descriptor, 
     }
     std::vector<float> &result = current->results[d[0]];
     if (result.empty()) {
-        for (float *x : d) {
-            result.push_back(*x);
-            *x = bits<float>(kPoison);
+        for (int e = 0; e < int(d.size()) * (shape.fp16_sums ? 2 : 1); ++e) {
+            result.push_back(element(d, shape, e));
+        }
+        for (void *reg : d) {
+            word(reg) = kPoison;
         }
     }
     current->in_flight.push_back(std::move(operation));

@@ -57,6 +57,7 @@ void barrier(int threads);
 // The value that lane `from` passes; all 32 lanes of a warp must call it.
 uint32_t shuffle(uint32_t x, int from);
 bool all(bool x);
+int largest(int x);
 void store_matrices(uint32_t row, const uint32_t (&words)[4]);
 void load_matrices(uint32_t row, uint32_t *const (&words)[4]);
 
@@ -75,14 +76,14 @@ void fence_proxy_shared();
 void fence_proxy_global();
 void acquired_global();
 
-// One wgmma of 64 x n x k: E4M3 or bf16 operands, A from registers or from shared memory, `mn_major` operands
-// transposed.
+// One wgmma of 64 x n x k: E4M3 or bf16 operands, fp16 or fp32 sums, A from registers or from shared memory, `mn_major`
+// operands transposed. d are the registers of the sums, each a float or two halves.
 struct Shape {
     int n, k;
-    bool fp8, a_in_registers, a_mn_major, b_mn_major;
+    bool fp8, fp16_sums, a_in_registers, a_mn_major, b_mn_major;
 };
 void wgmma(Shape shape, std::vector<const uint32_t *> a, uint64_t a_descriptor, uint64_t b_descriptor,
-           std::vector<float *> d, bool accumulate);
+           std::vector<void *> d, bool accumulate);
 void wgmma_commit();
 void wgmma_wait(int groups);
 
@@ -104,6 +105,19 @@ template <class T>
 T load(const T *p) {
     return *p;
 }
+
+// A thread loads from this address, which may lie in shared memory.
+void note_load(const void *p);
+
+// A number whose loads are observed.
+template <class T>
+struct Observed {
+    T value;
+    operator T() const {
+        note_load(this);
+        return value;
+    }
+};
 
 }  // namespace emulator
 
@@ -129,6 +143,9 @@ T __shfl_xor_sync(unsigned mask, T x, int with) {
 }
 inline bool __any_sync(unsigned, bool x) {
     return !emulator::all(!x);
+}
+inline int __reduce_max_sync(unsigned, int x) {
+    return emulator::largest(x);
 }
 inline int __float_as_int(float x) {
     return emulator::bits<int>(x);

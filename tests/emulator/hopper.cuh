@@ -38,13 +38,15 @@ struct Barrier {
 };
 
 template <int kStages>
-struct RingState {
-    uint32_t count = 0;
-
-    int stage() const { return count % kStages; }
-    uint32_t full_parity() const { return count / kStages % 2; }
+class RingState {
+public:
+    int stage() const { return count_ % kStages; }
+    uint32_t full_parity() const { return count_ / kStages % 2; }
     uint32_t empty_parity() const { return full_parity() ^ 1; }
-    void next() { ++count; }
+    void next() { ++count_; }
+
+private:
+    uint32_t count_ = 0;
 };
 
 // One launch ends before the next begins.
@@ -105,6 +107,41 @@ inline int opaque(int x) {
 inline float exp2_approx(float x) {
     const float y = std::exp2(x);
     return y < 0x1p-126f ? 0.0f : y;  // keeps NaN
+}
+
+// Applies f to both halves of each word.
+template <class F, class... Words>
+uint32_t by_halves(F &&f, Words... words) {
+    return f(uint16_t(words)...) | uint32_t(f(uint16_t(words >> 16)...)) << 16;
+}
+// As the instructions: one rounding, and NaN is 0x7fff.
+inline uint16_t rounded_f16(double x) {
+    return std::isnan(x) ? 0x7fff : emulator::bits<uint16_t>(__double2half(x));
+}
+inline float of_f16(uint16_t x) {
+    return __half2float(emulator::bits<__half>(x));
+}
+inline uint32_t max_f16x2(uint32_t a, uint32_t b) {
+    return by_halves([](uint16_t x, uint16_t y) { return rounded_f16(std::fmax(of_f16(x), of_f16(y))); }, a, b);
+}
+inline uint32_t add_f16x2(uint32_t a, uint32_t b) {
+    return by_halves([](uint16_t x, uint16_t y) { return rounded_f16(double(of_f16(x)) + of_f16(y)); }, a, b);
+}
+inline uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
+    return by_halves(
+        [](uint16_t x, uint16_t y, uint16_t z) { return rounded_f16(double(of_f16(x)) * of_f16(y) + of_f16(z)); }, a, b,
+        c);
+}
+inline uint32_t max_u16x2(uint32_t a, uint32_t b) {
+    return by_halves([](uint16_t x, uint16_t y) { return max(x, y); }, a, b);
+}
+inline uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+    uint32_t y = 0;
+    for (int i = 0; i < 4; ++i) {
+        const uint64_t both = uint64_t(b) << 32 | a;
+        y |= uint32_t(both >> (selector >> (4 * i) & 7) * 8 & 0xff) << (8 * i);
+    }
+    return y;
 }
 
 inline uint32_t pack_e4m3(float x0, float x1, float x2, float x3) {

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..core import explain
 from ..core.checks import Triple
-from ..core.config import AttentionConfig
-from . import estimate, options
+from ..core.config import AttentionConfig, ResolvedConfig
+from . import catalog, estimate, options
 from .console import by, milliseconds, people, print_json, table_of
 from .errors import asked, require
 
@@ -19,11 +20,19 @@ if TYPE_CHECKING:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Rank the tiles of a token grid by padding, and account for one tile and window: density, work, the time an "
-        "H100 should take (an estimate from measured rates), and what would run on this machine."
+        "Rank the tiles of a token grid by the expected time under --window or --density, without them by padding. "
+        "Account for one tile and window: density, work, the time an H200 should take (an estimate from measured "
+        "rates), and what would run on this machine."
     )
     options.add_shape(parser)
     options.add_window(parser)
+    parser.add_argument(
+        "--density",
+        type=options.fraction,
+        metavar="F",
+        help="in place of --tile and --window: the fraction of all pairs to attend; the best tile and its window are "
+        "accounted for",
+    )
     options.add_json(parser)
 
 
@@ -31,18 +40,18 @@ def run(
     *,
     asked_shape: options.ShapeOptions,
     window: Triple | None,
+    density: float | None,
     border: options.Border,
     as_json: bool,
 ) -> None:
-    """The `plan` command. Raises UserError for a shape, tile or window that is not legal."""
+    """The `plan` command. Raises UserError for a shape, tile, window or density that is not legal."""
     require("rich")
     from rich.text import Text
 
     with asked():
         shape = asked_shape.choose()
-        resolved = shape.resolve(AttentionConfig(tile=asked_shape.tile, window=window, border=border))
+        ranked, resolved = _plan(shape, asked_shape.tile, window, density, border)
         dense = shape.resolve(AttentionConfig(tile=resolved.tile))
-    ranked = explain.plan(shape.grid)
     geometry = resolved.geometry
     expected, expected_dense = (estimate.forward(x, shape.heads, shape.head_dim) for x in (resolved, dense))
 
@@ -83,6 +92,27 @@ def run(
         )
 
 
+def _plan(
+    shape: catalog.VideoModel,
+    tile: Triple | None,
+    window: Triple | None,
+    density: float | None,
+    border: options.Border,
+) -> tuple[explain.Plan, ResolvedConfig]:
+    """The ranking of tiles, and the config to account for."""
+    plan = partial(explain.plan, shape.grid, border=border, heads=shape.heads, head_dim=shape.head_dim)
+    if density is not None:
+        if tile or window:
+            raise ValueError("--density: finds the tile and the window; leave --tile and --window out")
+        ranked = plan(density=density)
+        return ranked, shape.resolve(AttentionConfig(ranked.best.tile, ranked.best.window, border))
+    resolved = shape.resolve(AttentionConfig(tile, window, border))
+    if window is None:
+        return plan(), resolved
+    tokens = [w * t for w, t in zip(resolved.windows[0], resolved.tile, strict=True)]
+    return plan(reach=tokens), resolved
+
+
 def _expectation(expected: estimate.Estimate | None, dense: estimate.Estimate | None, layers: int) -> str:
     if expected is None or dense is None:
         return "no estimate: nothing was measured for this head_dim or so few tokens"
@@ -99,7 +129,14 @@ def _estimate_json(expected: estimate.Estimate | None) -> dict | None:
 
 
 def _tiles_table(ranked: explain.Plan) -> Table:
-    table = table_of("tile", "slot", "tiles", "waste", title="tiles, best first")
+    columns, title = ["tile", "slot", "tiles", "waste"], "tiles, best first"
+    if ranked.best.window is not None:
+        columns += ["window", "density", "time"]
+        title += explain.TIME_NOTE
+    table = table_of(*columns, title=title)
     for choice in ranked.candidates:
-        table.add_row(by(choice.tile), str(choice.slot), by(choice.tiles), f"{choice.waste:.1%}")
+        row = [by(choice.tile), str(choice.slot), by(choice.tiles), f"{choice.waste:.1%}"]
+        if choice.window is not None:
+            row += [by(choice.window), f"{choice.density:.3f}", f"{choice.slowdown:.2f}"]
+        table.add_row(*row)
     return table

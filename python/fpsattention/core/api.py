@@ -142,7 +142,7 @@ def attention(
             order, the video's in raster order, w fastest. The Hopper kernel takes bf16 and fp16, D 64 and 128, D
             contiguous, rows on 16 bytes. Autocast applies as to torch's scaled_dot_product_attention. NaN or Inf
             spreads to all that shares its scale: in q to the rows of its tile (or quant_tile), in k to the rows that
-            attend its tile, in v to its channel in all rows of the head; in k under smooth_k to the whole head.
+            attend its tile, in v to the rows that attend its key block; in k under smooth_k perhaps to the whole head.
             Or q is one `QuantizedQKV`: it brings all arguments but config, which may change window and border.
         grid: tokens (T, H, W) after patchifying.
         config: tile, window and rounding; None: FP8, dense, the planned tile.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,8 +23,9 @@ class AttentionConfig:
     """Tile, window and rounding of an attention call (arXiv 2506.04648, section 3). Immutable, hashable.
 
     Attributes:
-        tile: tokens (t, h, w) of a tile, at most 512 in all; None: the best tile of `plan(grid)`. Any grid is legal:
-            tiles at the edge may be ragged. The tile is the unit of sparsity and of the scales of Q and K.
+        tile: tokens (t, h, w) of a tile, at most 512 in all; None: the best tile of `plan(grid)`, whatever the window
+            and the heads. Any grid is legal: tiles at the edge may be ragged. The tile is the unit of sparsity and of
+            the scales of Q and K.
         window: tiles (wt, wh, ww) that a query tile attends, or one such triple per head; None: all tiles. Each number
             is odd, or at least the number of tiles on its axis and then means the whole axis.
         border: "clamp" shifts the window inward at the grid's edge, so that every query tile sees equally
@@ -33,7 +33,8 @@ class AttentionConfig:
         quant: "fp8" rounds Q, K, P and V to E4M3; "none" does not round.
         quant_tile: tokens (t, h, w) of a brick, whose tiles share one scale; a whole multiple of the tile on each axis;
             None: the tile itself. A coarser brick costs accuracy and saves no time.
-        smooth_k: subtract K's mean over the tokens before rounding. Without rounding it would not change the output.
+        smooth_k: subtract K's mean over some 2,048 tokens before rounding. Without rounding it would not change the
+            output.
 
     Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value.
     """
@@ -170,17 +171,6 @@ class ResolvedConfig:
         """Attended pairs of tokens as a fraction of all pairs, mean over the heads."""
         per_head = [self.geometry.density(w, self.border) for w in self.windows]
         return sum(per_head) / len(per_head)
-
-    @property
-    def item_fill(self) -> float:
-        """Fraction of the places in the Hopper kernel's work items that hold a query block, for full tiles.
-
-        A work item has three places for blocks of 64 rows. All its blocks belong to one tile group, whose tiles see the
-        same keys (kernels/README.md, "Windows").
-        """
-        group = _C.TileGrid(self.grid, self.tile).tile_group(self.windows)
-        blocks = math.prod(group) * self.geometry.slot // _C.QUERY_BLOCK
-        return blocks / (-(-blocks // _C.BLOCKS_PER_ITEM) * _C.BLOCKS_PER_ITEM) if blocks else 1.0
 
 
 def _as_window(value: Sequence) -> Triple | tuple[Triple, ...]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from .checks import MAX_INT, Triple, as_grid, as_int
-from .config import AXES, AttentionConfig, ResolvedConfig, as_config
-from .planning import TileChoice, ranked
+from .checks import MAX_INT, Triple, as_grid, as_int, as_triple, as_truncate, shown
+from .config import AXES, AttentionConfig, Border, ResolvedConfig, as_config
+from .planning import TileChoice, Wanted, ranked, reach_of
 from .support import HEAD_DIMS, hopper_obstacle
+
+TIME_NOTE = "; time: expected, over the fastest tile's at the density wanted"
 
 
 @dataclass(frozen=True)
@@ -21,14 +24,16 @@ class Plan:
     Attributes:
         grid: tokens (T, H, W).
         candidates: the best tiles of each slot size, all sorted best first.
+        border: "clamp" or "truncate", of the candidates' windows.
     """
 
     grid: Triple
     candidates: tuple[TileChoice, ...]
+    border: Border = "clamp"
 
     @property
     def best(self) -> TileChoice:
-        """The first of `candidates`. A config with tile=None takes this tile."""
+        """The first of `candidates`. A config with tile=None takes the tile that is best without a window."""
         return self.candidates[0]
 
     def explain(
@@ -42,7 +47,7 @@ class Plan:
         """A text for people: tile, waste, window, density, legal windows, work, and what would run on this machine.
 
         Args:
-            config: the config to explain; None: dense FP8 attention with the best tile.
+            config: the config to explain; None: FP8 attention with the best tile under its window, dense without one.
             heads: number of heads; None: one for each window of the config.
             head_dim: channels per head.
             prefix_len, suffix_len: text tokens before and after the video tokens; all count as valid.
@@ -50,6 +55,8 @@ class Plan:
         Raises TypeError or ValueError as `AttentionConfig.resolve` does, and unless head_dim is an integer of at least
         1.
         """
+        if config is None:
+            config = AttentionConfig(tile=self.best.tile, window=self.best.window, border=self.border)
         config, head_dim = as_config(config), as_int("head_dim", head_dim, 1, MAX_INT)
         if heads is None:
             windows = config.window or ()
@@ -58,18 +65,56 @@ class Plan:
         return "\n".join([*explain_tile(self, resolved, heads, head_dim), *_explain_choice(self)])
 
 
-def plan(grid: Sequence[int], *, top: int = 3) -> Plan:
-    """Rank tiles for a token grid by padding waste; near-equal ones by compactness and size. Cached.
+def plan(
+    grid: Sequence[int],
+    *,
+    top: int = 3,
+    density: float | None = None,
+    reach: Sequence[int] | None = None,
+    border: Border = "clamp",
+    heads: int = 1,
+    head_dim: int = 128,
+) -> Plan:
+    """Rank tiles for a token grid. Cached.
+
+    With a density or a reach, every tile gets the legal window nearest to it, and tiles are ranked by the expected time
+    of a forward on an H200 at that density: quantisation, padding, and SMs without work at the end count. Without,
+    they are ranked by padding alone. Near-equal tiles are ranked by compactness and size in both. Text tokens are left
+    out.
 
     Args:
         grid: tokens (T, H, W); any grid is legal.
         top: number of tiles of each slot size in the result.
+        density: attended pairs of tokens wanted, as a fraction of all pairs, for a window that is about a cube of
+            latent pixels.
+        reach: in place of the density, the size (t, h, w) of the window wanted, in tokens. Where it is at least the
+            grid's, the window is the whole axis.
+        border, heads, head_dim: of the call, for a density or a reach.
 
-    Raises TypeError or ValueError unless the grid is three integers, each at least 0, and `top` an integer of at least
-    1.
+    Raises TypeError or ValueError unless the grid is three integers, each at least 0, `top` an integer of at least 1,
+    and the others legal; density and reach exclude each other.
     """
-    grid = as_grid(grid)
-    return Plan(grid, ranked(grid, as_int("top", top, 1)))
+    grid, top, truncate = as_grid(grid), as_int("top", top, 1), as_truncate(border)
+    heads, head_dim = as_int("heads", heads, 1, MAX_INT), as_int("head_dim", head_dim, 1, MAX_INT)
+    if density is not None and reach is not None:
+        raise ValueError(f"reach: {shown(reach)} and density {shown(density)} exclude each other; give one")
+    if density is not None:
+        tokens = reach_of(grid, _as_density(density), truncate)
+    elif reach is not None:
+        t, h, w = map(min, as_triple("reach", reach, 1), grid)
+        tokens = float(t), float(h), float(w)
+    else:
+        return Plan(grid, ranked(grid, top), border)
+    return Plan(grid, ranked(grid, top, Wanted(tokens, truncate, heads, head_dim)), border)
+
+
+def _as_density(value: float) -> float:
+    rule = f"density: {shown(value)} must be a number above 0 and at most 1"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(rule)
+    if not 0 < value <= 1:
+        raise ValueError(rule)
+    return float(value)
 
 
 def explain_tile(plan: Plan, resolved: ResolvedConfig, heads: int, head_dim: int) -> list[str]:
@@ -100,26 +145,19 @@ def explain_tile(plan: Plan, resolved: ResolvedConfig, heads: int, head_dim: int
         f"window   {windows} tiles, {kind}; density {resolved.density:.3f}",
         f"legal    windows, {legal}",
         f"work     {flops / 1e12:.3g} TFLOP forward, batch 1, heads {heads}, head_dim {head_dim}{overhead}",
-        f"items    {_item_fill(resolved.item_fill)}",
         f"rounding {quant}",
         f"runs     {what_runs(resolved, head_dim)}",
     ]
 
 
-def _item_fill(fill: float) -> str:
-    text = f"{fill:.0%} of the Hopper kernel's warpgroups have queries"
-    if fill > 0.9:
-        return text
-    return (
-        f"{text}; a tile of 321 to 384 tokens, or a window that covers an axis of several tiles, gives all of them "
-        f"queries"
-    )
-
-
 def _explain_choice(plan: Plan) -> list[str]:
     header = f"{'tile':>14} {'slot':>5} {'tiles':>16} {'waste':>9}"
     rows = [f"{c.tile!s:>14} {c.slot:>5} {c.tiles!s:>16} {c.waste:>9.1%}" for c in plan.candidates]
-    return ["tiles    best first:", header, *rows]
+    if plan.best.window is not None:
+        header += f" {'window':>14} {'density':>8} {'time':>6}"
+        under = [f" {c.window!s:>14} {c.density:>8.3f} {c.slowdown:>6.2f}" for c in plan.candidates]
+        rows = [row + window for row, window in zip(rows, under, strict=True)]
+    return [f"tiles    best first{TIME_NOTE if plan.best.window else ''}:", header, *rows]
 
 
 def _legal(n: int, axis: str) -> str:

@@ -87,7 +87,7 @@ class TileGeometry:
         n_video_tiles: tiles of the grid.
         n_text_tokens: prefix_len + suffix_len.
         slot: rows per tile: 128, 256, 384 or 512.
-        blocks_per_tile: 128-row blocks per slot.
+        blocks_per_tile, n_blocks: key blocks, of 128 rows, per slot and in all; those of padding count.
     """
 
     def __init__(
@@ -109,6 +109,7 @@ class TileGeometry:
         self.blocks_per_tile = self.slot // _C.BLOCK
         self.n_video_tiles = math.prod(self.tiles)
         self.n_tiles = self.n_video_tiles + text_tiles(self.slot, self.prefix_len, self.suffix_len)
+        self.n_blocks = self.n_tiles * self.blocks_per_tile
 
     @property
     def _rule(self) -> _C.TileGrid:
@@ -144,6 +145,15 @@ class TileGeometry:
         tile_of_row = torch.arange(self.n_tiles, device="cpu").repeat_interleave(self.valid)
         out = torch.empty(self.n_tokens, dtype=torch.int64, device="cpu")
         out[self.slot_tokens[self.slot_tokens >= 0]] = tile_of_row
+        return out
+
+    @_Kept
+    def block_of_token(self) -> torch.Tensor:
+        """int64 [n_tokens]: the key block of each token."""
+        row_in_tile = torch.arange(self.slot, device="cpu").expand(self.n_tiles, -1)
+        is_token = self.slot_tokens >= 0
+        out = self.tile_of_token * self.blocks_per_tile
+        out[self.slot_tokens[is_token]] += row_in_tile[is_token] // _C.BLOCK
         return out
 
     def n_bricks(self, quant_tile: Sequence[int]) -> int:

@@ -32,15 +32,13 @@ from .support import DTYPES, kernel_obstacle
 class Sections(NamedTuple):
     """Offsets in bytes of the sections of packed operands, in their order; an absent section is empty.
 
-    q_blocks and kv_blocks are the packed blocks of include/fpsattention/params.h. Everything from v_amax up to
+    q_blocks and kv_blocks are the packed blocks of include/fpsattention/params.h. Everything from q_amax up to
     lse_shift is zeroed before the first kernel.
     """
 
     q_blocks: int  # uint8 [B, H, query blocks, q_block_bytes]
     kv_blocks: int  # uint8 [B, H, key blocks, kv_block_bytes]
     k_mean: int  # fp32 [B, H, D], with smooth_k
-    v_amax: int  # fp32 [B, H, D]
-    norms: int  # fp32 [B, H, 2]: largest norm of a row of Q, and of K
     q_amax: int  # fp32 [B, H, bricks], scratch of bricks of several tiles
     k_amax: int
     next_item: int  # int32 [1], the work counter of the forward that follows at once
@@ -54,8 +52,6 @@ class Sections(NamedTuple):
             "q_blocks": heads * (rows // _C.QUERY_BLOCK * _C.q_block_bytes(head_dim)),
             "kv_blocks": heads * (rows // _C.BLOCK * _C.kv_block_bytes(head_dim)),
             "k_mean": heads * 4 * head_dim if smooth_k else 0,
-            "v_amax": heads * 4 * head_dim,
-            "norms": heads * 8,
             "q_amax": heads * 4 * bricks,
             "k_amax": heads * 4 * bricks,
             "next_item": 4,
@@ -236,8 +232,7 @@ def launch_quantize(
     params.v_strides = _strides("v", v, call)
     base = packed.data_ptr()
     params.q_blocks, params.kv_blocks = base + at.q_blocks, base + at.kv_blocks
-    params.v_amax, params.norms = base + at.v_amax, base + at.norms
-    params.zeroed = base + at.v_amax, at.lse_shift - at.v_amax
+    params.zeroed = base + at.q_amax, at.lse_shift - at.q_amax
     if at.k_amax != at.q_amax:
         params.q_amax, params.k_amax = base + at.q_amax, base + at.k_amax
     if call.resolved.smooth_k:
@@ -271,7 +266,6 @@ def launch_attend(
     params = _C.ForwardParams(call.forward_params)
     counts = _set_counts(params, prefix_valid, suffix_valid)  # noqa: F841  alive until the launch
     params.q_blocks, params.kv_blocks = base + at.q_blocks, base + at.kv_blocks
-    params.v_amax, params.norms = base + at.v_amax, base + at.norms
     if call.resolved.smooth_k:
         params.lse_shift = base + at.lse_shift
     params.out = out.data_ptr()
@@ -310,7 +304,6 @@ def launch_backward(
     params = _C.BackwardParams(call.backward_params)
     counts = _set_counts(params, prefix_valid, suffix_valid)  # noqa: F841  alive until the launch
     params.q_blocks, params.kv_blocks = base + at.q_blocks, base + at.kv_blocks
-    params.v_amax = base + at.v_amax
     if call.resolved.smooth_k:
         params.lse_shift, params.k_mean = base + at.lse_shift, base + at.k_mean
     params.out, params.dout = out.data_ptr(), dout.data_ptr()

@@ -31,7 +31,13 @@ from .config import AttentionConfig, ResolvedConfig, as_config
 from .geometry import TileGeometry
 
 E4M3_MAX = 448.0
+QK_MAX = 14.0  # largest element of Q and K in E4M3: products of 128 of them fit fp16
 AMAX_FLOOR = 2.0**-100  # values up to this count as zero, because 448 / amax could overflow fp32
+SMOOTH_SAMPLES = 2048  # tokens, about, from which smoothing takes K's mean
+CODES = 8  # E4M3 codes of an octave
+TOP_CODE = 120  # of P where z is the exponent of its key block: 256
+# log2 of the mean of P / 2^z over an octave of z: the code is a piecewise linear logarithm, never below the true one.
+LOG2_BIAS = -math.log2(2 * math.log(2) ** 2)
 BUDGET = 2**25  # largest number of elements in a buffer of scores or of gathered keys
 CPU_BUDGET = 2**22  # the same on a CPU, where buffers that fit in its caches are up to three times as fast
 LOG2E = math.log2(math.e)
@@ -80,9 +86,9 @@ class Quantized:
     Attributes:
         q8, k8, v8: float8_e4m3fn [B, H, L, D]. With smoothing, k8 is K less its mean, rounded.
         q_scale, k_scale: fp32 [B, H, n_tiles]; x = x8 * scale. Tiles of one brick have equal scales.
-        v_scale: fp32 [B, H, D].
+        v_scale: fp32 [B, H, n_blocks], one for each key block.
         k_mean: fp32 [B, H, D], or None without smoothing.
-        tile_of_token: int64 [L].
+        tile_of_token, block_of_token: int64 [L].
     """
 
     q8: Tensor
@@ -93,6 +99,7 @@ class Quantized:
     v_scale: Tensor
     k_mean: Tensor | None
     tile_of_token: Tensor
+    block_of_token: Tensor
 
     @property
     def q(self) -> Tensor:
@@ -107,13 +114,16 @@ class Quantized:
     @property
     def v(self) -> Tensor:
         """fp32 [B, H, L, D]: the values that v8 stands for."""
-        return self.v8.float() * self.v_scale[:, :, None]
+        return self.v8.float() * self.v_scale[:, :, self.block_of_token, None]
 
 
-def _scales(amax: Tensor) -> tuple[Tensor, Tensor]:
-    """(inv, scale) of values that share a scale and have this amax: x8 = e4m3(x * inv), x = x8 * scale."""
+def _scales(amax: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+    """(inv, scale) of values that share a scale and have this amax: x8 = e4m3(x * inv), x = x8 * scale.
+
+    The largest x8 is `largest`.
+    """
     empty = amax <= AMAX_FLOOR
-    top = torch.full_like(amax, E4M3_MAX)  # by a Python number, torch may divide with a rounded reciprocal
+    top = torch.full_like(amax, largest)  # by a Python number, torch may divide with a rounded reciprocal
     return (top / amax).masked_fill(empty, 1.0), (amax / top).masked_fill(empty, 1.0)
 
 
@@ -134,9 +144,12 @@ def quantize(
     """Round Q, K, V to E4M3 as the kernels do, bit for bit (arXiv 2506.04648, section 3.1).
 
     Q and K have one scale per (batch, head, tile), or per brick if `resolved.quant_tile` is larger than the tile. Each
-    text tile has a scale of its own. V has one scale per (batch, head, channel). A scale comes from amax, the largest
-    magnitude in fp32 among the valid tokens that share it. Where amax is at most `AMAX_FLOOR`, the scale is 1 and all
-    rounds to zero. A NaN or Inf in a valid token spreads over all that share its scale.
+    text tile has a scale of its own. V has one scale per (batch, head, key block). A scale comes from amax, the largest
+    magnitude in fp32 among the valid tokens that share it: it maps amax to `QK_MAX` in Q and K, to `E4M3_MAX` in V.
+    Where amax is at most `AMAX_FLOOR`, the scale is 1 and all rounds to zero. A NaN or Inf in a valid token spreads to
+    all that share its scale.
+
+    With smoothing, K's mean is that of the valid tokens whose index is a multiple of max(1, L // `SMOOTH_SAMPLES`).
 
     Args:
         q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), of a dtype in `DTYPES`; read as fp32.
@@ -159,27 +172,30 @@ def _quantize(q: Tensor, k: Tensor, v: Tensor, resolved: ResolvedConfig, valid: 
     geometry = resolved.geometry
     k_mean = None
     if resolved.smooth_k:
-        n = geometry.n_tokens if valid is None else valid.sum(1).clamp(min=1)[:, None, None]
-        k_mean = (k.sum(dim=2, dtype=torch.float64) / n).float()
+        stride = max(1, geometry.n_tokens // SMOOTH_SAMPLES)
+        samples = k[:, :, ::stride]  # zeros where invalid
+        n = samples.shape[2] if valid is None else valid[:, ::stride].sum(1).clamp(min=1)[:, None, None]
+        k_mean = (samples.sum(dim=2, dtype=torch.float64) / n).float()
         k = zero_invalid(k - k_mean[:, :, None], valid)
-    tile_of_token = geometry.tile_of_token.to(q.device)
+    tile_of_token, block_of_token = (
+        x.to(q.device) for x in (geometry.tile_of_token, geometry.block_of_token)
+    )
     brick_of_tile = geometry.brick_of_tile(resolved.quant_tile)
     n_bricks = int(brick_of_tile[-1]) + 1 if geometry.n_tiles else 0
     brick_of_tile = brick_of_tile.to(q.device)
-    brick_of_token = brick_of_tile[tile_of_token]
 
-    def per_brick(x: Tensor) -> tuple[Tensor, Tensor]:
-        amax = x.new_zeros(*x.shape[:2], n_bricks)
-        amax.scatter_reduce_(2, brick_of_token.expand(x.shape[:3]), x.abs().amax(3), "amax")
-        inv, scale = _scales(amax)
-        return _to_e4m3(x * inv[:, :, brick_of_token, None]), scale[:, :, brick_of_tile]
+    def rounded(x: Tensor, group_of_token: Tensor, groups: int, largest: float) -> tuple[Tensor, Tensor]:
+        """x in E4M3 and the scale of each group."""
+        amax = x.new_zeros(*x.shape[:2], groups)
+        amax.scatter_reduce_(2, group_of_token.expand(x.shape[:3]), x.abs().amax(3), "amax")
+        inv, scale = _scales(amax, largest)
+        return _to_e4m3(x * inv[:, :, group_of_token, None]), scale
 
-    q8, q_scale = per_brick(q)
-    k8, k_scale = per_brick(k)
-    v_amax = v.abs().amax(2) if geometry.n_tokens else v.new_zeros(*v.shape[:2], v.shape[3])
-    v_inv, v_scale = _scales(v_amax)
-    v8 = _to_e4m3(v * v_inv[:, :, None])
-    return Quantized(q8, k8, v8, q_scale, k_scale, v_scale, k_mean, tile_of_token)
+    q8, q_scale = rounded(q, brick_of_tile[tile_of_token], n_bricks, QK_MAX)
+    k8, k_scale = rounded(k, brick_of_tile[tile_of_token], n_bricks, QK_MAX)
+    v8, v_scale = rounded(v, block_of_token, geometry.n_blocks, E4M3_MAX)
+    q_scale, k_scale = (x[:, :, brick_of_tile] for x in (q_scale, k_scale))
+    return Quantized(q8, k8, v8, q_scale, k_scale, v_scale, k_mean, tile_of_token, block_of_token)
 
 
 def _products_are_fp32(device: torch.device) -> bool:
@@ -193,7 +209,8 @@ def _products_are_fp32(device: torch.device) -> bool:
 def _exact_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in fp32 or fp64, even where torch may use TF32 or bf16. That setting belongs to the whole process.
 
-    Products of the FP8 arithmetic need no such care: their operands have at most 8 bits, which TF32 and bf16 hold.
+    Other products of the FP8 arithmetic need no such care: their operands have at most 8 bits, so TF32 and bf16 hold
+    them.
     """
     if a.dtype != torch.float32 or _products_are_fp32(a.device):
         return a @ b
@@ -204,25 +221,57 @@ def _budget(device: torch.device) -> int:
     return min(BUDGET, CPU_BUDGET) if device.type == "cpu" else BUDGET
 
 
+@dataclass(frozen=True)
+class _KeyBlocks:
+    """How the keys of a chunk lie: `tiles` times `rows` rows of the grid's tiles, then the prefix, then the suffix."""
+
+    tiles: int
+    rows: int
+    text: tuple[int, int]
+    block: int  # rows of a key block
+
+    def of(self, x: Tensor) -> list[Tensor]:
+        """Views [..., blocks, keys of a block] of x [..., keys], for blocks of equal size: together, all key blocks."""
+        parts = []
+        first = self.tiles * self.rows
+        if first:
+            tiles = x[..., :first].unflatten(-1, (self.tiles, self.rows))
+            parts += tiles.split(self.block, dim=-1)
+        for length in self.text:
+            section, whole = x[..., first : first + length], length // self.block * self.block
+            if whole:
+                parts.append(section[..., :whole].unflatten(-1, (-1, self.block)))
+            if length > whole:
+                parts.append(section[..., None, whole:])
+            first += length
+        return parts
+
+
 def _chunks(
     resolved: ResolvedConfig, window: Triple, heads: int, head_dim: int, budget: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of token indices (queries [n, rows], keys [n, keys]) that are computed together; -1 is padding.
+) -> Iterator[tuple[Tensor, Tensor, _KeyBlocks]]:
+    """What is computed together: queries [n, rows], keys [n, keys] (token indices; -1 is padding), and how keys lie.
 
     Row i of `queries` attends row i of `keys`, and every query token comes once. heads * n * keys * rows and
     heads * n * keys * head_dim stay within `budget`, unless a single row, or the keys of a single group, exceed it.
-    Text tokens are not in tiles here: as keys they follow those of every group, as queries they are a group.
+    Text queries are a group.
     """
     geometry = resolved.geometry
     text = geometry.text_tokens
+    video = slice(geometry.n_video_tiles)
+    longest = int(geometry.valid[video].max()) if geometry.n_video_tiles else 0
+    rows_of_tile = geometry.slot_tokens[video, :longest]
+
+    def lie(tiles: int) -> _KeyBlocks:
+        lengths = geometry.prefix_len, geometry.suffix_len
+        return _KeyBlocks(tiles, longest, lengths, geometry.slot // geometry.blocks_per_tile)
+
     if len(text):
-        everything = torch.arange(geometry.n_tokens, device="cpu")[None]
-        for some in text[None].split(max(1, budget // (heads * geometry.n_tokens)), dim=1):
-            yield some, everything
+        everything = torch.cat([rows_of_tile.flatten(), text])[None]
+        for some in text[None].split(max(1, budget // (heads * everything.shape[1])), dim=1):
+            yield some, everything, lie(geometry.n_video_tiles)
     if not geometry.n_video_tiles:
         return
-    video = slice(geometry.n_video_tiles)
-    rows_of_tile = geometry.slot_tokens[video, : int(geometry.valid[video].max())]
     boxes, group_of_tile = geometry.key_boxes(window, resolved.border).unique(dim=0, return_inverse=True)
     tiles_by_group = group_of_tile.argsort(stable=True)
     query_tiles = group_of_tile.bincount()
@@ -231,8 +280,8 @@ def _chunks(
     for size in sizes.unique(dim=0):
         alike = (sizes == size).all(1).nonzero()[:, 0]
         n_query_tiles, n_key_tiles = int(size[0]), int(size[1:].prod())
-        per_row = heads * (n_key_tiles * rows_of_tile.shape[1] + len(text))
-        rows = min(n_query_tiles * rows_of_tile.shape[1], max(1, budget // per_row))
+        per_row = heads * (n_key_tiles * longest + len(text))
+        rows = min(n_query_tiles * longest, max(1, budget // per_row))
         n = max(1, budget // (per_row * max(rows, head_dim)))
         for groups in alike.split(n):
             tiles = tiles_by_group[first[groups, None] + torch.arange(n_query_tiles, device="cpu")]
@@ -240,7 +289,7 @@ def _chunks(
             keys = rows_of_tile[geometry.tiles_in(boxes[groups])].flatten(1)
             keys = torch.cat([keys, text.expand(len(groups), -1)], dim=1)
             for some in queries.split(rows, dim=1):
-                yield some, keys
+                yield some, keys, lie(n_key_tiles)
 
 
 def _blockwise(
@@ -258,8 +307,8 @@ def _blockwise(
 
     Args:
         compute: takes a chunk of each of `of_queries` [heads, n, rows, ...], a chunk of each of `of_keys` [heads, n,
-            keys, ...], and a mask that broadcasts to [heads, n, rows, keys], True where a key is padding or invalid,
-            or None. Returns out [heads, n, rows, D] and lse [heads, n, rows] in `dtype`.
+            keys, ...], a mask that broadcasts to [heads, n, rows, keys], True where a key is padding or invalid, or
+            None, and how the keys lie in blocks. Returns out [heads, n, rows, D] and lse [heads, n, rows] in `dtype`.
         of_queries, of_keys: tensors [heads, L, ...]; the first of each has D channels.
         valid: bool [heads, L]; None: all tokens are valid.
 
@@ -271,14 +320,18 @@ def _blockwise(
     lse = torch.empty(q.shape[:2], dtype=dtype, device=q.device)
 
     def compute_chunk(
-        queries: Tensor, keys: Tensor, padding: Tensor | None, *operands: Tensor
+        queries: Tensor, keys: Tensor, padding: Tensor | None, blocks: _KeyBlocks, *operands: Tensor
     ) -> tuple[Tensor, Tensor]:
         values = [x[:, queries] for x in operands[: len(of_queries)]]
         values += [x[:, keys] for x in operands[len(of_queries) :]]
+        if (
+            padding is not None
+        ):  # or a NaN in the value of a key that is not attended would spread, times zero
+            values[-1] = values[-1].masked_fill(padding.mT, 0.0)
         with torch.autocast(queries.device.type, enabled=False):  # the dtypes are part of the contract
-            return compute(*values, padding)
+            return compute(*values, padding, blocks)
 
-    for queries, keys in _chunks(resolved, window, heads, head_dim, _budget(q.device)):
+    for queries, keys, blocks in _chunks(resolved, window, heads, head_dim, _budget(q.device)):
         rows, in_use = queries.clamp(min=0).to(q.device), queries >= 0
         padding = (keys < 0)[:, None].to(q.device) if keys.min() < 0 else None
         keys = keys.clamp(min=0).to(q.device)
@@ -287,10 +340,12 @@ def _blockwise(
             padding = unseen if padding is None else unseen | padding
         if torch.is_grad_enabled() and any(x.requires_grad for x in operands):
             some_out, some_lse = checkpoint(
-                compute_chunk, rows, keys, padding, *operands, use_reentrant=False, preserve_rng_state=False
+                *(compute_chunk, rows, keys, padding, blocks, *operands),
+                use_reentrant=False,
+                preserve_rng_state=False,
             )
         else:
-            some_out, some_lse = compute_chunk(rows, keys, padding, *operands)
+            some_out, some_lse = compute_chunk(rows, keys, padding, blocks, *operands)
         tokens, in_use = queries[in_use].to(q.device), in_use.to(q.device)
         out[:, tokens] = some_out[:, in_use]
         lse[:, tokens] = some_lse[:, in_use]
@@ -446,7 +501,9 @@ def exact_attention(
         return _call_op("exact", q, k, v, dtype, *call)
     q, k, v, valid, resolved, factor = _set_up(q, k, v, *call)
 
-    def compute(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+    def compute(
+        q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, _: _KeyBlocks
+    ) -> tuple[Tensor, Tensor]:
         scores = _exact_product(q * factor, k.mT)
         if padding is not None:
             scores.masked_fill_(padding, -math.inf)
@@ -482,20 +539,21 @@ def emulated_attention(
 ) -> tuple[Tensor, Tensor]:
     """The FP8 contract: the arithmetic of the kernels, with the same roundings (arXiv 2506.04648, section 3).
 
-    With z = q8.k8 * s_q * s_k * scale * log2(e), m = ceil(max z) over the keys of a row, P = 2^(z - m), l = sum P and
-    p8 = e4m3(448 P):
+    Let z = q8.k8 * s_q * s_k * scale * log2(e), and m = ceil(max z) over the keys of a row in one key block (128 rows
+    of a slot). No exponential is evaluated: bit patterns of E4M3 are a piecewise linear logarithm, 8 codes an octave.
 
-        out = sum(p8 * v8) * s_v / (448 l)        lse = ln(2) * (m + log2 l)
+        code = clamp(round(120 + 8 (z - m)), 0, 126)        P = the E4M3 number with this bit pattern, 256 for z = m
+        l = sum 2^m P        out = sum 2^m P v8 s_v / l        lse = ln(2) * (log2 l - 8 - b)
 
-    m is an integer, so the kernels rescale exactly when m grows from block to block. Their m may be larger by about
-    five. This only moves the smallest P that p8 can represent.
+    The sums are over all keys, m is that of a key's block, and l sums the rounded P, so that rows of out are averages
+    exactly. b = -log2(2 ln(2)^2) = 0.0575 is log2 of the mean of P / 2^(z - m + 8) over an octave of z.
 
     Differentiable any number of times. The backward recomputes block by block (arXiv 2307.08691); its fp32 products
-    follow torch's TF32 setting. Roundings are straight-through: their derivative is one, and scales, m and K's mean are
-    constants. (Without rounding, smoothing has no effect, so K's mean needs no gradient.) With x^ = x8 * s_x, delta =
-    rowsum(dO * out) - dlse and dS = P / l * (dO v^.T - delta):
+    follow torch's TF32 setting. Roundings are straight-through: their derivative is one (that of 2^z for a code), and
+    scales, m and K's mean are constants. (Without rounding, smoothing has no effect, so K's mean needs no gradient.)
+    With x^ = x8 * s_x, p = 2^m P / l, delta = rowsum(dO * out) - dlse and dS = p * (dO v^.T - delta):
 
-        dV = (p8 / 448 l).T dO        dK = scale * dS.T q^        dQ = scale * (dS k^ + dlse * k_mean)
+        dV = p.T dO        dK = scale * dS.T q^        dQ = scale * (dS k^ + dlse * k_mean)
 
     Args:
         q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), L = prefix_len + T * H * W + suffix_len in this order,
@@ -543,16 +601,18 @@ def _emulate_heads(
     with torch.no_grad():
         x = _quantize(q[:, None], k[:, None], v[:, None], resolved, valid)
         q_scale, k_scale = (s[:, 0, x.tile_of_token].to(dtype) for s in (x.q_scale, x.k_scale))
-        v_scale = x.v_scale.to(dtype)
-    rounded = zip(
-        (q, k, v), (x.q8, x.k8, x.v8), (q_scale[..., None], k_scale[..., None], v_scale), strict=True
+        v_scale = x.v_scale[:, 0, x.block_of_token].to(dtype)
+        v_rounded = x.v8[:, 0].to(dtype) * v_scale[..., None]
+    q8, k8 = (
+        _StraightThrough.apply(t.to(dtype) / s[..., None], t8[:, 0].to(dtype))
+        for t, t8, s in ((q, x.q8, q_scale), (k, x.k8, k_scale))
     )
-    q8, k8, v8 = (_StraightThrough.apply(t.to(dtype) / s, t8[:, 0].to(dtype)) for t, t8, s in rounded)
+    of_keys = k8, k_scale, _StraightThrough.apply(v.to(dtype), v_rounded)
     compute = partial(_emulate_chunk, scale)
-    out, lse = _blockwise(compute, (q8, q_scale), (k8, k_scale, v8), resolved, window, dtype, valid)
+    out, lse = _blockwise(compute, (q8, q_scale), of_keys, resolved, window, dtype, valid)
     if x.k_mean is not None:
         lse = lse + _lse_of_mean(q.to(dtype), x.k_mean, scale)
-    return out * v_scale, lse
+    return out, lse
 
 
 def _emulate_chunk(
@@ -561,17 +621,33 @@ def _emulate_chunk(
     q_scale: Tensor,
     k8: Tensor,
     k_scale: Tensor,
-    v8: Tensor,
+    v: Tensor,
     padding: Tensor | None,
+    blocks: _KeyBlocks,
 ) -> tuple[Tensor, Tensor]:
-    """out, without V's scale, and lse of one chunk, as `_blockwise` asks for."""
+    """out and lse of one chunk, as `_blockwise` asks for."""
     z = _scores(q8, q_scale, k8, k_scale, scale, padding)
-    m = z.detach().amax(-1, keepdim=True).ceil_()
-    p = z.sub_(m).exp2_()
+    p, m = _probabilities(z.detach(), blocks)
+    if z.requires_grad:
+        p = p * (z - z.detach()).masked_fill(z == -math.inf, 0.0).exp2()  # one, with the derivative of 2^z
     l = p.sum(-1)  # noqa: E741
-    p448 = p * E4M3_MAX  # at most 448, so nothing saturates
-    p8 = _StraightThrough.apply(p448, p448.detach().to(torch.float8_e4m3fn).to(p448.dtype))
-    return p8 @ v8 / (E4M3_MAX * l)[..., None], math.log(2) * (m[..., 0] + l.log2())
+    log2_top = TOP_CODE / CODES - 7  # 2^8 is the number with the top code
+    out = _exact_product(p / l[..., None], v)  # in this order, because P times a large V may overflow fp32
+    return out, math.log(2) * (m + l.log2() - log2_top - LOG2_BIAS)
+
+
+def _probabilities(z: Tensor, blocks: _KeyBlocks) -> tuple[Tensor, Tensor]:
+    """(2^(m - M) P [..., keys], M [...]) of z [..., keys]: m is of a key's block, M is the largest m of the row."""
+    p, views = torch.empty_like(z), blocks.of(z)
+    tops = [view.amax(-1).ceil() for view in views]
+    largest = torch.cat(tops, dim=-1).amax(-1)
+    for view, top, to in zip(views, tops, blocks.of(p), strict=True):
+        m = top.masked_fill(top == -math.inf, 0.0)[..., None]  # a block may hold padding only
+        code = (TOP_CODE + CODES * (view - m)).round_().clamp_(0, 126)
+        number = code.to(torch.uint8).view(torch.float8_e4m3fn).to(z.dtype)
+        torch.mul(number, (top - largest[..., None]).exp2()[..., None], out=to)
+        to.masked_fill_(code.isnan(), math.nan)  # which has no code
+    return p, largest
 
 
 def _to_bf16(x: Tensor) -> Tensor:
@@ -579,11 +655,12 @@ def _to_bf16(x: Tensor) -> Tensor:
     return x.bfloat16().float()
 
 
-def _to_four_bits(x: Tensor) -> Tensor:
-    """fp32 x >= 0 rounded to nearest even with the 4 significant bits of E4M3, but without its limits of range."""
-    power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)  # the largest power of two up to x
-    power *= 2.0**20  # of a number this large, the last bit has the place of x's fourth
-    return x + power - power
+def _number_of_code(z: Tensor, m: Tensor) -> Tensor:
+    """2^-m times the forward's P, for the same z; without E4M3's limits of range. m is an integer."""
+    code = (CODES * z).round_().sub_(CODES * m)
+    octave = (code / CODES).floor_()
+    number = (code - CODES * octave).div_(CODES).add_(1).mul_(octave.exp2())
+    return number.masked_fill_(z == -math.inf, 0.0)
 
 
 @torch.no_grad()
@@ -609,16 +686,15 @@ def emulated_backward(
 
     The method is that of arXiv 2506.04648, section 3, recomputed block by block from the lse (arXiv 2307.08691, section
     3.2). Let z be as in the forward, lse2 the lse in log2 units without the share that smoothing adds to it, M =
-    ceil(lse2) and c = 2^(M - lse2) / 448. A probability is x * c with x = 448 * 2^(z - M), so c is applied once per
-    query: dO' = bf16(c * dO), delta' = c * (rowsum(dO * out) - dlse), and
+    ceil(lse2) and c = 2^(M - lse2 - b). A probability is x * c with x = 2^-M P, where the code of P is round(8 z), any
+    octave. This is the forward's P, but for keys that underflow in their block. c is applied once per query:
+    dO' = bf16(c * dO), delta' = c * (rowsum(dO * out) - dlse), and
 
         dP' = dO' bf16(v8 s_v).T        dS = bf16(x * (dP' - delta'))
-        dV = x^.T dO'                   dK = scale * dS.T bf16(q8 s_q)
+        dV = x.T dO'                    dK = scale * dS.T bf16(q8 s_q)
         dQ = scale * (dS bf16(k8 s_k) + dlse * k_mean)
 
-    x^ is x rounded to nearest even with the 4 significant bits of E4M3: the forward's p8, up to a power of two. x^ has
-    no smallest number, so it is more exact where p8 is subnormal or zero. The 16-bit type is bf16, also for fp16
-    inputs; everything else is fp32.
+    The 16-bit type is bf16, also for fp16 inputs, and holds x exactly; everything else is fp32.
 
     Args:
         q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), as in the forward.
@@ -683,7 +759,7 @@ def _backward_of_heads(
         lse = lse - _lse_of_mean(q.float(), x.k_mean, scale)
     lse2 = lse * LOG2E
     m = lse2.ceil()
-    c = (m - lse2).exp2() / E4M3_MAX
+    c = (m - lse2 - LOG2_BIAS).exp2()
     dout16 = _to_bf16(c[..., None] * dout)
     delta = c * ((dout * out).sum(-1) - dlse)
 
@@ -691,7 +767,7 @@ def _backward_of_heads(
     of_keys = (x.k8[:, 0].float(), k_scale, k16, v16)
     dq, dk, dv = (torch.zeros_like(t) for t in (q16, k16, v16))
     heads, _, head_dim = q16.shape
-    for queries, keys in _chunks(resolved, window, heads, head_dim, _budget(q.device)):
+    for queries, keys, _ in _chunks(resolved, window, heads, head_dim, _budget(q.device)):
         queries, keys = queries.to(q.device), keys.to(q.device)
         rows, seen = queries >= 0, keys >= 0
         q8, s_q, q_, m_, do, d = (t[:, queries.clamp(min=0)] for t in of_queries)
@@ -701,11 +777,11 @@ def _backward_of_heads(
             unseen = unseen | ~valid[:, keys.clamp(min=0)][:, :, None]
         with torch.autocast(queries.device.type, enabled=False):
             z = _scores(q8, s_q, k8, s_k, scale, unseen)
-            x448 = z.sub_(m_[..., None]).exp2_().mul_(E4M3_MAX)
-            ds = _to_bf16(x448 * (do @ v_.mT - d[..., None]))
+            p = _number_of_code(z, m_[..., None])
+            ds = _to_bf16(p * (do @ v_.mT - d[..., None]))
             dq[:, queries[rows]] = (ds @ k_)[:, rows]
             dk.index_add_(1, keys[seen], (ds.mT @ q_)[:, seen])
-            dv.index_add_(1, keys[seen], (_to_four_bits(x448).mT @ do)[:, seen])
+            dv.index_add_(1, keys[seen], (p.mT @ do)[:, seen])
 
     if x.k_mean is not None:
         dq += dlse[..., None] * x.k_mean
