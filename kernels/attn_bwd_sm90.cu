@@ -193,29 +193,57 @@ __device__ __forceinline__ void load_offsets(const QueryRows &rows, float2 (&off
         offset[octet] = of_queries(rows.offset, kFirstOctet + octet);
     }
 }
-// S to X for these octets. The offset makes of a sum a float whose low bits are the rounded code (fp8.cuh), which are
-// the exponent and the mantissa of X. X of padding is zero: keys of `row` and row + 8, if not below `valid`.
-template <int kFirstOctet, class TensorS, class TensorX>
+// Largest offset that fp16 holds exactly: offsets are multiples of 8.
+constexpr float kLargestOffset = 16384.0f;
+
+// S to X for these octets: pairs of bf16. A sum of score and offset is in [1024, 2048), where fp16 numbers are
+// integers: its low bits are the rounded code, which is the exponent and the mantissa of X. X of padding is zero: keys
+// of `row` and row + 8, if not below `valid`.
+template <int kHeadDim, int kFirstOctet, class TensorS, class TensorX>
 __device__ __forceinline__ void to_numbers(const TensorS &s, TensorX &x, float factor,
                                            const float2 (&offset)[kHalfOctets], int row, int valid) {
-    Tensor words = recast<const uint32_t>(s);
+    Tensor scores = recast<const uint32_t>(s);
+    Tensor words = recast<uint32_t>(x);
+    constexpr uint32_t kZero = 0x64006400;  // twice 1024
+    const float in_range = fminf(factor, kLargestFactor);
+    const uint32_t slope = downcast<__half>(in_range, in_range);
 #pragma unroll
     for (int octet = 0; octet < kHalfOctets; ++octet) {
+        const uint32_t offsets = downcast<__half>(offset[octet].x, offset[octet].y);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int word = 2 * (kFirstOctet + octet) + r;
-            const float2 score = upcast<__half>(words(word));
-            const float codes[2] = {fmaf(score.x, factor, offset[octet].x), fmaf(score.y, factor, offset[octet].y)};
+            const uint32_t sum = max_f16x2(fma_f16x2(scores(word), slope, offsets), kZero);
+            words(word) = (sum << kCodeShift) - (kZero << kCodeShift);
+        }
+    }
+    // Rare: scores so wide that an offset might not be exact in fp16.
+    if (factor * (kQKMax * kQKMax * kHeadDim) > kLargestOffset / 2) {
+        bool wide = false;
 #pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                x(2 * word + c) = __int_as_float(__float_as_int(fmaxf(codes[c], kCodeZero)) << kCodeShift);
+        for (int octet = 0; octet < kHalfOctets; ++octet) {
+            wide |= fmaxf(fabsf(offset[octet].x), fabsf(offset[octet].y)) > kLargestOffset;
+        }
+        if (__any_sync(~0u, wide)) {
+#pragma unroll
+            for (int octet = 0; octet < kHalfOctets; ++octet) {
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    const int word = 2 * (kFirstOctet + octet) + r;
+                    const float2 score = upcast<__half>(scores(word));
+                    const float zero = kCodeZero - 1024.0f;
+                    const float low = fmaf(score.x, factor, zero + offset[octet].x);
+                    const float high = fmaf(score.y, factor, zero + offset[octet].y);
+                    words(word) = (__float_as_uint(fmaxf(low, kCodeZero)) << kCodeShift & 0xffff) |
+                                  __float_as_uint(fmaxf(high, kCodeZero)) << (16 + kCodeShift);
+                }
             }
         }
     }
     if (valid < kBlock) {
 #pragma unroll
-        for (int i = 4 * kFirstOctet; i < 4 * (kFirstOctet + kHalfOctets); ++i) {
-            x(i) = row + 8 * (i / 2 % 2) < valid ? x(i) : 0.0f;
+        for (int word = 2 * kFirstOctet; word < 2 * (kFirstOctet + kHalfOctets); ++word) {
+            words(word) = row + 8 * (word % 2) < valid ? words(word) : 0;
         }
     }
 }
@@ -223,12 +251,15 @@ __device__ __forceinline__ void to_numbers(const TensorS &s, TensorX &x, float f
 // dS = X (dP - delta), in place of dP.
 template <class TensorP, class TensorX>
 __device__ __forceinline__ void differentiate(TensorP &dp, const TensorX &x, const QueryRows &rows) {
+    Tensor words = recast<const uint32_t>(x);
 #pragma unroll
     for (int octet = 0; octet < kOctets; ++octet) {
         const float2 minus_delta = of_queries(rows.minus_delta, octet);
 #pragma unroll
-        for (int i = 4 * octet; i < 4 * octet + 4; ++i) {
-            dp(i) = x(i) * (dp(i) + (i % 2 ? minus_delta.y : minus_delta.x));
+        for (int word = 2 * octet; word < 2 * octet + 2; ++word) {
+            const float2 number = upcast<__nv_bfloat16>(words(word));
+            dp(2 * word) = number.x * (dp(2 * word) + minus_delta.x);
+            dp(2 * word + 1) = number.y * (dp(2 * word + 1) + minus_delta.y);
         }
     }
 }
@@ -242,38 +273,19 @@ __device__ __forceinline__ void pack(const TensorX &x, TensorA &a) {
         words(i) = downcast<__nv_bfloat16>(x(2 * i), x(2 * i + 1));
     }
 }
-// The same for X, whose lower 16 bits are zero.
-template <class TensorX, class TensorA>
-__device__ __forceinline__ void pack_upper_halves(const TensorX &x, TensorA &a) {
-    Tensor words = recast<uint32_t>(a);
-#pragma unroll
-    for (int i = 0; i < size(words); ++i) {
-        words(i) = select_bytes(__float_as_uint(x(2 * i)), __float_as_uint(x(2 * i + 1)), 0x7632);
-    }
-}
 
-// dS^T lies in shared memory as [keys][64 queries], swizzled. Four matrices of 8 x 8 are moved at a time, which are
-// words i .. i + 3 of the operand: twice 8 keys, then the same keys and the next 8 queries. Returns the address
-// of this lane's row of them.
-__device__ __forceinline__ char *ds_row(BF16 *ds, int first_key, int i) {
-    const int thread = threadIdx.x % 128, lane = thread % 32;
-    const int key = first_key + thread / 32 * 16 + lane / 8 % 2 * 8 + lane % 8, query = 4 * i + lane / 16 * 8;
-    return reinterpret_cast<char *>(ds) + swizzled<128>(key, 2 * query);
-}
+// dS^T lies in shared memory as [keys][64 queries], swizzled. Four matrices of 8 x 8 are stored at a time, which are
+// words i .. i + 3 of the operand: twice 8 keys, then the same keys and the next 8 queries.
 template <class TensorA>
 __device__ __forceinline__ void store_ds(BF16 *ds, int first_key, const TensorA &a) {
     Tensor words = recast<const uint32_t>(a);
+    const int thread = threadIdx.x % 128, lane = thread % 32;
+    const int key = first_key + thread / 32 * 16 + lane / 8 % 2 * 8 + lane % 8;  // whose row this lane addresses
 #pragma unroll
     for (int i = 0; i < size(words); i += 4) {
-        store_matrices(ds_row(ds, first_key, i), words(i), words(i + 1), words(i + 2), words(i + 3));
-    }
-}
-template <class TensorA>
-__device__ __forceinline__ void load_ds(BF16 *ds, int first_key, TensorA &a) {
-    Tensor words = recast<uint32_t>(a);
-#pragma unroll
-    for (int i = 0; i < size(words); i += 4) {
-        load_matrices(ds_row(ds, first_key, i), words(i), words(i + 1), words(i + 2), words(i + 3));
+        const int query = 4 * i + lane / 16 * 8;
+        void *row = reinterpret_cast<char *>(ds) + swizzled<128>(key, 2 * query);
+        store_matrices(row, words(i), words(i + 1), words(i + 2), words(i + 3));
     }
 }
 
@@ -348,9 +360,9 @@ __device__ auto operands_of(BwdSmem<Cfg> &smem, int warpgroup) {
 template <class Cfg>
 struct Fragments {
     FragmentC<typename Cfg::MmaS, Cfg::kKeys, kQueryBlock> s;           // S^T
-    FragmentC<typename Cfg::MmaDP, Cfg::kKeys, kQueryBlock> x;          // X
     FragmentC<typename Cfg::MmaDP, Cfg::kKeys, kQueryBlock> dp;         // dP^T, then dS^T
-    FragmentA<BF16, typename Cfg::MmaGrad, Cfg::kKeys, kQueryBlock> a;  // dS^T' or X, as operand
+    FragmentA<BF16, typename Cfg::MmaGrad, Cfg::kKeys, kQueryBlock> a;  // dS^T', as operand
+    FragmentA<BF16, typename Cfg::MmaGrad, Cfg::kKeys, kQueryBlock> x;  // X, as operand
     FragmentC<typename Cfg::MmaDQ, kQueryBlock, Cfg::kHalf> dq;
     FragmentC<typename Cfg::MmaGrad, Cfg::kKeys, Cfg::kHeadDim> dv, dk;
 };
@@ -389,13 +401,10 @@ template <class Cfg, class Operands>
 __device__ __forceinline__ void step(BwdSmem<Cfg> &smem, const Operands &operands, Fragments<Cfg> &fragments,
                                      const OwnKeys &own, RingState<Cfg::kStages> ring, RingState<Cfg::kStages> &before,
                                      bool is_first) {
-    auto &[rS, rX, rdP, rA, rdQ, rdV, rdK] = fragments;
+    auto &[rS, rdP, rA, rX, rdQ, rdV, rdK] = fragments;
     const int s = ring.stage(), ds_buffer = s;  // dS' is in the other buffer
     const QueryRows &rows = smem.rows[s];
     float2 offset[kHalfOctets];
-
-    // Load dS^T' of the own keys.
-    load_ds(smem.ds[ds_buffer ^ 1], own.first, rA);
 
     // Wait for the queries. Issue S^T = k8 q8^T.
     smem.full[s].wait(ring.full_parity());
@@ -408,7 +417,7 @@ __device__ __forceinline__ void step(BwdSmem<Cfg> &smem, const Operands &operand
     const float factor = score_factor(rows.scale, own.k_scale, own.score_scale);
     load_offsets<0>(rows, offset);
     wait_for_products<1>(rS);
-    to_numbers<0>(rS, rX, factor, offset, own.row, own.valid);
+    to_numbers<Cfg::kHeadDim, 0>(rS, rX, factor, offset, own.row, own.valid);
 
     // Wait for dS' of both warpgroups. Issue dQ' = dS' k.
     issue_dq(smem, operands, fragments, ds_buffer ^ 1);
@@ -425,22 +434,20 @@ __device__ __forceinline__ void step(BwdSmem<Cfg> &smem, const Operands &operand
     // Issue dP^T = v dO^T.
     issue<typename Cfg::MmaDP>(operands.v, operands.dout(_, _, _, s), rdP, Sum::kFromZero);
 
-    // X of the other half, as operand.
-    to_numbers<kHalfOctets>(rS, rX, factor, offset, own.row, own.valid);
-    pack_upper_halves(rX, rA);
+    // X of the other half.
+    to_numbers<Cfg::kHeadDim, kHalfOctets>(rS, rX, factor, offset, own.row, own.valid);
 
     // Issue dV += X dO.
-    warpgroup_fence_operand(rA);
-    issue<typename Cfg::MmaGrad>(rA, operands.dout_t(_, _, _, s), rdV, Sum::kAddTo);
+    warpgroup_fence_operand(rX);
+    issue<typename Cfg::MmaGrad>(rX, operands.dout_t(_, _, _, s), rdV, Sum::kAddTo);
 
-    // Wait for dP^T. dS^T = X (dP^T - delta), in a fragment of its own: dV's product still reads rA.
+    // Wait for dP^T. dS^T = X (dP^T - delta).
     wait_for_products<1>(rdP);
     differentiate(rdP, rX, rows);
-    Tensor rdST = make_fragment_like(rA);
-    pack(rdP, rdST);
+    pack(rdP, rA);
 
     // Publish dS^T.
-    store_ds(smem.ds[ds_buffer], own.first, rdST);
+    store_ds(smem.ds[ds_buffer], own.first, rA);
     smem.ds_full.arrive_as_warp();
 
     // Wait for dV. Release the stage.
@@ -478,7 +485,6 @@ __device__ void math(const BackwardParams &p, BwdSmem<Cfg> &smem, int warpgroup)
 
     // dK and dQ of the last step.
     const int last = ring.stage() ^ 1;
-    load_ds(smem.ds[last], own.first, fragments.a);
     issue_dk(smem, operands, fragments, before);
     issue_dq(smem, operands, fragments, last);
     wait_for_products<0>(fragments.dk, fragments.dq);

@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kThreads, kCtas)
         *part_of<64>(dout_operand, kQueryBlock, row, channel) = to_bf16(dout);
         // Row constants
         if (channel == 0) {
-            rows.offset[row] = valid ? kCodeZero + (kCodeOfOne - kCodes * m) : -INFINITY;
+            rows.offset[row] = valid ? 1024.0f + kCodeOfOne - kCodes * m : -INFINITY;
             rows.minus_delta[row] = valid ? c * (p.dlse[at] - delta) : 0.0f;
         }
         // q

@@ -2,11 +2,11 @@
 // bulk copy.
 //
 //   row_rms         1 / RMS of the rows of Q and K, if they are to be normalised
-//   channel_sums    sums of K per (batch, head, channel) over some tokens, to smooth K
+//   quantize_v      one CTA per (block, head): amax, scale, E4M3, transposed, tokens permuted, swizzled. To smooth K,
+//                   further CTAs add up K per (batch, head, channel) over some tokens
 //   finish_mean     K's mean from the partial sums
 //   quantize_qk     one CTA per (tile, head): amax, scale, E4M3, swizzled; reads each element once. With bricks of
 //                   several tiles, a first launch takes each brick's amax
-//   quantize_v      one CTA per (block, head): amax, scale, E4M3, transposed, tokens permuted, swizzled
 //
 // Every element moves anyway, so the change from raster to tile order costs nothing here.
 #include "fpsattention/fp8.cuh"
@@ -24,27 +24,19 @@ static_assert(offsetof(BlockMeta, v_scale) == sizeof(uint4), "two kernels write 
 template <int kHeadDim>
 constexpr int kLanesPerRow = kHeadDim / kVec;
 
-__device__ __forceinline__ void load_floats(const float *base, float (&x)[kVec]) {
-#pragma unroll
-    for (int i = 0; i < kVec; i += 4) {
-        const float4 f = __ldg(reinterpret_cast<const float4 *>(base + i));
-        x[i] = f.x, x[i + 1] = f.y, x[i + 2] = f.z, x[i + 3] = f.w;
-    }
-}
-
-// Magnitudes are compared as the bits of floats: the order of floats x >= 0 is that of their bits, and NaN is the
-// largest.
-
-// The larger magnitude of two 16-bit floats in each half, given the one so far.
-__device__ __forceinline__ uint32_t larger_magnitudes(uint32_t so_far, uint4 pairs) {
-    constexpr uint32_t kNoSigns = 0x7FFF7FFF;
-    const uint32_t upper = max_u16x2(pairs.x & kNoSigns, pairs.y & kNoSigns);
-    return max_u16x2(so_far, max_u16x2(upper, max_u16x2(pairs.z & kNoSigns, pairs.w & kNoSigns)));
-}
+// The larger magnitude in each half of `so_far` and of eight 16-bit floats, as `larger_magnitudes` has it.
 template <class T>
-__device__ __forceinline__ int larger_half(uint32_t magnitudes) {
-    const float2 x = upcast<T>(magnitudes);
-    return max(__float_as_int(x.x), __float_as_int(x.y));
+__device__ __forceinline__ uint32_t larger_in_vec(uint32_t so_far, uint4 pairs) {
+    for (uint32_t x : {pairs.x, pairs.y, pairs.z, pairs.w}) {
+        so_far = larger_magnitudes<T>(so_far, x);
+    }
+    return so_far;
+}
+// Of the two halves.
+template <class T>
+__device__ __forceinline__ float larger_half(uint32_t pair) {
+    const float2 x = upcast<T>(pair);
+    return larger_magnitude(x.x, x.y);
 }
 
 // Which head, and which of its `count` tiles or blocks, CTA `linear` takes. Consecutive CTAs take what is closest in
@@ -104,6 +96,33 @@ __global__ void __launch_bounds__(kStatsThreads) row_rms(const __grid_constant__
     }
 }
 
+// Where the rows of a tile or of a block lie, in shared memory.
+template <int kRows>
+struct RowTable {
+    int64_t offset[kRows];  // of the row in the source, in elements
+    int token[kRows];
+
+    // Rows first_row to first_row + rows of a tile. Both are -1 for padding, or with `repeats` those of the block's
+    // first row, if that holds a token.
+    __device__ void fill(const TileGrid &g, const TileRows &tile, int first_row, int rows, bool repeats,
+                         const Strides &strides, int batch, int head) {
+        for (int r = threadIdx.x; r < rows; r += blockDim.x) {
+            int in_tile = first_row + r;
+            in_tile = repeats && in_tile >= tile.valid() ? in_tile / kBlock * kBlock : in_tile;
+            token[r] = in_tile < tile.valid() ? g.token(tile, in_tile) : -1;
+            offset[r] = token[r] < 0 ? -1 : strides.offset(batch, head, token[r]);
+        }
+        __syncthreads();
+    }
+
+    // Elements of a row from `channel` on; zeros for padding.
+    template <class T>
+    __device__ __forceinline__ uint4 load(const void *from, int row, int channel) const {
+        const int64_t at = offset[row];
+        return at < 0 ? uint4{} : load_vec<T>(from, at + channel);
+    }
+};
+
 // Offsets of a token's angles in `rope`, one for each axis: the angle of channel pair i (of D / 2) lies at i plus the
 // offset of the axis that rotates it.
 __device__ __forceinline__ Int3 angles_of(int token, Int3 grid, Int3 pairs) {
@@ -112,7 +131,7 @@ __device__ __forceinline__ Int3 angles_of(int token, Int3 grid, Int3 pairs) {
     return {at.t * pairs.t, of_h + at.h * pairs.h - pairs.t, of_w + at.w * pairs.w - pairs.t - pairs.h};
 }
 
-// What normalises and rotates the rows of a tile, in shared memory.
+// Data that normalises and rotates the rows of a tile, in shared memory.
 template <int kRows, int kLanes>
 struct Prologue {
     static constexpr int kPairs = kVec / 2;
@@ -155,53 +174,13 @@ struct Prologue {
     }
 };
 
-// grid (heads * chunks, 1, batch): sums of K over samples of the valid tokens
-template <class T, int kHeadDim>
-__global__ void __launch_bounds__(kStatsThreads)
-    channel_sums(const __grid_constant__ Deferred<QuantizeParams> deferred) {
-    const QuantizeParams &p = deferred.after_previous();
-    constexpr int kLanes = kLanesPerRow<kHeadDim>, kRows = kStatsThreads / kLanes;
-    __shared__ float partial[kRows][kHeadDim + 4];
-    const TileGrid &g = p.geometry;
-    const int tokens = g.tokens(), chunks = quantize_chunks(tokens), stride = smooth_stride(tokens);
-    const auto [head, chunk] = head_and_index(blockIdx.x, p.heads, chunks, p.k_strides);
-    const int batch = blockIdx.z, row = threadIdx.x / kLanes, channel = threadIdx.x % kLanes * kVec;
-    const TextTokens valid = p.valid_text(batch);
-
-    float sum[kVec] = {};
-#pragma unroll 4
-    for (int i = row; i < kSamplesOfCta; i += kRows) {
-        const int token = (chunk * kSamplesOfCta + i) * stride;
-        float x[kVec];
-        const bool counts = token < tokens && g.is_valid(token, valid);
-        const int64_t offset = p.k_strides.offset(batch, head, token) + channel;
-        upcast_vec<T>(counts ? load_vec<T>(p.k, offset) : uint4{}, x);
-#pragma unroll
-        for (int j = 0; j < kVec; ++j) {
-            sum[j] = fmaf(x[j], 1.0f / kSamplesOfCta, sum[j]);  // the sum of large K might overflow
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-        partial[row][channel + i] = sum[i];
-    }
-    __syncthreads();
-    for (int d = threadIdx.x; d < kHeadDim; d += kStatsThreads) {
-        float total = 0;
-        for (int r = 0; r < kRows; ++r) {
-            total += partial[r][d];
-        }
-        const int64_t bh = int64_t(batch) * p.heads + head;
-        p.k_sum[(bh * chunks + chunk) * kHeadDim + d] = total;
-    }
-}
-
 // grid (heads, batch), one thread per channel. Adds in a fixed order, so it is deterministic.
 __global__ void finish_mean(const __grid_constant__ Deferred<QuantizeParams> deferred) {
     const QuantizeParams &p = deferred.after_previous();
     const int64_t bh = int64_t(blockIdx.y) * p.heads + blockIdx.x;
     const int tokens = p.geometry.tokens(), chunks = quantize_chunks(tokens), stride = smooth_stride(tokens);
     double total = 0;
+#pragma unroll 8
     for (int c = 0; c < chunks; ++c) {
         total += p.k_sum[(bh * chunks + c) * p.head_dim + threadIdx.x];
     }
@@ -214,22 +193,10 @@ __global__ void finish_mean(const __grid_constant__ Deferred<QuantizeParams> def
     p.k_mean[bh * p.head_dim + threadIdx.x] = float(total * kSamplesOfCta / max(samples, 1));
 }
 
-// Fills table[r], r < rows, with the token of row first_row + r of a tile. For padding it is -1, or with `repeats` the
-// first token of the block, if there is one.
-__device__ __forceinline__ void fill_token_table(int *table, const TileGrid &g, const TileRows &tile, int first_row,
-                                                 int rows, bool repeats) {
-    for (int r = threadIdx.x; r < rows; r += blockDim.x) {
-        int in_tile = first_row + r;
-        in_tile = repeats && in_tile >= tile.valid() ? in_tile / kBlock * kBlock : in_tile;
-        table[r] = in_tile < tile.valid() ? g.token(tile, in_tile) : -1;
-    }
-    __syncthreads();
-}
-
-// The largest of the CTA's x.
-__device__ __forceinline__ int block_max(int x) {
+// The largest magnitude of the CTA's x. The order of floats x >= 0 is that of their bits, and NaN is the largest.
+__device__ __forceinline__ int largest_magnitude(float x) {
     __shared__ int warp_max[32];
-    const int of_warp = __reduce_max_sync(~0u, x);
+    const int of_warp = __reduce_max_sync(~0u, __float_as_int(fabsf(x)));
     if (threadIdx.x % 32 == 0) {
         warp_max[threadIdx.x / 32] = of_warp;
     }
@@ -253,7 +220,7 @@ __device__ __forceinline__ int64_t brick_of(const QuantizeParams &p, int64_t bh,
 // Product of a row of Q with K's mean. Each of the kLanes lanes of the row holds eight elements of both; each gets the
 // sum.
 template <int kLanes>
-__device__ __forceinline__ float dot_with_mean(const float (&q)[kVec], const float (&mean)[kVec]) {
+__device__ __forceinline__ float dot_with_mean(const float (&q)[kVec], const float *mean) {
     float dot = 0;
 #pragma unroll
     for (int j = 0; j < kVec; ++j) {
@@ -268,98 +235,112 @@ __device__ __forceinline__ float dot_with_mean(const float (&q)[kVec], const flo
 
 // Writes the metas of a tile's blocks, 16 bytes a thread: all of each, because a copy of the block reads all of it. Of
 // a key block it writes the first 16 bytes; quantize_v writes the others.
-__device__ __forceinline__ void store_metas(uint8_t *packed, int blocks, int block_rows, int block_bytes,
-                                            int meta_offset, bool is_k, float scale, int valid) {
-    const int vecs = is_k ? 1 : kMetaVecs;
-    if (threadIdx.x < blocks * vecs) {
-        const int block = threadIdx.x / vecs, vec = threadIdx.x % vecs;
-        const uint32_t rows_left = min(max(valid - block * block_rows, 0), block_rows);
-        uint8_t *meta = packed + block * block_bytes + meta_offset;
-        reinterpret_cast<uint4 *>(meta)[vec] = vec == 0 ? uint4{__float_as_uint(scale), rows_left, 0, 0} : uint4{};
+template <bool kIsK, int kBlockBytes>
+__device__ __forceinline__ void store_metas(uint8_t *metas, int blocks, float scale, int valid) {
+    constexpr int kVecs = kIsK ? 1 : kMetaVecs, kRows = kIsK ? kBlock : kQueryBlock;
+    if (threadIdx.x < blocks * kVecs) {
+        const int block = threadIdx.x / kVecs, vec = threadIdx.x % kVecs;
+        const uint32_t rows_left = min(max(valid - block * kRows, 0), kRows);
+        reinterpret_cast<uint4 *>(metas + block * kBlockBytes)[vec] =
+            vec == 0 ? uint4{__float_as_uint(scale), rows_left, 0, 0} : uint4{};
     }
 }
 
-// grid (heads * tiles, 2, batch): blockIdx.y = 0 is Q, 1 is K. slot * head_dim / 64 threads, each with eight vectors of
-// 16 bytes in registers. With kBrickAmax it only takes the brick's amax, and a second launch quantises. With kNormRope
-// it normalises and rotates the rows first.
-template <class T, int kHeadDim, bool kBrickAmax, bool kNormRope>
-__global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64, 1)
-    quantize_qk(const __grid_constant__ Deferred<QuantizeParams> deferred) {
-    const QuantizeParams &p = deferred.after_previous();
+// What happens to the rows of Q and K before they are quantised.
+enum class Rows {
+    kAsGiven,
+    kSmoothed,    // K loses its mean
+    kNormalised,  // and rotated, as NormRope says
+};
+
+template <int kHeadDim, Rows kRows>
+struct QuantizeSmem {
+    RowTable<kMaxSlot> rows;
+    Prologue<kRows == Rows::kNormalised ? kMaxSlot : 1, kLanesPerRow<kHeadDim>> prologue;
+    float k_mean[kHeadDim];
+};
+
+// Quantises one tile of Q or of K.
+template <class T, int kHeadDim, bool kIsK, bool kBrickAmax, Rows kRows>
+__device__ void quantize_tile(const QuantizeParams &p, QuantizeSmem<kHeadDim, kRows> &smem) {
     constexpr int kLanes = kLanesPerRow<kHeadDim>;
-    __shared__ int token_of_row[kMaxSlot];
     const TileGrid &g = p.geometry;
-    const bool is_k = blockIdx.y == 1;
-    const void *base = is_k ? p.k : p.q;
-    const Strides &strides = is_k ? p.k_strides : p.q_strides;
+    const void *base = kIsK ? p.k : p.q;
+    const Strides &strides = kIsK ? p.k_strides : p.q_strides;
     const int n_tiles = g.all_tiles();
     const auto [head, tile] = head_and_index(blockIdx.x, p.heads, n_tiles, strides);
     const int batch = blockIdx.z;
     const int64_t bh = int64_t(batch) * p.heads + head;
     const TileRows rows = g.rows(tile, p.valid_text(batch));
-    const int valid = rows.valid();
-    fill_token_table(token_of_row, g, rows, 0, g.slot, is_k);
+    if (kRows == Rows::kSmoothed && threadIdx.x < kHeadDim) {
+        smem.k_mean[threadIdx.x] = p.k_mean[bh * kHeadDim + threadIdx.x];
+    }
+    smem.rows.fill(g, rows, 0, g.slot, kIsK, strides, batch, head);
 
     // Load the tile. Normalise and rotate its rows.
     const int first_row = threadIdx.x / kLanes, rows_per_pass = blockDim.x / kLanes;
     const int channel = threadIdx.x % kLanes * kVec;
-    __shared__ Prologue<kNormRope ? kMaxSlot : 1, kLanes> prologue;
-    if constexpr (kNormRope) {  // before the loads, whose registers it would need
-        prologue.fill(p, is_k, batch, head, token_of_row);
+    if constexpr (kRows == Rows::kNormalised) {  // before the loads, whose registers it would need
+        smem.prologue.fill(p, kIsK, batch, head, smem.rows.token);
     }
     uint4 raw[kVecsPerThread];
 #pragma unroll
     for (int i = 0; i < kVecsPerThread; ++i) {
-        const int token = token_of_row[first_row + i * rows_per_pass];
-        raw[i] = token < 0 ? uint4{} : load_vec<T>(base, strides.offset(batch, head, token) + channel);
+        raw[i] = smem.rows.template load<T>(base, first_row + i * rows_per_pass, channel);
     }
-    if constexpr (kNormRope) {
+    if constexpr (kRows == Rows::kNormalised) {
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < kVecsPerThread; ++i) {
             const int row = opaque(first_row) + i * rows_per_pass;
-            if (token_of_row[row] >= 0) {
-                raw[i] = prologue.template apply<T>(raw[i], p.norm_rope, row, opaque(channel) / kVec);
+            if (smem.rows.token[row] >= 0) {
+                raw[i] = smem.prologue.template apply<T>(raw[i], p.norm_rope, row, opaque(channel) / kVec);
             }
         }
     }
 
-    // Its amax. Rows that are normalised here come without smoothing.
-    const bool smooths = !kNormRope && p.k_mean != nullptr;
-    float mean[kVec] = {};  // of K
-    if (smooths) {
-        load_floats(p.k_mean + bh * kHeadDim + channel, mean);
-    }
+    // Its amax.
     const auto values = [&](int i, float (&x)[kVec]) {  // of row i of this thread; padding stays zero
         upcast_vec<T>(raw[i], x);
-        if (is_k && smooths && token_of_row[first_row + i * rows_per_pass] >= 0) {
+        if (kIsK && kRows == Rows::kSmoothed && smem.rows.token[first_row + i * rows_per_pass] >= 0) {
 #pragma unroll
             for (int j = 0; j < kVec; ++j) {
-                x[j] -= mean[j];
+                x[j] -= smem.k_mean[channel + j];
             }
         }
     };
-    int amax = 0;
-    if (is_k && smooths) {
+    float largest = 0;
+    if constexpr (kIsK && kRows == Rows::kSmoothed) {  // rounding is monotone: the extremes of a channel decide
+        if (smem.rows.token[first_row] >= 0) {
+            uint32_t high[] = {raw[0].x, raw[0].y, raw[0].z, raw[0].w}, low[] = {high[0], high[1], high[2], high[3]};
 #pragma unroll
-        for (int i = 0; i < kVecsPerThread; ++i) {
-            float x[kVec];
-            values(i, x);
+            for (int i = 1; i < kVecsPerThread; ++i) {
+                if (smem.rows.token[first_row + i * rows_per_pass] >= 0) {
+                    const uint32_t words[] = {raw[i].x, raw[i].y, raw[i].z, raw[i].w};
 #pragma unroll
-            for (int j = 0; j < kVec; ++j) {
-                amax = max(amax, __float_as_int(fabsf(x[j])));
+                    for (int w = 0; w < 4; ++w) {
+                        high[w] = larger_halves<T>(high[w], words[w]), low[w] = smaller_halves<T>(low[w], words[w]);
+                    }
+                }
+            }
+#pragma unroll
+            for (int w = 0; w < 4; ++w) {
+                const float2 most = upcast<T>(high[w]), least = upcast<T>(low[w]);
+                const float *mean = smem.k_mean + channel + 2 * w;
+                largest = larger_magnitude(largest, larger_magnitude(most.x - mean[0], least.x - mean[0]));
+                largest = larger_magnitude(largest, larger_magnitude(most.y - mean[1], least.y - mean[1]));
             }
         }
     } else {
         uint32_t magnitudes = 0;
 #pragma unroll
         for (int i = 0; i < kVecsPerThread; ++i) {
-            magnitudes = larger_magnitudes(magnitudes, raw[i]);
+            magnitudes = larger_in_vec<T>(magnitudes, raw[i]);
         }
-        amax = larger_half<T>(magnitudes);
+        largest = larger_half<T>(magnitudes);
     }
-    amax = block_max(amax);
-    int *brick_amax = reinterpret_cast<int *>(is_k ? p.k_amax : p.q_amax);
+    int amax = largest_magnitude(largest);
+    int *brick_amax = reinterpret_cast<int *>(kIsK ? p.k_amax : p.q_amax);
     if constexpr (kBrickAmax) {
         if (threadIdx.x == 0) {
             atomicMax(&brick_amax[brick_of(p, bh, tile, n_tiles)], amax);
@@ -372,34 +353,90 @@ __global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64, 1)
 
     // Quantise it to packed blocks. For Q, store what smoothing K takes off its scores.
     const QuantScale quant = quant_scale(__int_as_float(amax), kQKMax);
-    const int block_bytes = is_k ? kv_block_bytes(kHeadDim) : q_block_bytes(kHeadDim);
-    const int block_rows = is_k ? kBlock : kQueryBlock, blocks = g.slot / block_rows;  // of this tile
-    uint8_t *packed = (is_k ? p.kv_blocks : p.q_blocks) + (bh * n_tiles + tile) * blocks * block_bytes;
+    constexpr int kBlockBytes = kIsK ? kv_block_bytes(kHeadDim) : q_block_bytes(kHeadDim);
+    constexpr int kBlockRows = kIsK ? kBlock : kQueryBlock;
+    const int blocks = g.slot / kBlockRows;  // of this tile
+    uint8_t *packed = (kIsK ? p.kv_blocks : p.q_blocks) + (bh * n_tiles + tile) * blocks * kBlockBytes;
+    // rows_per_pass is a multiple of 16, so the swizzle of all rows of a thread is that of the first.
+    uint8_t *first = packed + swizzled<kHeadDim>(first_row % 16, channel) - first_row % 16 * kHeadDim;
 #pragma unroll
     for (int i = 0; i < kVecsPerThread; ++i) {
         const int row = first_row + i * rows_per_pass;
         float x[kVec];
         values(i, x);
-        if (!is_k && smooths) {
-            const float dot = dot_with_mean<kLanes>(x, mean);
-            if (channel == 0 && token_of_row[row] >= 0) {
-                p.lse_shift[bh * g.tokens() + token_of_row[row]] = dot * p.scale;
+        if (!kIsK && kRows == Rows::kSmoothed && p.lse_shift != nullptr) {
+            const float dot = dot_with_mean<kLanes>(x, smem.k_mean + channel);
+            const int token = smem.rows.token[row];
+            if (channel == 0 && token >= 0) {
+                p.lse_shift[bh * g.tokens() + token] = dot * p.scale;
             }
         }
 #pragma unroll
         for (int j = 0; j < kVec; ++j) {
             x[j] *= quant.inverse;
         }
-        uint8_t *block = packed + row / block_rows * block_bytes;
-        *reinterpret_cast<uint2 *>(block + swizzled<kHeadDim>(row % block_rows, channel)) = {
+        *reinterpret_cast<uint2 *>(first + row / kBlockRows * kBlockBytes + row % kBlockRows * kHeadDim) = {
             pack_e4m3(x[0], x[1], x[2], x[3]), pack_e4m3(x[4], x[5], x[6], x[7])};
     }
-    store_metas(packed, blocks, block_rows, block_bytes, (is_k ? 2 : 1) * block_rows * kHeadDim, is_k, quant.scale,
-                valid);
+    store_metas<kIsK, kBlockBytes>(packed + (kIsK ? 2 : 1) * kBlockRows * kHeadDim, blocks, quant.scale, rows.valid());
+}
+
+// grid (heads * tiles, 2, batch): blockIdx.y = 0 is Q, 1 is K. slot * head_dim / 64 threads, each with eight vectors of
+// 16 bytes in registers. With kBrickAmax it only takes the brick's amax, and a second launch quantises.
+template <class T, int kHeadDim, bool kBrickAmax, Rows kRows>
+__global__ void __launch_bounds__(kMaxSlot *kHeadDim / 64, 128 / kHeadDim)  // 64 registers
+    quantize_qk(const __grid_constant__ Deferred<QuantizeParams> deferred) {
+    const QuantizeParams &p = deferred.after_previous();
+    __shared__ QuantizeSmem<kHeadDim, kRows> smem;
+    if (blockIdx.y == 1) {
+        quantize_tile<T, kHeadDim, true, kBrickAmax, kRows>(p, smem);
+    } else {
+        quantize_tile<T, kHeadDim, false, kBrickAmax, kRows>(p, smem);
+    }
+}
+
+// Adds up K over the samples of one chunk of one head.
+template <class T, int kHeadDim>
+__device__ void sum_channels(const QuantizeParams &p, int index) {
+    constexpr int kLanes = kLanesPerRow<kHeadDim>, kRows = kBlock * kHeadDim / 64 / kLanes;
+    __shared__ float partial[kRows][kHeadDim + 4];
+    const TileGrid &g = p.geometry;
+    const int tokens = g.tokens(), chunks = quantize_chunks(tokens), stride = smooth_stride(tokens);
+    const auto [head, chunk] = head_and_index(index, p.heads, chunks, p.k_strides);
+    const int batch = blockIdx.z, row = threadIdx.x / kLanes, channel = threadIdx.x % kLanes * kVec;
+    const TextTokens valid = p.valid_text(batch);
+
+    float sum[kVec] = {};
+#pragma unroll
+    for (int i = row; i < kSamplesOfCta; i += kRows) {
+        const int token = (chunk * kSamplesOfCta + i) * stride;
+        float x[kVec];
+        const bool counts = token < tokens && g.is_valid(token, valid);
+        const int64_t offset = p.k_strides.offset(batch, head, token) + channel;
+        upcast_vec<T>(counts ? load_vec<T>(p.k, offset) : uint4{}, x);
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) {
+            sum[j] = fmaf(x[j], 1.0f / kSamplesOfCta, sum[j]);  // the sum of large K might overflow
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+        partial[row][channel + i] = sum[i];
+    }
+    __syncthreads();
+    for (int d = threadIdx.x; d < kHeadDim; d += blockDim.x) {
+        float total = 0;
+        for (int r = 0; r < kRows; ++r) {
+            total += partial[r][d];
+        }
+        const int64_t bh = int64_t(batch) * p.heads + head;
+        p.k_sum[(bh * chunks + chunk) * kHeadDim + d] = total;
+    }
 }
 
 // grid (heads * blocks, 1, batch), kBlock * head_dim / 64 threads. A thread loads eight channels of the four tokens
-// that share a word of V^T; shared memory turns [word][channel] into [channel][word].
+// that share a word of V^T; shared memory turns [word][channel] into [channel][word]. If K is smoothed, the first
+// heads * chunks CTAs add up K, beside those that work on V.
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kBlock *kHeadDim / 64)
     quantize_v(const __grid_constant__ Deferred<QuantizeParams> deferred) {
@@ -408,14 +445,19 @@ __global__ void __launch_bounds__(kBlock *kHeadDim / 64)
     constexpr int kWords = kBlock / 4, kWordsPerPass = kThreads / kLanes;
     // A row is the four words of a 16-byte chunk, for all channels. The pad of 4 words spreads chunks over the banks.
     __shared__ alignas(16) uint32_t words[kWords / 4][4 * kHeadDim + 4];
-    __shared__ int token_of_row[kBlock];
+    __shared__ RowTable<kBlock> table;
     const TileGrid &g = p.geometry;
-    const auto [head, block] = head_and_index(blockIdx.x, p.heads, g.blocks(), p.v_strides);
+    const int sums = p.k_sum != nullptr ? p.heads * quantize_chunks(g.tokens()) : 0;
+    if (blockIdx.x < sums) {
+        sum_channels<T, kHeadDim>(p, blockIdx.x);
+        return;
+    }
+    const auto [head, block] = head_and_index(blockIdx.x - sums, p.heads, g.blocks(), p.v_strides);
     const int batch = blockIdx.z;
     const int64_t bh = int64_t(batch) * p.heads + head;
     const int in_tile = block % g.blocks_per_tile();
     const TileRows rows = g.rows(block / g.blocks_per_tile(), p.valid_text(batch));
-    fill_token_table(token_of_row, g, rows, in_tile * kBlock, kBlock, false);
+    table.fill(g, rows, in_tile * kBlock, kBlock, false, p.v_strides, batch, head);
 
     // Load the tokens of this thread's words.
     const int channel = threadIdx.x % kLanes * kVec;
@@ -425,8 +467,8 @@ __global__ void __launch_bounds__(kBlock *kHeadDim / 64)
         const int word = threadIdx.x / kLanes + i * kWordsPerPass;
 #pragma unroll
         for (int byte = 0; byte < 4; ++byte) {
-            const int token = token_of_row[word / 4 * 16 + permuted_token(word % 4, byte)];
-            raw[i][byte] = token < 0 ? uint4{} : load_vec<T>(p.v, p.v_strides.offset(batch, head, token) + channel);
+            const int row = word / 4 * 16 + permuted_token(word % 4, byte);
+            raw[i][byte] = table.template load<T>(p.v, row, channel);
         }
     }
 
@@ -436,10 +478,11 @@ __global__ void __launch_bounds__(kBlock *kHeadDim / 64)
     for (int i = 0; i < kWords / kWordsPerPass; ++i) {
 #pragma unroll
         for (int byte = 0; byte < 4; ++byte) {
-            magnitudes = larger_magnitudes(magnitudes, raw[i][byte]);
+            magnitudes = larger_in_vec<T>(magnitudes, raw[i][byte]);
         }
     }
-    const QuantScale quant = quant_scale(__int_as_float(block_max(larger_half<T>(magnitudes))), kE4M3Max);
+    const int amax = largest_magnitude(larger_half<T>(magnitudes));
+    const QuantScale quant = quant_scale(__int_as_float(amax), kE4M3Max);
 #pragma unroll
     for (int i = 0; i < kWords / kWordsPerPass; ++i) {
         const int word = threadIdx.x / kLanes + i * kWordsPerPass;
@@ -469,7 +512,7 @@ __global__ void __launch_bounds__(kBlock *kHeadDim / 64)
     }
     if (threadIdx.x < kWords) {
         constexpr uint32_t kOne = 0x38;  // in E4M3
-        const int *tokens = token_of_row + threadIdx.x / 4 * 16;
+        const int *tokens = table.token + threadIdx.x / 4 * 16;
         uint32_t word = 0;
 #pragma unroll
         for (int byte = 0; byte < 4; ++byte) {
@@ -495,9 +538,9 @@ void quantize(const QuantizeParams &p, cudaStream_t stream) {
     dispatch(p.head_dim, p.dtype, [&](auto dim, auto element) {
         constexpr int kHeadDim = decltype(dim)::value;
         using T = decltype(element);
+        const unsigned sums = p.k_sum != nullptr ? heads * quantize_chunks(g.tokens()) : 0;
+        launch(quantize_v<T, kHeadDim>, {sums + heads * g.blocks(), 1, batch}, kBlock * kHeadDim / 64, 0, stream, p);
         if (p.k_mean != nullptr) {
-            launch(channel_sums<T, kHeadDim>, {heads * quantize_chunks(g.tokens()), 1, batch}, kStatsThreads, 0, stream,
-                   p);
             launch(finish_mean, {heads, batch}, kHeadDim, 0, stream, p);
         }
         const dim3 tile_grid{heads * tiles, 2, batch};
@@ -506,15 +549,20 @@ void quantize(const QuantizeParams &p, cudaStream_t stream) {
             const unsigned rows = ceil_div(g.tokens(), kStatsThreads / 32);
             launch(row_rms<T, kHeadDim>, {rows, 2, batch}, kStatsThreads, 0, stream, p);
         }
-        const auto quantize_qk_of = [&](auto norm_rope) {
-            constexpr bool kNormRope = decltype(norm_rope)::value;
+        const auto quantize_qk_of = [&](auto rows) {
+            constexpr Rows kRows = decltype(rows)::value;
             if (p.q_amax != nullptr) {
-                launch(quantize_qk<T, kHeadDim, true, kNormRope>, tile_grid, tile_threads, 0, stream, p);
+                launch(quantize_qk<T, kHeadDim, true, kRows>, tile_grid, tile_threads, 0, stream, p);
             }
-            launch(quantize_qk<T, kHeadDim, false, kNormRope>, tile_grid, tile_threads, 0, stream, p);
+            launch(quantize_qk<T, kHeadDim, false, kRows>, tile_grid, tile_threads, 0, stream, p);
         };
-        p.norm_rope.any() ? quantize_qk_of(std::true_type{}) : quantize_qk_of(std::false_type{});
-        launch(quantize_v<T, kHeadDim>, {heads * g.blocks(), 1, batch}, kBlock * kHeadDim / 64, 0, stream, p);
+        if (p.norm_rope.any()) {
+            quantize_qk_of(std::integral_constant<Rows, Rows::kNormalised>{});
+        } else if (p.k_mean != nullptr) {
+            quantize_qk_of(std::integral_constant<Rows, Rows::kSmoothed>{});
+        } else {
+            quantize_qk_of(std::integral_constant<Rows, Rows::kAsGiven>{});
+        }
     });
 }
 

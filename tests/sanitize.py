@@ -59,10 +59,10 @@ def reads_and_writes(config: str) -> str:
     """Pattern of racecheck's report on reads against writes, none of them in a kernel of another configuration.
     The order of the two in a report says nothing about their order in time.
     """
-    access = rf"access at [^\n]*\b{config}<\(int\)"
+    access = rf"access at [^\n]*\b{config}<"
 
     def report(first: str, others: str) -> str:
-        one, more = rf"{first} {access}(?P<{first}>\d+)>[^\n]*", rf"{others} {access}(?P={first})>[^\n]*"
+        one, more = rf"{first} {access}(?P<{first}>[^>]*)>[^\n]*", rf"{others} {access}(?P={first})>[^\n]*"
         return rf"\A Error: Race reported between {one}(?:\n +and {more})+\Z"
 
     return f"{report('Write', 'Read')}|{report('Read', 'Write')}"

@@ -14,6 +14,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
+import compare
 import fpsattention as fps
 import programs
 from fpsattention import AttentionConfig, WindowTable
@@ -448,6 +449,7 @@ def test_doctor_finds_this_machine_in_order(capsys):
 def test_doctor_on_a_hopper_gpu(capsys):
     result, _ = run(capsys, "doctor")
     assert result["backend"] == "sm90" and len(result["self_test"]) == 5 and result["ok"]
+    assert doctor.KERNEL_TO_EMULATION == compare.EMULATION_RMS
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,8 @@ def hazards(first: str, others: str, kernel: str, head_dim: int, other_head_dim:
     """A report on one access against two others, in the tool's format."""
 
     def access(kind: str, head_dim: int, offset: str) -> str:
-        config = f"{kernel[5].upper()}{kernel[6:8]}Config<(int){head_dim}>"
+        warpgroups = ", (int)2" if kernel == "attn_fwd_sm90" else ""
+        config = f"{kernel[5].upper()}{kernel[6:8]}Config<(int){head_dim}{warpgroups}>"
         return f"{kind} access at void fps::<unnamed>::{kernel}<fps::<unnamed>::{config}, __half>(T)+{offset}"
 
     return (

@@ -14,10 +14,10 @@ constexpr float kQKMax = 14.0f;  // largest element of Q and K in E4M3: scores, 
 // P is an E4M3 number whose code, its bit pattern, is round(kTopCode + kCodes (z - m)).
 constexpr float kCodes = 8.0f, kTopCode = 120.0f;  // codes of an octave; the code of 256 = 2^kLog2Top
 constexpr float kLog2Top = 8.0f;
-// Any number with three bits of mantissa has a code like that: bits 20 to 30 of a float. kCodeZero plus a code, in
+// Any number with three bits of mantissa has a code like that: bits 4 to 14 of a bf16. kCodeZero plus a code, in
 // [0, 2048), is a float with the code in its low bits.
 constexpr float kCodeZero = 0x1.8p23f, kCodeOfOne = 8 * 127;
-constexpr int kCodeShift = 20;
+constexpr int kCodeShift = 4;
 constexpr float kLog2Bias = 0.05753275f;  // mean of log2(P) - z, as -log2(2 ln(2)^2)
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.69314718055994531f;

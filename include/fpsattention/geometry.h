@@ -27,7 +27,8 @@ struct Int3 {
 };
 // Coordinates of element `index` of a box, in raster order.
 FPS_HD Int3 coordinates(int index, Int3 size) {
-    return {index / (size.w * size.h), index / size.w % size.h, index % size.w};
+    const int row = index / size.w;
+    return {row / size.h, row % size.h, index % size.w};
 }
 
 // Half-open interval [lo, hi).

@@ -3,6 +3,8 @@
 // The rules of synchronisation are in kernels/README.md.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -114,17 +116,10 @@ __device__ __forceinline__ void fence_proxy_async_global() {
     asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
-// stmatrix x4 and ldmatrix x4: four 8 x 8 matrices of 16-bit elements. Lane l passes the address of row l % 8 of matrix
-// l / 8.
+// stmatrix x4: four 8 x 8 matrices of 16-bit elements. Lane l passes the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void store_matrices(void *row, uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem_address(row)), "r"(x0),
                  "r"(x1), "r"(x2), "r"(x3)
-                 : "memory");
-}
-__device__ __forceinline__ void load_matrices(const void *row, uint32_t &x0, uint32_t &x1, uint32_t &x2, uint32_t &x3) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x0), "=r"(x1), "=r"(x2), "=r"(x3)
-                 : "r"(smem_address(row))
                  : "memory");
 }
 
@@ -197,10 +192,55 @@ __device__ __forceinline__ uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c
     return y;
 }
 
-// max.u16x2: the larger of two 16-bit integers, twice.
-__device__ __forceinline__ uint32_t max_u16x2(uint32_t a, uint32_t b) {
+// The larger and the smaller of each half of two words of 16-bit floats. NaN if either is NaN.
+template <class T>
+__device__ __forceinline__ uint32_t larger_halves(uint32_t a, uint32_t b);
+template <>
+__device__ __forceinline__ uint32_t larger_halves<__nv_bfloat16>(uint32_t a, uint32_t b) {
     uint32_t y;
-    asm("max.u16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+template <>
+__device__ __forceinline__ uint32_t larger_halves<__half>(uint32_t a, uint32_t b) {
+    uint32_t y;
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+template <class T>
+__device__ __forceinline__ uint32_t smaller_halves(uint32_t a, uint32_t b);
+template <>
+__device__ __forceinline__ uint32_t smaller_halves<__nv_bfloat16>(uint32_t a, uint32_t b) {
+    uint32_t y;
+    asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+template <>
+__device__ __forceinline__ uint32_t smaller_halves<__half>(uint32_t a, uint32_t b) {
+    uint32_t y;
+    asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+
+// The larger magnitude of two floats, and of each half of two words of 16-bit floats. NaN if either is NaN. The sign of
+// the result means nothing.
+__device__ __forceinline__ float larger_magnitude(float a, float b) {
+    float y;
+    asm("max.NaN.xorsign.abs.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+}
+template <class T>
+__device__ __forceinline__ uint32_t larger_magnitudes(uint32_t a, uint32_t b);
+template <>
+__device__ __forceinline__ uint32_t larger_magnitudes<__nv_bfloat16>(uint32_t a, uint32_t b) {
+    uint32_t y;
+    asm("max.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+template <>
+__device__ __forceinline__ uint32_t larger_magnitudes<__half>(uint32_t a, uint32_t b) {
+    uint32_t y;
+    asm("max.NaN.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
     return y;
 }
 

@@ -41,7 +41,7 @@ FPS_HD constexpr int kv_block_bytes(int head_dim) {
 //   query block:  q  [D/64][64][64] | dO c  [D/64][64][64] | QueryRows
 //   key block:    k  [2][128][D/2]  | v  [D/64][128][64]
 struct QueryRows {
-    float offset[kQueryBlock];       // -M in codes of P, plus what makes a float's bits of them; -inf for padding
+    float offset[kQueryBlock];       // -M in codes of P, plus the code of 1 and 1024; -inf for padding
     float minus_delta[kQueryBlock];  // c (dlse - rowsum(dO O)), c = 2^(M - lse2 - kLog2Bias), M = ceil(lse2)
     float scale;                     // of q8
     int unused[3];                   // zero
@@ -100,7 +100,7 @@ struct QuantizeParams : CallParams {
     uint8_t *kv_blocks;      // [B, H, tiles * slot / 128, kv_block_bytes]
     float *k_sum;            // [B, H, chunks, D], partial sums, scratch; null: no smoothing
     float *k_mean;           // [B, H, D]; null: no smoothing
-    float *lse_shift;        // [B, H, L], q . k_mean * scale; null: no smoothing
+    float *lse_shift;        // [B, H, L], q . k_mean * scale; null: no smoothing, or no LSE is wanted
     float *q_amax, *k_amax;  // [B, H, bricks], zeroed; null: each tile has its own
     Int3 brick;              // tiles that share one scale, per axis; a text tile has its own
     NormRope norm_rope;
@@ -161,7 +161,7 @@ constexpr int kSmoothSamples = 2048;
 FPS_HD int smooth_stride(int tokens) {
     return tokens < kSmoothSamples ? 1 : tokens / kSmoothSamples;
 }
-constexpr int kSamplesOfCta = 512;  // of which one CTA adds up K
+constexpr int kSamplesOfCta = 128;  // of which one CTA adds up K
 // Partial sums per (batch, head) that k_sum must hold.
 FPS_HD int quantize_chunks(int tokens) {
     return ceil_div(ceil_div(tokens, smooth_stride(tokens)), kSamplesOfCta);

@@ -68,7 +68,7 @@ def replace(text: str, old: str, new: str) -> str:
 def check_hopper() -> None:
     """Every function of the real hopper.cuh must have a replacement."""
     real, ours = (ROOT / "include" / HOPPER).read_text(), (HERE / HOPPER.name).read_text()
-    names = re.findall(r"__device__ .*?(\w+)\(", real)
+    names = re.findall(r"__device__ .*?(\w+)(?:<\w+>)?\(", real)
     assert len(names) == real.count("__device__ "), "a function of hopper.cuh whose name was not found"
     missing = [name for name in names if not re.search(rf"\b{name}\(", ours)]
     assert not missing, f"tests/emulator/hopper.cuh lacks {missing}"

@@ -554,18 +554,6 @@ void store_matrices(uint32_t row, const uint32_t (&words)[4]) {
     });
 }
 
-void load_matrices(uint32_t row, uint32_t *const (&words)[4]) {
-    if (row % 16 != 0) {
-        fail("ldmatrix from a misaligned row");
-    }
-    const Meeting &meeting = meet(&row, 1, publish);
-    const int lane = current->index % 32;
-    for (int matrix = 0; matrix < 4; ++matrix) {
-        const char *from = current->cta->memory + meeting.shared[8 * matrix + lane / 4];
-        std::memcpy(words[matrix], from + 4 * (lane % 4), 4);
-    }
-}
-
 void mbarrier_init(void *barrier, int arrivals) {
     Mbarrier fresh;
     fresh.arrivals = fresh.pending = arrivals;

@@ -59,7 +59,6 @@ uint32_t shuffle(uint32_t x, int from);
 bool all(bool x);
 int largest(int x);
 void store_matrices(uint32_t row, const uint32_t (&words)[4]);
-void load_matrices(uint32_t row, uint32_t *const (&words)[4]);
 
 void mbarrier_init(void *barrier, int arrivals);
 void mbarrier_expect(void *barrier, int bytes);

@@ -2,6 +2,8 @@
 // the real file has one that is missing here.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -70,10 +72,6 @@ inline void store_matrices(void *row, uint32_t x0, uint32_t x1, uint32_t x2, uin
     emulator::store_matrices(smem_address(row), {x0, x1, x2, x3});
 }
 
-inline void load_matrices(const void *row, uint32_t &x0, uint32_t &x1, uint32_t &x2, uint32_t &x3) {
-    emulator::load_matrices(smem_address(row), {&x0, &x1, &x2, &x3});
-}
-
 inline void bulk_reduce_add(float *gmem, const float *smem, int bytes) {
     emulator::bulk_reduce_add(gmem, smem, bytes);
 }
@@ -132,8 +130,28 @@ inline uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
         [](uint16_t x, uint16_t y, uint16_t z) { return rounded_f16(double(of_f16(x)) * of_f16(y) + of_f16(z)); }, a, b,
         c);
 }
-inline uint32_t max_u16x2(uint32_t a, uint32_t b) {
-    return by_halves([](uint16_t x, uint16_t y) { return max(x, y); }, a, b);
+// As the instruction: NaN wins, and the sign is the product of the signs.
+inline float larger_magnitude(float a, float b) {
+    const float larger = std::isnan(a) || std::isnan(b) ? NAN : max(std::fabs(a), std::fabs(b));
+    return std::copysign(larger, std::signbit(a) == std::signbit(b) ? 1.0f : -1.0f);
+}
+// Applies f to the halves of two words as floats of type T.
+template <class T, class F>
+uint32_t by_floats(F &&f, uint32_t a, uint32_t b) {
+    const auto of = [](uint16_t bits) { return float(emulator::bits<T>(bits)); };
+    return by_halves([&](uint16_t x, uint16_t y) { return emulator::bits<uint16_t>(T(f(of(x), of(y)))); }, a, b);
+}
+template <class T>
+uint32_t larger_magnitudes(uint32_t a, uint32_t b) {
+    return by_floats<T>(larger_magnitude, a, b);
+}
+template <class T>
+uint32_t larger_halves(uint32_t a, uint32_t b) {
+    return by_floats<T>([](float x, float y) { return std::isnan(x) || std::isnan(y) ? NAN : max(x, y); }, a, b);
+}
+template <class T>
+uint32_t smaller_halves(uint32_t a, uint32_t b) {
+    return by_floats<T>([](float x, float y) { return std::isnan(x) || std::isnan(y) ? NAN : min(x, y); }, a, b);
 }
 inline uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) {
     uint32_t y = 0;

@@ -30,7 +30,7 @@ CONFIG = AttentionConfig(tile=(2, 6, 6), window=(1, 1, 1))
 # far below that is wrong as well: nothing was rounded.
 FP8_ERROR = (0.01, 0.10)
 # On Hopper, the largest relative RMS difference between the kernel and the emulation, as in the GPU tests.
-KERNEL_TO_EMULATION = 5e-3
+KERNEL_TO_EMULATION = 1.5e-2
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

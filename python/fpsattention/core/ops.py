@@ -214,9 +214,11 @@ class NormRope(NamedTuple):
 
 def launch_quantize(
     call: Call, q: Tensor, k: Tensor, v: Tensor, prefix_valid: Tensor | None, suffix_valid: Tensor | None,
-    norm_rope: NormRope | None = None
+    norm_rope: NormRope | None = None, with_lse: bool = True
 ) -> Tensor:  # fmt: skip
     """Packed operands, uint8 [bytes], of Q, K and V (arXiv 2506.04648, section 3.1).
+
+    Without `with_lse` they serve calls that want no LSE.
 
     Raises ValueError for strides or an alignment that the kernels do not take.
     """
@@ -240,7 +242,8 @@ def launch_quantize(
         k_sum = q.new_empty((call.batch, call.heads, chunks, call.head_dim), dtype=torch.float32)
         scratch.append(k_sum)
         params.k_sum, params.k_mean = k_sum.data_ptr(), base + at.k_mean
-        params.lse_shift = base + at.lse_shift
+        if with_lse:
+            params.lse_shift = base + at.lse_shift
     if norm_rope is not None:
         scratch += _set_norm_rope(params.norm_rope, norm_rope, call, q)
     _launch(_C.quantize, "fpsattention::quantize", params, q.device)
@@ -282,7 +285,7 @@ def launch_attention(
     with_lse: bool = True
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """(out, lse, packed operands) of Q, K and V; lse is None without `with_lse`."""
-    packed = launch_quantize(call, q, k, v, prefix_valid, suffix_valid)
+    packed = launch_quantize(call, q, k, v, prefix_valid, suffix_valid, with_lse=with_lse)
     out, lse = launch_attend(call, packed, prefix_valid, suffix_valid, with_lse, fresh=True)
     return out, lse, packed
 
