@@ -101,7 +101,7 @@ def test_no_two_series_look_the_same(monkeypatch, tmp_path):
     """Those of the committed records, in every panel that has a legend of its own."""
     figures = []
     monkeypatch.setattr(plots, "_save", lambda fig, path: figures.append(fig))
-    results = common.Results.load(ROOT / "bench" / "results" / "h100.json")
+    results = common.Results.load(ROOT / "bench" / "results" / "h200.json")
     plots.speedup_over_density(results, tmp_path)
     for ax in figures[0].axes:
         looks = [

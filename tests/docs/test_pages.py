@@ -81,9 +81,8 @@ def test_the_walk_has_the_files_that_a_call_enters(monkeypatch, tile, beside):
 
 def rows_of_the_readme() -> list[list[str]]:
     text = (ROOT / "README.md").read_text()
-    table = text.partition("<!-- numbers: bench/results/h100.json -->")[2].partition("<!-- end numbers -->")[
-        0
-    ]
+    _, _, numbers = text.partition("<!-- numbers: bench/results/h200.json -->")
+    table, _, _ = numbers.partition("<!-- end numbers -->")
     return [[x.strip() for x in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
 
 
@@ -103,7 +102,7 @@ def test_figures_of_the_readme(row):
     shape = dict(zip(("heads", "head_dim"), numbers(heads, " x "), strict=True))
     shape |= {"grid": tuple(numbers(grid.split()[0], "x")), "layout": "NHD"}
     windowed = shape | {"window": None if window == "dense" else tuple(numbers(window, ","))}
-    records = common.Results.load(ROOT / "bench" / "results" / "h100.json").records
+    records = common.Results.load(ROOT / "bench" / "results" / "h200.json").records
     records = [r for r in records if re.fullmatch(r"[^/]+/\S+", r.case)]  # forwards of the video alone
 
     def found(op: str, **fields) -> list[common.Record]:
