@@ -4,20 +4,22 @@
 //   warps           role   waits for                       signals                                     registers
 //   2 warpgroups    math   keys, full, q_full, ds_full,    empty, q_empty, ds_full, dq_full             240
 //                          dq_empty
-//   1 thread        load   empty, q_empty                  keys, full, q_full (with the copy engine's     24
+//   1 thread        load   empty, q_empty                  keys, full, q_full (with the copy engine's    24
 //                                                          bytes)
 //   2 warps         add    dq_full                         dq_empty                                      24
 //
 // A math warpgroup owns 64 of the keys. Scores are transposed, keys by queries: the rows of an accumulator are keys,
-// and dK and dV stay in registers. For a query block, with the operands of params.h,
+// and dK and dV stay in registers. A scale s is 2^e m with m in [1, 2): q, k and v in 16 bits take the power of two,
+// which leaves them exact, and dS takes m. For a query block, with the operands of params.h,
 //   S^T  = k8 q8^T                               FP8, in fp16, as the forward computed it
 //   X    = number(S^T 8 s_q s_k scale log2(e))   the forward's P from its code in E4M3's octaves, times a power of two
 //                                                that c takes off again; exact in bf16
 //   dV  += X (c dO)
-//   dS^T = X (v (c dO)^T - delta)                bf16
-//   dK  += dS^T q        dQ += dS k
-// The warpgroups exchange dS through shared memory, and each computes dQ for half of the channels. One add warp per
-// half has the copy engine add dQ to global memory in fp32: atomically, or with `turns` one key block after the other.
+//   dS^T = X m_q m_k (m_v v (c dO)^T - delta)    rounded to bf16 before and after the product with X
+//   dK  += dS^T q        dQ += dS k              m_k comes off when dK is stored, m_q in finish_dq
+// The warpgroups exchange dS through shared memory. Each computes dQ of half of the channels, or dQ^T = k^T dS^T of
+// half of the queries where registers can hold k^T. The add warps have the copy engine add dQ to global memory in fp32:
+// atomically, or with `turns` one key block after the other.
 //
 // dK and dQ of a step are computed in the next step, beside its X. The tensor core has work during those,
 // and neither warpgroup waits for the other's dS.
@@ -42,10 +44,13 @@ using BF16 = cute::bfloat16_t;
 template <int kHeadDim_>
 struct BwdConfig {
     static constexpr int kHeadDim = kHeadDim_;
-    static constexpr int kHalf = kHeadDim / 2;  // channels of dQ per warpgroup
+    // The keys' operands stay in registers where these suffice: shared memory's bandwidth is what limits the rest.
+    static constexpr bool kKeysInRegisters = kHeadDim == 64;
+    static constexpr int kDqQueries = kKeysInRegisters ? kQueryBlock / 2 : kQueryBlock;  // of dQ, per warpgroup
     static constexpr int kStages = 2;
     static constexpr int kWarpgroups = 2, kMathThreads = 128 * kWarpgroups, kThreads = kMathThreads + 128;
     static constexpr int kKeys = kBlock / kWarpgroups;  // per warpgroup
+    static constexpr int kAddWarps = kStages;           // they take steps in turn
     // The load warps give registers to the math warps.
     static constexpr int kLoadRegisters = 24, kMathRegisters = 240;
     static_assert(128 * kLoadRegisters + kMathThreads * kMathRegisters <= kThreads * launch_registers(kThreads));
@@ -56,23 +61,27 @@ struct BwdConfig {
     using RowsFP8 = conditional_t<kHeadDim == 128, GMMA::Layout_K_SW128_Atom<E4M3>, GMMA::Layout_K_SW64_Atom<E4M3>>;
     using RowsBF16 = GMMA::Layout_K_SW128_Atom<BF16>;
     using ColumnsBF16 = GMMA::Layout_MN_SW128_Atom<BF16>;
-    using ColumnsK = conditional_t<kHalf == 64, ColumnsBF16, GMMA::Layout_MN_SW64_Atom<BF16>>;
+    using ColumnsDS = conditional_t<kKeysInRegisters, GMMA::Layout_MN_SW64_Atom<BF16>, ColumnsBF16>;
     using PartByPart = Step<_2, _1>;
     using LayoutK8 = decltype(tile_to_shape(RowsFP8{}, Shape<Int<kKeys>, Int<kHeadDim>>{}));
     using LayoutQ8 = decltype(tile_to_shape(RowsFP8{}, Shape<Int<kQueryBlock>, Int<kHeadDim>>{}));
     using LayoutV = decltype(tile_to_shape(RowsBF16{}, Shape<Int<kBlock>, Int<kHeadDim>>{}));
     using LayoutQuery = decltype(tile_to_shape(RowsBF16{}, Shape<Int<kQueryBlock>, Int<kHeadDim>>{}));
     using LayoutQueryT = decltype(tile_to_shape(ColumnsBF16{}, Shape<Int<kHeadDim>, Int<kQueryBlock>>{}, PartByPart{}));
-    using LayoutKT = decltype(tile_to_shape(ColumnsK{}, Shape<Int<kHalf>, Int<kBlock>>{}, PartByPart{}));
-    using LayoutDS = decltype(tile_to_shape(ColumnsBF16{}, Shape<Int<kQueryBlock>, Int<kBlock>>{}, PartByPart{}));
+    using LayoutK = decltype(tile_to_shape(ColumnsBF16{}, Shape<Int<64>, Int<kBlock>>{}, PartByPart{}));
+    using LayoutDS = decltype(tile_to_shape(ColumnsDS{}, Shape<Int<kDqQueries>, Int<kBlock>>{}, PartByPart{}));
 
     static constexpr auto K = GMMA::Major::K, MN = GMMA::Major::MN;
     using AtomGrad = conditional_t<kHeadDim == 128, SM90::GMMA::MMA_64x128x16_F32BF16BF16_RS<K, MN>,
                                    SM90::GMMA::MMA_64x64x16_F32BF16BF16_RS<K, MN>>;
-    using AtomDQ = conditional_t<kHeadDim == 128, SM90::GMMA::MMA_64x64x16_F32BF16BF16_SS<MN, MN>,
-                                 SM90::GMMA::MMA_64x32x16_F32BF16BF16_SS<MN, MN>>;
-    using MmaS = decltype(make_tiled_mma(SM90::GMMA::MMA_64x64x32_F16E4M3E4M3_SS_TN<>{}));
-    using MmaDP = decltype(make_tiled_mma(SM90::GMMA::MMA_64x64x16_F32BF16BF16_SS<K, K>{}));
+    using AtomS = conditional_t<kKeysInRegisters, SM90::GMMA::MMA_64x64x32_F16E4M3E4M3_RS_TN<>,
+                                SM90::GMMA::MMA_64x64x32_F16E4M3E4M3_SS_TN<>>;
+    using AtomDP = conditional_t<kKeysInRegisters, SM90::GMMA::MMA_64x64x16_F32BF16BF16_RS<K, K>,
+                                 SM90::GMMA::MMA_64x64x16_F32BF16BF16_SS<K, K>>;
+    using AtomDQ = conditional_t<kKeysInRegisters, SM90::GMMA::MMA_64x32x16_F32BF16BF16_RS<K, MN>,
+                                 SM90::GMMA::MMA_64x64x16_F32BF16BF16_SS<MN, MN>>;
+    using MmaS = decltype(make_tiled_mma(AtomS{}));
+    using MmaDP = decltype(make_tiled_mma(AtomDP{}));
     using MmaGrad = decltype(make_tiled_mma(AtomGrad{}));
     using MmaDQ = decltype(make_tiled_mma(AtomDQ{}));
 };
@@ -84,34 +93,36 @@ struct BwdSmem {
         BF16 dout[kQueryBlock * Cfg::kHeadDim];
         E4M3 q8[kQueryBlock * Cfg::kHeadDim];
     };
-    alignas(1024) BF16 k[kBlock * Cfg::kHeadDim];
-    BF16 v[kBlock * Cfg::kHeadDim];
+    alignas(1024) BF16 k[Cfg::kKeysInRegisters ? 1 : kBlock * Cfg::kHeadDim];
+    alignas(1024) BF16 v[kBlock * Cfg::kHeadDim];
     E4M3 k8[kBlock * Cfg::kHeadDim];
     Stage stages[Cfg::kStages];
     BF16 q[Cfg::kStages][kQueryBlock * Cfg::kHeadDim];  // released half a step later than the rest of its query block
     BF16 ds[2][kBlock * kQueryBlock];
-    float dq[Cfg::kWarpgroups][kQueryBlock * Cfg::kHalf];
+    union {
+        E4M3 v8[kBlock * Cfg::kHeadDim];  // until v is made of it
+        float dq[Cfg::kWarpgroups][kQueryBlock * Cfg::kHeadDim / Cfg::kWarpgroups];
+    };
     QueryRows rows[Cfg::kStages];
     BlockMeta k_meta;
+    int place;  // of the key item in the order of work
     Barrier keys_full, full[Cfg::kStages], empty[Cfg::kStages], q_full[Cfg::kStages], q_empty[Cfg::kStages];
-    Barrier ds_full, dq_full[Cfg::kWarpgroups], dq_empty[Cfg::kWarpgroups];
+    Barrier ds_full, dq_full[Cfg::kAddWarps], dq_empty;
 };
 
 // Load thread: brings the keys, then keeps the rings of query blocks full.
 template <class Cfg>
 __device__ void load(const BackwardParams &p, BwdSmem<Cfg> &smem) {
-    constexpr int kK8Bytes = sizeof(smem.k8), kKeyBytes = sizeof(smem.k);
-    constexpr int kQBytes = sizeof(smem.q[0]), kQ8Bytes = sizeof(smem.stages[0].q8), kRowsBytes = sizeof(QueryRows);
-    // Load the keys: k8 and its meta, k, v.
-    const KeyItem key(p);
+    constexpr int kK8Bytes = sizeof(smem.k8), kQBytes = sizeof(smem.q[0]);
+    constexpr int kQ8Bytes = sizeof(smem.stages[0].q8), kRowsBytes = sizeof(QueryRows);
+    // Load the keys: k8, v8 and their meta.
+    const KeyItem key(p, smem.place);
     const uint8_t *k8 = p.kv_blocks + key.index * kv_block_bytes(Cfg::kHeadDim);
-    const uint8_t *k = p.key_operands + key.index * bwd_key_bytes(Cfg::kHeadDim);
-    smem.keys_full.expect(kK8Bytes + int(sizeof(BlockMeta)) + 2 * kKeyBytes);
+    smem.keys_full.expect(2 * kK8Bytes + int(sizeof(BlockMeta)));
     smem.keys_full.arrive();
     bulk_load(smem.k8, k8, kK8Bytes, smem.keys_full);
+    bulk_load(smem.v8, k8 + kK8Bytes, kK8Bytes, smem.keys_full);
     bulk_load(&smem.k_meta, k8 + 2 * kK8Bytes, sizeof(BlockMeta), smem.keys_full);
-    bulk_load(smem.k, k, kKeyBytes, smem.keys_full);
-    bulk_load(smem.v, k + kKeyBytes, kKeyBytes, smem.keys_full);
 
     RingState<Cfg::kStages> ring;
     for_each_query_block(p, key, [&](const QueryStep &query) {
@@ -137,43 +148,47 @@ __device__ void load(const BackwardParams &p, BwdSmem<Cfg> &smem) {
     });
 }
 
-// Add warp `half`: has the copy engine add half of the channels of every step's dQ to global memory. One lane does the
-// work; the others follow it so that positions stay in uniform registers.
+// Add warp `number`: has the copy engine add dQ of every second step to global memory. One lane does the work; the
+// others follow it so that positions stay in uniform registers.
 template <class Cfg>
-__device__ void add(const BackwardParams &p, BwdSmem<Cfg> &smem, int half) {
-    constexpr int kFloats = kQueryBlock * Cfg::kHalf;
-    const KeyItem key(p);
+__device__ void add(const BackwardParams &p, BwdSmem<Cfg> &smem, int number) {
+    const KeyItem key(p, smem.place);
     RingState<1> ring;
+    int next = 0;  // add warp of the next step
     for_each_query_block(p, key, [&](const QueryStep &query) {
+        const bool is_other = next != number;
+        next ^= 1;
+        if (is_other) {
+            return;
+        }
         // Wait for dQ.
-        smem.dq_full[half].wait(ring.full_parity());
+        smem.dq_full[number].wait(ring.full_parity());
+        __syncwarp();  // a lane left behind could miss a phase of dq_full
         ring.next();
 
         // Wait for the turn.
-        const int64_t i = 2 * query.index + half;
         Turn turn{};
         if (p.turns != nullptr) {
             turn = turn_of(p, key, query);
-            wait_for(p.turns + i, turn.from);
+            wait_for(p.turns + query.index, turn.from);
             fence_proxy_async_global();
         }
         if (threadIdx.x % 32 == 0) {
             // Add dQ.
             fence_proxy_async();
-            bulk_reduce_add(p.dq_sum + i * kFloats, smem.dq[half], kFloats * int(sizeof(float)));
+            bulk_reduce_add(p.dq_sum + query.index * (kQueryBlock * Cfg::kHeadDim), smem.dq[0], int(sizeof(smem.dq)));
 
             // Release the buffer once the copy engine has read it.
             bulk_wait_read();
-            smem.dq_empty[half].arrive();  // for the warp, whose other lanes do not use the buffer
+            smem.dq_empty.arrive();  // for the warp, whose other lanes do not use the buffer
 
-            // Pass the turn on once all is added.
+            // Pass the turn on once all is added. The other warp is at its step meanwhile.
             if (p.turns != nullptr) {
                 bulk_wait();
                 fence_proxy_async_global();
-                store_release(p.turns + i, turn.to);
+                store_release(p.turns + query.index, turn.to);
             }
         }
-        __syncwarp();  // a lane left behind could miss a phase of dq_full
     });
 }
 
@@ -248,35 +263,29 @@ __device__ __forceinline__ void to_numbers(const TensorS &s, TensorX &x, float f
     }
 }
 
-// dS = X (dP - delta), in place of dP.
-template <class TensorP, class TensorX>
-__device__ __forceinline__ void differentiate(TensorP &dp, const TensorX &x, const QueryRows &rows) {
-    Tensor words = recast<const uint32_t>(x);
+// dS = X (slope dP - k_mantissa delta), as A operand. Two elements that are neighbours in an accumulator share a word.
+template <class TensorP, class TensorX, class TensorA>
+__device__ __forceinline__ void differentiate(const TensorP &dp, const TensorX &x, TensorA &a, const QueryRows &rows,
+                                              float slope, float k_mantissa) {
+    Tensor numbers = recast<const uint32_t>(x);
+    Tensor words = recast<uint32_t>(a);
 #pragma unroll
     for (int octet = 0; octet < kOctets; ++octet) {
-        const float2 minus_delta = of_queries(rows.minus_delta, octet);
+        float2 minus_delta = of_queries(rows.minus_delta, octet);
+        minus_delta.x *= k_mantissa;
+        minus_delta.y *= k_mantissa;
 #pragma unroll
-        for (int word = 2 * octet; word < 2 * octet + 2; ++word) {
-            const float2 number = upcast<__nv_bfloat16>(words(word));
-            dp(2 * word) = number.x * (dp(2 * word) + minus_delta.x);
-            dp(2 * word + 1) = number.y * (dp(2 * word + 1) + minus_delta.y);
+        for (int i = 2 * octet; i < 2 * octet + 2; ++i) {
+            const uint32_t difference = downcast<__nv_bfloat16>(fmaf(dp(2 * i), slope, minus_delta.x),
+                                                                fmaf(dp(2 * i + 1), slope, minus_delta.y));
+            words(i) = multiply_bf16x2(numbers(i), difference);
         }
     }
 }
 
-// An accumulator as bf16 A operand. Two elements that are neighbours in it share a word.
-template <class TensorX, class TensorA>
-__device__ __forceinline__ void pack(const TensorX &x, TensorA &a) {
-    Tensor words = recast<uint32_t>(a);
-#pragma unroll
-    for (int i = 0; i < size(words); ++i) {
-        words(i) = downcast<__nv_bfloat16>(x(2 * i), x(2 * i + 1));
-    }
-}
-
-// dS^T lies in shared memory as [keys][64 queries], swizzled. Four matrices of 8 x 8 are stored at a time, which are
-// words i .. i + 3 of the operand: twice 8 keys, then the same keys and the next 8 queries.
-template <class TensorA>
+// dS^T lies in shared memory as [64 / kPart][keys][kPart queries], swizzled. Four matrices of 8 x 8 are stored at a
+// time, which are words i .. i + 3 of the operand: twice 8 keys, then the same keys and the next 8 queries.
+template <int kPart, class TensorA>
 __device__ __forceinline__ void store_ds(BF16 *ds, int first_key, const TensorA &a) {
     Tensor words = recast<const uint32_t>(a);
     const int thread = threadIdx.x % 128, lane = thread % 32;
@@ -284,7 +293,8 @@ __device__ __forceinline__ void store_ds(BF16 *ds, int first_key, const TensorA 
 #pragma unroll
     for (int i = 0; i < size(words); i += 4) {
         const int query = 4 * i + lane / 16 * 8;
-        void *row = reinterpret_cast<char *>(ds) + swizzled<128>(key, 2 * query);
+        const int offset = query / kPart * (2 * kPart * kBlock) + swizzled<2 * kPart>(key, query % kPart * 2);
+        void *row = reinterpret_cast<char *>(ds) + offset;
         store_matrices(row, words(i), words(i + 1), words(i + 2), words(i + 3));
     }
 }
@@ -293,19 +303,19 @@ __device__ __forceinline__ void store_ds(BF16 *ds, int first_key, const TensorA 
 template <class Cfg, class TensorQ>
 __device__ __forceinline__ void hand_over_dq(BwdSmem<Cfg> &smem, int warpgroup, const TensorQ &dq, int stage) {
     static_assert(Cfg::kStages == 2);
-    smem.dq_empty[warpgroup].wait(stage ^ 1);
+    smem.dq_empty.wait(stage ^ 1);
     float *to = smem.dq[warpgroup] + 4 * (threadIdx.x % 128);
 #pragma unroll
     for (int i = 0; i < size(dq); i += 4) {
         *reinterpret_cast<float4 *>(to + i * 128) = {dq(i), dq(i + 1), dq(i + 2), dq(i + 3)};
     }
-    smem.dq_full[warpgroup].arrive_as_warp();
+    smem.dq_full[stage].arrive_as_warp();
 }
 
 // dK and dV in raster order. `row` is this thread's first key of the block; the other is row + 8.
 template <class Cfg, class T, class TensorC>
-__device__ void store(const BackwardParams &p, int row, const TensorC &dk, const TensorC &dv) {
-    const KeyItem key(p);
+__device__ void store(const BackwardParams &p, const KeyItem &key, int row, float dk_scale, const TensorC &dk,
+                      const TensorC &dv) {
     const int lane = threadIdx.x % 4;
     const auto row_of = [&](void *base, const Strides &to, int64_t token) {
         return static_cast<T *>(base) + to.offset(key.batch, key.head, token);
@@ -316,56 +326,44 @@ __device__ void store(const BackwardParams &p, int row, const TensorC &dk, const
         const bool valid = in_tile < key.rows.valid();
         const int64_t token = valid ? p.geometry.token(key.rows, in_tile) : 0;
         store_row<T, Cfg::kHeadDim>(row_of(p.dk, p.dk_strides, token), valid, r, lane,
-                                    [&](int i) { return dk(i) * p.scale; });
+                                    [&](int i) { return dk(i) * dk_scale; });
         store_row<T, Cfg::kHeadDim>(row_of(p.dv, p.dv_strides, token), valid, r, lane, [&](int i) { return dv(i); });
     }
 }
 
-// Operands in shared memory, as descriptors. Where there is a ring, the last mode is the stage.
-template <class K8, class Q8, class V, class DOut, class DOutT, class QT, class DS, class KT>
-struct Operands {
-    K8 k8;
+// Operands of a query block, and dS, in shared memory, as descriptors. The last mode is the buffer.
+template <class Q8, class DOut, class DOutT, class QT, class DS>
+struct QueryOperands {
     Q8 q8;
-    V v;
     DOut dout;
     DOutT dout_t;
     QT q_t;
     DS ds;
-    KT k_t;
 };
 template <class... X>
-Operands(X...) -> Operands<X...>;
+QueryOperands(X...) -> QueryOperands<X...>;
 
 template <class Cfg>
-__device__ auto operands_of(BwdSmem<Cfg> &smem, int warpgroup) {
-    constexpr int kStages = Cfg::kStages, kQStride = kQueryBlock * Cfg::kHeadDim;
+__device__ auto query_operands_of(BwdSmem<Cfg> &smem, int warpgroup) {
+    constexpr int kStages = Cfg::kStages, kQStride = kQueryBlock * Cfg::kHeadDim, kDsStride = kBlock * kQueryBlock;
     constexpr int kQ8Stride = sizeof(smem.stages[0]), kDOutStride = kQ8Stride / sizeof(BF16);
     auto &first = smem.stages[0];
-    Tensor k8 = smem_tensor(smem.k8 + warpgroup * Cfg::kKeys * Cfg::kHeadDim, typename Cfg::LayoutK8{});
     Tensor q8 = smem_tensor(first.q8, ring_of<kStages, kQ8Stride>(typename Cfg::LayoutQ8{}));
-    Tensor v = local_tile(smem_tensor(smem.v, typename Cfg::LayoutV{}), Shape<Int<Cfg::kKeys>, Int<Cfg::kHeadDim>>{},
-                          make_coord(warpgroup, 0));
     Tensor dout = smem_tensor(first.dout, ring_of<kStages, kDOutStride>(typename Cfg::LayoutQuery{}));
     Tensor dout_t = smem_tensor(first.dout, ring_of<kStages, kDOutStride>(typename Cfg::LayoutQueryT{}));
     Tensor q_t = smem_tensor(smem.q[0], ring_of<kStages, kQStride>(typename Cfg::LayoutQueryT{}));
-    Tensor ds = smem_tensor(smem.ds[0], ring_of<2, kBlock * kQueryBlock>(typename Cfg::LayoutDS{}));
-    Tensor k_t = smem_tensor(smem.k + warpgroup * kBlock * Cfg::kHalf, typename Cfg::LayoutKT{});
-    return Operands{operand_a<typename Cfg::MmaS>(k8),        operand_b<typename Cfg::MmaS>(q8),
-                    operand_a<typename Cfg::MmaDP>(v),        operand_b<typename Cfg::MmaDP>(dout),
-                    operand_b<typename Cfg::MmaGrad>(dout_t), operand_b<typename Cfg::MmaGrad>(q_t),
-                    operand_a<typename Cfg::MmaDQ>(ds),       operand_b<typename Cfg::MmaDQ>(k_t)};
+    const int first_query = warpgroup * (kQueryBlock - Cfg::kDqQueries);
+    Tensor ds = smem_tensor(smem.ds[0] + first_query * kBlock, ring_of<2, kDsStride>(typename Cfg::LayoutDS{}));
+    const auto ds_operand = [&] {
+        if constexpr (Cfg::kKeysInRegisters) {
+            return operand_b<typename Cfg::MmaDQ>(ds);
+        } else {
+            return operand_a<typename Cfg::MmaDQ>(ds);
+        }
+    };
+    return QueryOperands{operand_b<typename Cfg::MmaS>(q8), operand_b<typename Cfg::MmaDP>(dout),
+                         operand_b<typename Cfg::MmaGrad>(dout_t), operand_b<typename Cfg::MmaGrad>(q_t), ds_operand()};
 }
-
-// Results in registers.
-template <class Cfg>
-struct Fragments {
-    FragmentC<typename Cfg::MmaS, Cfg::kKeys, kQueryBlock> s;           // S^T
-    FragmentC<typename Cfg::MmaDP, Cfg::kKeys, kQueryBlock> dp;         // dP^T, then dS^T
-    FragmentA<BF16, typename Cfg::MmaGrad, Cfg::kKeys, kQueryBlock> a;  // dS^T', as operand
-    FragmentA<BF16, typename Cfg::MmaGrad, Cfg::kKeys, kQueryBlock> x;  // X, as operand
-    FragmentC<typename Cfg::MmaDQ, kQueryBlock, Cfg::kHalf> dq;
-    FragmentC<typename Cfg::MmaGrad, Cfg::kKeys, Cfg::kHeadDim> dv, dk;
-};
 
 // The keys of a math warpgroup.
 struct OwnKeys {
@@ -374,33 +372,152 @@ struct OwnKeys {
     int row;            // this thread's first key, in the block; the other is row + 8
     int valid;          // keys of the block that are not padding
     float k_scale;      // of k8
+    float kv_mantissa;  // m_k m_v
     float score_scale;  // of the scores before softmax
 };
 
+// Two E4M3 bytes as bf16 times `power`.
+__device__ __forceinline__ uint32_t widen_two(const uint8_t *first, const uint8_t *second, uint32_t power) {
+    return widen(*first | uint32_t(*second) << 8, Half::kLow, power);
+}
+
+// k as bf16 in parts of 64 channels.
+template <class Cfg>
+__device__ __forceinline__ void widen_k(BwdSmem<Cfg> &smem, uint32_t power) {
+    constexpr int kVecs = Cfg::kHeadDim / kVec;
+    const char *k8 = reinterpret_cast<const char *>(smem.k8);
+    for (int i = threadIdx.x; i < kBlock * kVecs; i += Cfg::kMathThreads) {
+        const int key = i / kVecs, channel = i % kVecs * kVec;
+        char *part = reinterpret_cast<char *>(smem.k) + channel / 64 * (kBlock * 128);
+        *reinterpret_cast<uint4 *>(part + swizzled<128>(key, channel % 64 * 2)) =
+            widen(*reinterpret_cast<const uint2 *>(k8 + swizzled<Cfg::kHeadDim>(key, channel)), power);
+    }
+}
+
+// v as bf16 in parts of 64 channels. The rows of v8 are channels, and its tokens are permuted in 16s.
+template <class Cfg>
+__device__ __forceinline__ void widen_v(BwdSmem<Cfg> &smem, uint32_t power) {
+    const uint8_t *v8 = reinterpret_cast<const uint8_t *>(smem.v8);
+    for (int i = threadIdx.x; i < kBlock * Cfg::kHeadDim / kVec; i += Cfg::kMathThreads) {
+        const int token = i % kBlock, byte = token / 16 * 16 + byte_of_token(token % 16), channel = i / kBlock * kVec;
+        uint32_t words[kVec / 2];
+#pragma unroll
+        for (int j = 0; j < kVec / 2; ++j) {
+            words[j] = widen_two(v8 + swizzled<kBlock>(channel + 2 * j, byte),
+                                 v8 + swizzled<kBlock>(channel + 2 * j + 1, byte), power);
+        }
+        char *part = reinterpret_cast<char *>(smem.v) + channel / 64 * (kBlock * 128);
+        *reinterpret_cast<uint4 *>(part + swizzled<128>(token, channel % 64 * 2)) = {words[0], words[1], words[2],
+                                                                                     words[3]};
+    }
+}
+
+// Operand A of 64 rows in registers, from rows of kRowBytes in shared memory. `row` is this thread's first.
+template <int kRowBytes, class TensorA>
+__device__ __forceinline__ void load_rows(const void *from, int row, TensorA &a) {
+    Tensor words = recast<uint32_t>(a);
+#pragma unroll
+    for (int i = 0; i < size(words); ++i) {
+        const int byte = i / 4 * 32 + i / 2 % 2 * 16 + 4 * (threadIdx.x % 4);
+        words(i) = *reinterpret_cast<const uint32_t *>(static_cast<const char *>(from) +
+                                                       swizzled<kRowBytes>(row + 8 * (i % 2), byte));
+    }
+}
+
+// k^T in registers: 64 channels by all keys, from k8. A word holds two neighbouring keys.
+template <class TensorA>
+__device__ __forceinline__ void load_k_t(const E4M3 *k8, uint32_t power, TensorA &a) {
+    const uint8_t *bytes = reinterpret_cast<const uint8_t *>(k8);
+    Tensor words = recast<uint32_t>(a);
+#pragma unroll
+    for (int i = 0; i < size(words); ++i) {
+        const int key = i / 4 * 16 + i / 2 % 2 * 8 + 2 * (threadIdx.x % 4);
+        const int channel = fragment_row(threadIdx.x % 128) + 8 * (i % 2);
+        words(i) = widen_two(bytes + swizzled<64>(key, channel), bytes + swizzled<64>(key + 1, channel), power);
+    }
+}
+
+// Operands of the keys: k8, v, and k for dQ. In registers or as descriptors.
+template <class K8, class V, class K>
+struct KeyOperands {
+    K8 k8;
+    V v;
+    K k;
+};
+template <class... X>
+KeyOperands(X...) -> KeyOperands<X...>;
+
+// Makes operands of k8 and v8, with all math warps. Phase 0 of ds_full: all have written what they widen to shared
+// memory, and read v8. issue_dq waits for it as well, and fences, before the first product that reads k or v there.
+template <class Cfg>
+__device__ __forceinline__ auto key_operands_of(BwdSmem<Cfg> &smem, const OwnKeys &own) {
+    const uint32_t k_power = power_of(own.k_scale);
+    const auto wait_for_math_warps = [&] {
+        smem.ds_full.arrive_as_warp();
+        smem.ds_full.wait(0);
+    };
+    widen_v(smem, power_of(smem.k_meta.v_scale));
+    if constexpr (Cfg::kKeysInRegisters) {
+        FragmentA<E4M3, typename Cfg::MmaS, Cfg::kKeys, Cfg::kHeadDim> k8;
+        FragmentA<BF16, typename Cfg::MmaDP, Cfg::kKeys, Cfg::kHeadDim> v;
+        FragmentA<BF16, typename Cfg::MmaDQ, Cfg::kHeadDim, kBlock> k_t;
+        load_rows<Cfg::kHeadDim>(smem.k8, own.row, k8);
+        load_k_t(smem.k8, k_power, k_t);
+        wait_for_math_warps();
+        load_rows<128>(smem.v, own.row, v);
+        return KeyOperands{k8, v, k_t};
+    } else {
+        widen_k(smem, k_power);
+        wait_for_math_warps();
+        Tensor k8 = smem_tensor(smem.k8 + own.first * Cfg::kHeadDim, typename Cfg::LayoutK8{});
+        Tensor v = local_tile(smem_tensor(smem.v, typename Cfg::LayoutV{}),
+                              Shape<Int<Cfg::kKeys>, Int<Cfg::kHeadDim>>{}, make_coord(own.warpgroup, 0));
+        Tensor k = smem_tensor(smem.k + own.warpgroup * kBlock * 64, typename Cfg::LayoutK{});
+        return KeyOperands{operand_a<typename Cfg::MmaS>(k8), operand_a<typename Cfg::MmaDP>(v),
+                           operand_b<typename Cfg::MmaDQ>(k)};
+    }
+}
+
+// Results in registers.
+template <class Cfg>
+struct Fragments {
+    FragmentC<typename Cfg::MmaS, Cfg::kKeys, kQueryBlock> s;           // S^T
+    FragmentC<typename Cfg::MmaDP, Cfg::kKeys, kQueryBlock> dp;         // dP^T
+    FragmentA<BF16, typename Cfg::MmaGrad, Cfg::kKeys, kQueryBlock> a;  // dS^T, as operand
+    FragmentA<BF16, typename Cfg::MmaGrad, Cfg::kKeys, kQueryBlock> x;  // X, as operand
+    FragmentC<typename Cfg::MmaDQ, 64, Cfg::kDqQueries> dq;             // queries by channels, or channels by queries
+    FragmentC<typename Cfg::MmaGrad, Cfg::kKeys, Cfg::kHeadDim> dv, dk;
+};
+
 // Waits for q of a step and issues dK += dS^T q.
-template <class Cfg, class Operands>
-__device__ __forceinline__ void issue_dk(BwdSmem<Cfg> &smem, const Operands &operands, Fragments<Cfg> &fragments,
+template <class Cfg, class Queries>
+__device__ __forceinline__ void issue_dk(BwdSmem<Cfg> &smem, const Queries &queries, Fragments<Cfg> &fragments,
                                          RingState<Cfg::kStages> step) {
     smem.q_full[step.stage()].wait(step.full_parity());
     warpgroup_fence_operand(fragments.a);
-    issue<typename Cfg::MmaGrad>(fragments.a, operands.q_t(_, _, _, step.stage()), fragments.dk, Sum::kAddTo);
+    issue<typename Cfg::MmaGrad>(fragments.a, queries.q_t(_, _, _, step.stage()), fragments.dk, Sum::kAddTo);
 }
 
 // Waits for dS of both warpgroups in this buffer and issues dQ = dS k. dS of step n lies in buffer n % 2 and completes
-// phase n + 1 of ds_full. Phase 0 is that of the zeros before the first step.
-template <class Cfg, class Operands>
-__device__ __forceinline__ void issue_dq(BwdSmem<Cfg> &smem, const Operands &operands, Fragments<Cfg> &fragments,
-                                         int buffer) {
+// phase n + 1 of ds_full; phase 0 is of key_operands_of.
+template <class Cfg, class Queries, class Keys>
+__device__ __forceinline__ void issue_dq(BwdSmem<Cfg> &smem, const Queries &queries, const Keys &keys,
+                                         Fragments<Cfg> &fragments, int buffer) {
     smem.ds_full.wait(buffer ^ 1);
     fence_proxy_async();
-    issue<typename Cfg::MmaDQ>(operands.ds(_, _, _, buffer), operands.k_t, fragments.dq, Sum::kFromZero);
+    if constexpr (Cfg::kKeysInRegisters) {
+        issue<typename Cfg::MmaDQ>(keys.k, queries.ds(_, _, _, buffer), fragments.dq, Sum::kFromZero);
+    } else {
+        issue<typename Cfg::MmaDQ>(queries.ds(_, _, _, buffer), keys.k, fragments.dq, Sum::kFromZero);
+    }
 }
 
-// One query block. A prime marks values of the previous step, at ring position `before`.
-template <class Cfg, class Operands>
-__device__ __forceinline__ void step(BwdSmem<Cfg> &smem, const Operands &operands, Fragments<Cfg> &fragments,
-                                     const OwnKeys &own, RingState<Cfg::kStages> ring, RingState<Cfg::kStages> &before,
-                                     bool is_first) {
+// One query block. A prime marks values of the previous step, at ring position `before`. In the first step dS' in
+// registers is zero, and what shared memory gives for dQ' is dropped.
+template <class Cfg, class Queries, class Keys>
+__device__ __forceinline__ void step(BwdSmem<Cfg> &smem, const Queries &queries, const Keys &keys,
+                                     Fragments<Cfg> &fragments, const OwnKeys &own, RingState<Cfg::kStages> ring,
+                                     RingState<Cfg::kStages> &before, bool is_first) {
     auto &[rS, rdP, rA, rX, rdQ, rdV, rdK] = fragments;
     const int s = ring.stage(), ds_buffer = s;  // dS' is in the other buffer
     const QueryRows &rows = smem.rows[s];
@@ -408,10 +525,10 @@ __device__ __forceinline__ void step(BwdSmem<Cfg> &smem, const Operands &operand
 
     // Wait for the queries. Issue S^T = k8 q8^T.
     smem.full[s].wait(ring.full_parity());
-    issue<typename Cfg::MmaS>(operands.k8, operands.q8(_, _, _, s), rS, Sum::kFromZero);
+    issue<typename Cfg::MmaS>(keys.k8, queries.q8(_, _, _, s), rS, Sum::kFromZero);
 
     // Wait for q'. Issue dK += dS^T' q'.
-    issue_dk(smem, operands, fragments, before);
+    issue_dk(smem, queries, fragments, before);
 
     // Wait for S^T. X of the first half of the queries.
     const float factor = score_factor(rows.scale, own.k_scale, own.score_scale);
@@ -420,7 +537,7 @@ __device__ __forceinline__ void step(BwdSmem<Cfg> &smem, const Operands &operand
     to_numbers<Cfg::kHeadDim, 0>(rS, rX, factor, offset, own.row, own.valid);
 
     // Wait for dS' of both warpgroups. Issue dQ' = dS' k.
-    issue_dq(smem, operands, fragments, ds_buffer ^ 1);
+    issue_dq(smem, queries, keys, fragments, ds_buffer ^ 1);
 
     // Wait for dK and dQ'. Hand over dQ' and release q'.
     load_offsets<kHalfOctets>(rows, offset);
@@ -432,22 +549,22 @@ __device__ __forceinline__ void step(BwdSmem<Cfg> &smem, const Operands &operand
     }
 
     // Issue dP^T = v dO^T.
-    issue<typename Cfg::MmaDP>(operands.v, operands.dout(_, _, _, s), rdP, Sum::kFromZero);
+    issue<typename Cfg::MmaDP>(keys.v, queries.dout(_, _, _, s), rdP, Sum::kFromZero);
 
     // X of the other half.
     to_numbers<Cfg::kHeadDim, kHalfOctets>(rS, rX, factor, offset, own.row, own.valid);
 
     // Issue dV += X dO.
     warpgroup_fence_operand(rX);
-    issue<typename Cfg::MmaGrad>(rX, operands.dout_t(_, _, _, s), rdV, Sum::kAddTo);
+    issue<typename Cfg::MmaGrad>(rX, queries.dout_t(_, _, _, s), rdV, Sum::kAddTo);
 
-    // Wait for dP^T. dS^T = X (dP^T - delta).
+    // Wait for dP^T. dS^T = X (dP^T - delta), with the scales' mantissas.
+    const float k_mantissa = mantissa_of(own.k_scale), slope = mantissa_of(rows.scale) * own.kv_mantissa;
     wait_for_products<1>(rdP);
-    differentiate(rdP, rX, rows);
-    pack(rdP, rA);
+    differentiate(rdP, rX, rA, rows, slope, k_mantissa);
 
     // Publish dS^T.
-    store_ds(smem.ds[ds_buffer], own.first, rA);
+    store_ds<Cfg::kDqQueries>(smem.ds[ds_buffer], own.first, rA);
     smem.ds_full.arrive_as_warp();
 
     // Wait for dV. Release the stage.
@@ -458,48 +575,44 @@ __device__ __forceinline__ void step(BwdSmem<Cfg> &smem, const Operands &operand
 // Math warpgroup `warpgroup` owns the 64 keys of the block from 64 * warpgroup on.
 template <class Cfg, class T>
 __device__ void math(const BackwardParams &p, BwdSmem<Cfg> &smem, int warpgroup) {
-    const auto operands = operands_of(smem, warpgroup);
+    // Wait for the keys. Make operands of them.
+    smem.keys_full.wait(0);
+    const BlockMeta &meta = smem.k_meta;
+    const int first_key = warpgroup * Cfg::kKeys;
+    const OwnKeys own{warpgroup,  first_key,  first_key + fragment_row(threadIdx.x % 128),
+                      meta.valid, meta.scale, mantissa_of(meta.scale) * mantissa_of(meta.v_scale),
+                      p.scale};
+    const auto keys = key_operands_of(smem, own);
+    const auto queries = query_operands_of(smem, warpgroup);
     Fragments<Cfg> fragments;
     clear(fragments.dv);
     clear(fragments.dk);
-
-    // Wait for the keys.
-    smem.keys_full.wait(0);
-    const int first_key = warpgroup * Cfg::kKeys;
-    const OwnKeys own{warpgroup,         first_key,         first_key + fragment_row(threadIdx.x % 128),
-                      smem.k_meta.valid, smem.k_meta.scale, p.scale};
-
-    // Before the first step there is no dS'. Zeros take its place.
     clear(fragments.a);
-    store_ds(smem.ds[1], own.first, fragments.a);
-    smem.ds_full.arrive_as_warp();
 
     // Walk the query blocks.
     RingState<Cfg::kStages> ring, before;
     bool is_first = true;
-    for (int left = KeyItem(p).n_query_blocks(p.geometry); left > 0; --left) {
-        step(smem, operands, fragments, own, ring, before, is_first);
+    for (int left = KeyItem(p, smem.place).n_query_blocks(p.geometry); left > 0; --left) {
+        step(smem, queries, keys, fragments, own, ring, before, is_first);
         ring.next();
         is_first = false;
     }
 
     // dK and dQ of the last step.
     const int last = ring.stage() ^ 1;
-    issue_dk(smem, operands, fragments, before);
-    issue_dq(smem, operands, fragments, last);
+    issue_dk(smem, queries, fragments, before);
+    issue_dq(smem, queries, keys, fragments, last);
     wait_for_products<0>(fragments.dk, fragments.dq);
     hand_over_dq(smem, warpgroup, fragments.dq, before.stage());
 
-    store<Cfg, T>(p, own.row, fragments.dk, fragments.dv);
+    const float dk_scale = p.scale / mantissa_of(meta.scale);
+    store<Cfg, T>(p, KeyItem(p, smem.place), own.row, dk_scale, fragments.dk, fragments.dv);
 }
 
 template <class Cfg, class T>
 __global__ void __launch_bounds__(Cfg::kThreads, 1)
     attn_bwd_sm90(const __grid_constant__ Deferred<BackwardParams> deferred) {
     const BackwardParams &p = deferred.after_previous();
-    if (!KeyItem(p).exists()) {
-        return;
-    }
     extern __shared__ char smem_bytes[];
     auto &smem = *reinterpret_cast<BwdSmem<Cfg> *>(smem_bytes + bytes_to_alignment(smem_bytes));
     if (threadIdx.x == 0) {
@@ -512,13 +625,18 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
             smem.q_empty[s].init(kMathWarps);
         }
         smem.ds_full.init(kMathWarps);
-        for (int w = 0; w < Cfg::kWarpgroups; ++w) {
-            smem.dq_full[w].init(kMathWarps / Cfg::kWarpgroups);
-            smem.dq_empty[w].init(1);
+        for (int w = 0; w < Cfg::kAddWarps; ++w) {
+            smem.dq_full[w].init(kMathWarps);
         }
+        smem.dq_empty.init(1);
         fence_barrier_init();
+        // With turns a CTA waits for those ahead of it: their places are taken, so they run.
+        smem.place = p.turns == nullptr ? blockIdx.x : atomicAdd(p.next_item, 1);
     }
     __syncthreads();
+    if (!KeyItem(p, smem.place).exists()) {
+        return;
+    }
     if (threadIdx.x < Cfg::kMathThreads) {
         claim_registers<Cfg::kMathRegisters>();
         const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // warp-uniform, for the descriptors' sake
@@ -526,7 +644,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     } else {
         release_registers<Cfg::kLoadRegisters>();
         const int warp = __shfl_sync(~0u, (threadIdx.x - Cfg::kMathThreads) / 32, 0);
-        if (warp < Cfg::kWarpgroups) {
+        if (warp < Cfg::kAddWarps) {
             add<Cfg>(p, smem, warp);
         } else if (threadIdx.x == Cfg::kThreads - 32) {
             load<Cfg>(p, smem);
@@ -538,15 +656,12 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
 
 void attn_bwd(BackwardParams p, cudaStream_t stream) {
     // Fastest, the axis of which a window covers most: the key blocks that run at the same time then have the fewest
-    // queries, and sums dQ, that any of them needs. Turns go by raster order, and so must the CTAs that take them.
-    const Int3 tiles = p.geometry.tiles;
+    // queries, and sums dQ, that any of them needs.
+    const Int3 tiles = p.geometry.tiles, window = p.window(p.head_at(0));
     std::iota(p.key_axis, p.key_axis + 3, 0);
     std::reverse(p.key_axis, p.key_axis + 3);
-    if (p.turns == nullptr) {
-        const Int3 window = p.window(p.head_at(0));
-        std::stable_sort(p.key_axis, p.key_axis + 3,
-                         [&](int a, int b) { return window[a] * tiles[b] > window[b] * tiles[a]; });
-    }
+    std::stable_sort(p.key_axis, p.key_axis + 3,
+                     [&](int a, int b) { return window[a] * tiles[b] > window[b] * tiles[a]; });
     for (int i = 0; i < 3; ++i) {
         p.key_size[i] = tiles[p.key_axis[i]];
     }

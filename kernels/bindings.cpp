@@ -190,7 +190,10 @@ void launch_attn_fwd(const ForwardParams &p, int device, uintptr_t stream) {
 void launch_attn_bwd(const BackwardParams &p, int device, uintptr_t stream) {
     require({{"q_blocks", p.q_blocks}, {"kv_blocks", p.kv_blocks}, {"out", p.out}});
     require({{"dout", p.dout}, {"lse", p.lse}, {"dlse", p.dlse}, {"zeroed", p.zeroed.begin}, {"dq_sum", p.dq_sum}});
-    require({{"query_operands", p.query_operands}, {"key_operands", p.key_operands}});
+    require({{"query_operands", p.query_operands}});
+    if (p.turns != nullptr) {
+        require({{"next_item", p.next_item}});
+    }
     require({{"dq", p.dq}, {"dk", p.dk}, {"dv", p.dv}});
     const DeviceGuard guard(device);
     attn_bwd(p, stream_of(stream));
@@ -217,7 +220,6 @@ void bind_format(py::module_ &m) {
     m.def("q_block_bytes", &q_block_bytes);
     m.def("kv_block_bytes", &kv_block_bytes);
     m.def("bwd_query_bytes", &bwd_query_bytes);
-    m.def("bwd_key_bytes", &bwd_key_bytes);
     m.def("quantize_chunks", &quantize_chunks);
 }
 
@@ -299,9 +301,9 @@ void bind_backward(py::module_ &m) {
     pointer(c, "lse_shift", &BackwardParams::lse_shift);
     pointer(c, "k_mean", &BackwardParams::k_mean);
     pointer(c, "query_operands", &BackwardParams::query_operands);
-    pointer(c, "key_operands", &BackwardParams::key_operands);
     pointer(c, "dq_sum", &BackwardParams::dq_sum);
     pointer(c, "turns", &BackwardParams::turns);
+    pointer(c, "next_item", &BackwardParams::next_item);
     pointer(c, "dq", &BackwardParams::dq);
     pointer(c, "dk", &BackwardParams::dk);
     pointer(c, "dv", &BackwardParams::dv);

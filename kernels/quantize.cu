@@ -32,7 +32,7 @@ __device__ __forceinline__ uint32_t larger_in_vec(uint32_t so_far, uint4 pairs) 
     }
     return so_far;
 }
-// Of the two halves.
+// The larger of the two halves.
 template <class T>
 __device__ __forceinline__ float larger_half(uint32_t pair) {
     const float2 x = upcast<T>(pair);
@@ -246,7 +246,7 @@ __device__ __forceinline__ void store_metas(uint8_t *metas, int blocks, float sc
     }
 }
 
-// What happens to the rows of Q and K before they are quantised.
+// Rows of Q and K are quantised as they are given, or changed first.
 enum class Rows {
     kAsGiven,
     kSmoothed,    // K loses its mean

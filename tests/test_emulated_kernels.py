@@ -406,7 +406,7 @@ def test_norm_and_rotation_ahead_of_rounding(emulated, on_cpu, monkeypatch, seed
 RING = Case((5, 9, 9), AttentionConfig(tile=(3, 5, 8)), ctas=2)
 # In fp16, which shows more of the sums' last bits than bf16. Eight key blocks add to every dQ.
 TURNS = Case(
-    (5, 9, 9), AttentionConfig(tile=(3, 5, 8)), heads=2, dtype=torch.float16, deterministic=True, ctas=4
+    (5, 9, 9), AttentionConfig(tile=(3, 5, 8)), heads=2, dtype=torch.float16, deterministic=True, ctas=8
 )
 
 
@@ -507,31 +507,37 @@ def test_only_kernels_that_wait_can_be_launched(emulated, tmp_path):
 # Faults of the kernels, each of which must be noticed. One build holds them all, and they stay asleep until a test
 # wakes one. Text of a source, and what replaces it.
 Q_EMPTY = "        smem.q_empty[before.stage()].arrive_as_warp();\n"
-ZEROS = "    store_ds(smem.ds[1], own.first, fragments.a);\n"
-DK = "    issue_dk(smem, operands, fragments, before);\n\n"
+WIDENED = "        smem.ds_full.wait(0);\n"
+DK = "    issue_dk(smem, queries, fragments, before);\n\n"
+DS_DONE, FENCE = "    smem.ds_full.wait(buffer ^ 1);\n", "    fence_proxy_async();\n"
 DQ = (
-    "    issue<typename Cfg::MmaDQ>"
-    "(operands.ds(_, _, _, buffer), operands.k_t, fragments.dq, Sum::kFromZero);\n"
+    "    if constexpr (Cfg::kKeysInRegisters) {\n"
+    "        issue<typename Cfg::MmaDQ>"
+    "(keys.k, queries.ds(_, _, _, buffer), fragments.dq, Sum::kFromZero);\n"
+    "    } else {\n"
+    "        issue<typename Cfg::MmaDQ>"
+    "(queries.ds(_, _, _, buffer), keys.k, fragments.dq, Sum::kFromZero);\n"
+    "    }\n"
 )
-FENCED_DQ = "    fence_proxy_async();\n" + DQ
 DP_DONE = "    wait_for_products<1>(rdP);\n"
-DS = "    store_ds(smem.ds[ds_buffer], own.first, rA);\n"
+TO_DS = "    differentiate(rdP, rX, rA, rows, slope, k_mantissa);\n"
+DS = "    store_ds<Cfg::kDqQueries>(smem.ds[ds_buffer], own.first, rA);\n"
 STEP_DONE = "    smem.empty[s].arrive_as_warp();\n"
 ONE_FOR_FOUR = "if (threadIdx.x % 128 == 0) {{\nfor (int i = 0; i < 4; ++i) {{\n{}.arrive();\n}}\n}}\n"
 BACKWARD = {
     "S read while it is computed": {"    wait_for_products<1>(rS);\n": "    warpgroup_fence_operand(rS);\n"},
+    "v read before all warps have widened it": {WIDENED: ""},
     "no zeros for the first step": {
         "    clear(fragments.a);\n": "    fill(fragments.a, BF16(1.0f));\n",
     },
-    "dQ of dS that is not all there": {"    smem.ds_full.wait(buffer ^ 1);": ""},
-    "dQ of dS without a proxy fence": {FENCED_DQ: DQ},
+    "dQ of dS that is not all there": {DS_DONE + FENCE: FENCE},
+    "dQ of dS without a proxy fence": {DS_DONE + FENCE: DS_DONE},
     "one buffer of dS": {
-        ZEROS: ZEROS.replace("ds[1]", "ds[0]"),
-        FENCED_DQ: FENCED_DQ.replace("buffer", "0"),
+        DQ: DQ.replace("buffer", "0"),
         DS: DS.replace("ds[ds_buffer]", "ds[0]"),
     },
     "dS in registers that dV reads": {
-        "    pack(rdP, rA);\n": "    pack(rdP, rX);\n    copy(rX, rA);\n",
+        TO_DS: TO_DS.replace("rX, rA", "rX, rX") + "    copy(rX, rA);\n",
     },
     "dK of queries that are not there": {
         "    smem.q_full[step.stage()].wait(step.full_parity());\n": "",
@@ -551,10 +557,10 @@ BACKWARD = {
     },
     "dO released by one warp for four": {STEP_DONE: ONE_FOR_FOUR.format("smem.empty[s]")},
     "dQ handed over while the one before is read": {
-        "    smem.dq_empty[warpgroup].wait(stage ^ 1);\n": "",
+        "    smem.dq_empty.wait(stage ^ 1);\n": "",
     },
     "dQ's buffer released before the copy engine has read it": {"            bulk_wait_read();\n": ""},
-    "dQ added before it is there": {"        smem.dq_full[half].wait(ring.full_parity());\n": ""},
+    "dQ added before it is there": {"        smem.dq_full[number].wait(ring.full_parity());\n": ""},
     "rows refilled without a proxy fence": {
         "        smem.empty[s].wait(ring.empty_parity());\n        fence_proxy_async();": (
             "        smem.empty[s].wait(ring.empty_parity());\n"
@@ -563,10 +569,12 @@ BACKWARD = {
     "dQ added without a proxy fence": {"            fence_proxy_async();\n": ""},
     "padding keys are not masked": {"valid < kBlock": "false"},
 }
-TAKE_TURN = "            wait_for(p.turns + i, turn.from);\n            fence_proxy_async_global();\n"
+WAIT_FOR_TURN = "            wait_for(p.turns + query.index, turn.from);\n"
+TAKE_TURN = WAIT_FOR_TURN + "            fence_proxy_async_global();\n"
 TURNS_TAKEN = {
     "a key block adds without its turn": {TAKE_TURN: "            fence_proxy_async_global();\n"},
-    "a turn taken without a proxy fence": {TAKE_TURN: "            wait_for(p.turns + i, turn.from);\n"},
+    "a turn taken without a proxy fence": {TAKE_TURN: WAIT_FOR_TURN},
+    "key items in the order of blockIdx": {"atomicAdd(p.next_item, 1)": "int(blockIdx.x)"},
     "the turn is passed on before all is added": {"                bulk_wait();\n": ""},
 }
 FIRST_KEYS = (

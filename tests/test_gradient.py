@@ -62,9 +62,14 @@ class Dense:
         resolved = config.resolve(GRID, q.shape[2])
         x = quantize(q, k, v, resolved)
         self.scale, self.block = scale, index_of(brute.key_blocks(GRID, resolved.tile), LENGTH)
-        self.q = x.q8.double() * x.q_scale.double()[:, :, x.tile_of_token, None]
-        self.k = x.k8.double() * x.k_scale.double()[:, :, x.tile_of_token, None]
-        self.v = x.v8.double() * x.v_scale.double()[:, :, self.block, None]
+        scales = (
+            x.q_scale[:, :, x.tile_of_token],
+            x.k_scale[:, :, x.tile_of_token],
+            x.v_scale[:, :, self.block],
+        )
+        scales = [s.double()[..., None] for s in scales]
+        self.q, self.k, self.v = (x8.double() * s for x8, s in zip((x.q8, x.k8, x.v8), scales, strict=True))
+        self.mantissas = [s / 2 ** s.log2().floor() for s in scales]
         self.mean = torch.zeros(()) if x.k_mean is None else x.k_mean.double()[:, :, None]
         self.lse_of_mean = scale * (q.double().transpose(1, 2) * self.mean).sum(-1)
         z = self.q @ self.k.mT * scale / LN2
@@ -104,7 +109,7 @@ class Dense:
         return [g.transpose(1, 2) for g in (dq, self.scale * ds.mT @ q, p.mT @ d)]
 
     def in_16_bits(self, out, lse, dout, dlse):
-        """The gradients with the roundings of dO', V, K, Q and dS in the places where the kernels have them.
+        """The gradients with the roundings of dO' and dS in the places where the kernels have them.
 
         P has a code of any octave: no key underflows.
         """
@@ -119,9 +124,12 @@ class Dense:
         octave, code = np.divmod(np.round(8 * self.z.numpy().clip(-1e9)), 8)
         x = torch.from_numpy(E4M3[56 + code.astype(int)] * 2 ** (octave - m.numpy()))
         delta = c * ((d * out.transpose(1, 2)).sum(-1) - dlse)[..., None]
-        ds = bf16(x * (bf16(c * d) @ bf16(self.v).mT - delta))
-        dq = self.scale * (ds @ bf16(self.k) + dlse[..., None] * self.mean)
-        dk, dv = self.scale * ds.mT @ bf16(self.q), x.mT @ bf16(c * d)
+        m_q, m_k, m_v = self.mantissas
+        q, k, v = self.q / m_q, self.k / m_k, self.v / m_v
+        assert all(torch.equal(t, bf16(t)) for t in (q, k, v))
+        ds = bf16(x * bf16(m_q * m_k.mT * (m_v.mT * (bf16(c * d) @ v.mT) - delta)))
+        dq = self.scale * (ds @ k / m_q + dlse[..., None] * self.mean)
+        dk, dv = self.scale * ds.mT @ q / m_k, x.mT @ bf16(c * d)
         return [g.transpose(1, 2) for g in (dq, dk, dv)]
 
 

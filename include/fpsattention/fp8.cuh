@@ -35,6 +35,30 @@ __device__ __forceinline__ QuantScale quant_scale(float amax, float largest) {
                                 : QuantScale{__fdiv_rn(amax, largest), __fdiv_rn(largest, amax)};
 }
 
+// A scale s is 2^e m with m in [1, 2). The backward's 16-bit operands take the power of two, which leaves them exact,
+// and dS takes the mantissa. power_of is 2^e as bf16, twice in a word. If s is NaN, so is m.
+__device__ __forceinline__ uint32_t power_of(float scale) {
+    const uint32_t exponent = __float_as_uint(scale) >> 16 & 0x7f80;
+    return exponent << 16 | exponent;
+}
+__device__ __forceinline__ float mantissa_of(float scale) {
+    return scale < INFINITY ? __uint_as_float((__float_as_uint(scale) & 0x7fffff) | 0x3f800000) : scale;
+}
+
+// Two E4M3 bytes, in the low or the high half of a word, as bf16 times `power`. Exact: E4M3's bits, moved to where bf16
+// has its exponent and mantissa, are the number times 2^-120.
+enum class Half { kLow, kHigh };
+__device__ __forceinline__ uint32_t widen(uint32_t word, Half half, uint32_t power) {
+    constexpr uint32_t kTwoTo120 = (127 + 120) << 7;
+    const uint32_t bytes = select_bytes(word, 0, half == Half::kLow ? 0x1404 : 0x3424);  // each on top of 16 bits
+    const uint32_t bits = (bytes & 0x80008000) | (bytes & 0x7f007f00) >> 4;
+    return multiply_bf16x2(multiply_bf16x2(bits, kTwoTo120 << 16 | kTwoTo120), power);
+}
+__device__ __forceinline__ uint4 widen(uint2 bytes, uint32_t power) {
+    return {widen(bytes.x, Half::kLow, power), widen(bytes.x, Half::kHigh, power), widen(bytes.y, Half::kLow, power),
+            widen(bytes.y, Half::kHigh, power)};
+}
+
 // From S to codes of P: 8 s_q s_k scale log2(e), with fp16's precision where fp16 has the range. Forward and backward
 // multiply and round it alike, and both have S in fp16: so the backward's P is the forward's, bit for bit, unless the
 // forward subtracts maxima. A NaN becomes the smallest.

@@ -192,6 +192,13 @@ __device__ __forceinline__ uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c
     return y;
 }
 
+// Two bf16 numbers in a word: the product of each.
+__device__ __forceinline__ uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
+    uint32_t y;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+
 // The larger and the smaller of each half of two words of 16-bit floats. NaN if either is NaN.
 template <class T>
 __device__ __forceinline__ uint32_t larger_halves(uint32_t a, uint32_t b);

@@ -36,21 +36,17 @@ FPS_HD constexpr int kv_block_bytes(int head_dim) {
     return 2 * kBlock * head_dim + int(sizeof(BlockMeta)) + kBlock;
 }
 
-// 16-bit operands of the backward, bf16 for fp16 inputs as well. D is cut in halves or in parts of 64 columns, whose
-// rows are swizzled:
-//   query block:  q  [D/64][64][64] | dO c  [D/64][64][64] | QueryRows
-//   key block:    k  [2][128][D/2]  | v  [D/64][128][64]
+// 16-bit operands of a query block in the backward, bf16 for fp16 inputs as well, in parts of 64 columns whose rows are
+// swizzled:
+//   q8 times the power of two in its scale  [D/64][64][64] | dO c  [D/64][64][64] | QueryRows
 struct QueryRows {
     float offset[kQueryBlock];       // -M in codes of P, plus the code of 1 and 1024; -inf for padding
-    float minus_delta[kQueryBlock];  // c (dlse - rowsum(dO O)), c = 2^(M - lse2 - kLog2Bias), M = ceil(lse2)
+    float minus_delta[kQueryBlock];  // m c (dlse - rowsum(dO O)), m of q8, c = 2^(M - lse2 - kLog2Bias), M = ceil(lse2)
     float scale;                     // of q8
     int unused[3];                   // zero
 };
 FPS_HD constexpr int bwd_query_bytes(int head_dim) {
     return kQueryBlock * 2 * 2 * head_dim + int(sizeof(QueryRows));
-}
-FPS_HD constexpr int bwd_key_bytes(int head_dim) {
-    return kBlock * 2 * 2 * head_dim;
 }
 
 // Parameters that all launches of a call share. Pointers are to device memory.
@@ -144,9 +140,9 @@ struct BackwardParams : WindowedParams {
     const float *lse_shift;   // [B, H, L] or null
     const float *k_mean;      // [B, H, D] or null; lse_shift is q . k_mean * scale
     uint8_t *query_operands;  // [B, H, tiles * slot / 64, bwd_query_bytes], scratch
-    uint8_t *key_operands;    // [B, H, tiles * slot / 128, bwd_key_bytes], scratch
     float *dq_sum;            // [B, H, tiles * slot / 64, 64 * D] in the order of fragments, scratch, zeroed
-    int *turns;               // [B, H, tiles * slot / 64, 2], scratch, zeroed; null: the order of dq_sum's sums is free
+    int *turns;               // [B, H, tiles * slot / 64], scratch, zeroed; null: the order of dq_sum's sums is free
+    int *next_item;           // counter of key items, scratch, zeroed; not null if turns is not
     void *dq, *dk, *dv;       // [B, H, L, D], dtype; rows of invalid text tokens are not written
     Strides dq_strides, dk_strides, dv_strides;
     Zeroed zeroed;  // holds all that is marked so

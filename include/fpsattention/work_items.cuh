@@ -15,6 +15,11 @@ __device__ __forceinline__ Int3 coordinates(int i, const int (&axis)[3], const i
     return {along(0), along(1), along(2)};
 }
 
+// The inverse: index of an element among those of the box.
+__device__ __forceinline__ int index_of(const Int3 &at, const int (&axis)[3], const Int3 &size) {
+    return (at[axis[2]] * size[axis[1]] + at[axis[1]]) * size[axis[0]] + at[axis[0]];
+}
+
 // ---- Forward ----
 
 // Up to p.blocks_per_item query blocks that see the same keys.
@@ -113,8 +118,9 @@ __device__ __forceinline__ void for_each_key_block(const TileGrid &g, const Work
 //
 // The key blocks of one head run at the same time, in the order of p.key_axis, so that they share its queries in L2.
 // With a window per head, heads with large windows run first. Text keys, which all queries attend, run before all
-// others, so that the last CTAs are short. With turns they run last instead: a CTA may wait only for CTAs with a
-// smaller blockIdx.x. Turns assume that those have started, which CUDA does not promise.
+// others, so that the last CTAs are short. With turns they run last instead, in the order of the turns, and the key
+// blocks of kHeadsInTurns heads alternate: a CTA then waits for one that started several places earlier.
+constexpr int kHeadsInTurns = 4;
 struct KeyItem {
     int batch;
     int head;
@@ -127,18 +133,21 @@ struct KeyItem {
     TileBox queries;  // tiles that attend it
     TextTokens text;  // valid text tokens of the sample
 
-    __device__ explicit KeyItem(const BackwardParams &p) {
+    // The item at this place in the order of work.
+    __device__ KeyItem(const BackwardParams &p, int place) {
         const TileGrid &g = p.geometry;
         const int per_tile = g.blocks_per_tile(), text_blocks = g.text.blocks(kBlock);
         const int in_grid = g.tiles.volume() * per_tile, all_text = p.batch * p.heads * text_blocks;
-        int i = blockIdx.x + (p.turns == nullptr ? 0 : all_text);
+        int i = place + (p.turns == nullptr ? 0 : all_text);
         i -= i < int(gridDim.x) ? 0 : int(gridDim.x);
         const bool is_text = i < all_text;
         i -= is_text ? 0 : all_text;
-        const int per_head = is_text ? text_blocks : in_grid, in_head = i % per_head;
-        i /= per_head;
-        batch = i % p.batch;
-        head = p.head_at(i / p.batch);
+        const int per_head = is_text ? text_blocks : in_grid;
+        const int together = p.turns == nullptr ? 1 : kHeadsInTurns, first = i / (per_head * together) * together;
+        const int of_group = min(together, p.batch * p.heads - first), in_group = i - first * per_head;
+        const int in_head = in_group / of_group, sample_head = first + in_group % of_group;
+        batch = sample_head % p.batch;
+        head = p.head_at(sample_head / p.batch);
         bh = int64_t(batch) * p.heads + head;
         text = p.valid_text(batch);
         if (is_text) {
@@ -204,20 +213,22 @@ struct Turn {
     int from, to;
 };
 
-// A query block's key blocks are numbered from 1 in raster order of its box of keys, `blocks_per_tile` to a tile; text
-// comes after them. `to` is the number of this key block, `from` that of the one before it that holds a token.
+// A query block's key blocks are numbered from 1 in the order of p.key_axis within its box of keys, `blocks_per_tile`
+// to a tile; text comes after them. `to` is the number of this key block, `from` that of the one before it that holds a
+// token. KeyItem has them in the same order.
 __device__ inline Turn turn_of(const BackwardParams &p, const KeyItem &key, const QueryStep &query) {
     const TileGrid &g = p.geometry;
     const TileBox box = query.is_text ? g.everything() : g.keys_of(query.tile, p.window(key.head), p.border);
-    const Int3 size{box.t.size(), box.h.size(), box.w.size()}, &at = key.tile;
-    const int tile =
-        key.is_text() ? size.volume() : ((at.t - box.t.lo) * size.h + at.h - box.h.lo) * size.w + at.w - box.w.lo;
+    const Int3 size{box.t.size(), box.h.size(), box.w.size()};
+    const auto in_box = [&](const Int3 &at) { return Int3{at.t - box.t.lo, at.h - box.h.lo, at.w - box.w.lo}; };
+    const int tile = key.is_text() ? size.volume() : index_of(in_box(key.tile), p.key_axis, size);
     const int block = key.is_text() ? key.text_number : key.first_row / kBlock;
     const int to = tile * g.blocks_per_tile() + block + 1;
     if (block > 0 || tile == 0) {
         return {to - 1, to};
     }
-    const Int3 before = coordinates(tile - 1, size);
+    const int sizes[3] = {size[p.key_axis[0]], size[p.key_axis[1]], size[p.key_axis[2]]};
+    const Int3 before = coordinates(tile - 1, p.key_axis, sizes);
     const Int3 extent = g.extent({box.t.lo + before.t, box.h.lo + before.h, box.w.lo + before.w});
     return {(tile - 1) * g.blocks_per_tile() + ceil_div(extent.volume(), kBlock), to};
 }

@@ -1,7 +1,7 @@
-// Runs CUDA kernels for Hopper on the CPU. Every CUDA thread is a fiber; a scheduler picks CTAs and threads at random,
-// from a seed. Asynchronous operations happen at a random later time: a bulk copy lands some steps after it was issued,
-// sometimes very late; a wgmma runs as late as the kernel lets it (or, with `eager`, as early), the 16 rows of each
-// warp separately, as one warp's wait does not cover the other three. Until then the accumulator and the copy's
+// Runs CUDA kernels for Hopper on the CPU. Every CUDA thread is a fiber; CTAs start, and threads go on, in random
+// order, from a seed. Asynchronous operations happen at a random later time: a bulk copy lands some steps after it was
+// issued, sometimes very late; a wgmma runs as late as the kernel lets it (or, with `eager`, as early), the 16 rows of
+// each warp separately, as one warp's wait does not cover the other three. Until then the accumulator and the copy's
 // destination hold NaN, as does memory that was never written. So a missing wait shows in the results. Illegal programs
 // end in an exception: a deadlock, misaligned addresses, registers touched while a wgmma uses them, a missing proxy
 // fence.
@@ -20,6 +20,7 @@
 #include <deque>
 #include <exception>
 #include <map>
+#include <numeric>
 #include <stdexcept>
 
 namespace emulator {
@@ -710,14 +711,19 @@ void run(dim3 grid, int threads, size_t shared_bytes, std::function<void()> body
         cta.live = 0;  // a failed launch leaves some
         cta.copies.clear();
     }
-    const unsigned total = grid.x * grid.y * grid.z;
-    for (unsigned next = 0;;) {
+    // CTAs start in any order: CUDA promises none.
+    std::vector<unsigned> order(grid.x * grid.y * grid.z);
+    std::iota(order.begin(), order.end(), 0u);
+    for (size_t i = order.size(); i > 1; --i) {
+        std::swap(order[i - 1], order[random_number() % i]);
+    }
+    for (size_t next = 0;;) {
         std::vector<Cta *> live;
         for (size_t i = 0; i < at_once; ++i) {
-            if (ctas[i].live == 0 && next < total) {
+            if (ctas[i].live == 0 && next < order.size()) {
                 finish(ctas[i]);
-                start(ctas[i], {next % grid.x, next / grid.x % grid.y, next / grid.x / grid.y}, threads);
-                ++next;
+                const unsigned index = order[next++];
+                start(ctas[i], {index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y}, threads);
             }
             if (ctas[i].live > 0) {
                 live.push_back(&ctas[i]);

@@ -141,6 +141,9 @@ uint32_t by_floats(F &&f, uint32_t a, uint32_t b) {
     const auto of = [](uint16_t bits) { return float(emulator::bits<T>(bits)); };
     return by_halves([&](uint16_t x, uint16_t y) { return emulator::bits<uint16_t>(T(f(of(x), of(y)))); }, a, b);
 }
+inline uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
+    return by_floats<__nv_bfloat16>([](float x, float y) { return x * y; }, a, b);
+}
 template <class T>
 uint32_t larger_magnitudes(uint32_t a, uint32_t b) {
     return by_floats<T>(larger_magnitude, a, b);

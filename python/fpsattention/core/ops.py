@@ -166,21 +166,20 @@ class BackwardScratch(NamedTuple):
     """Offsets in bytes of what the backward needs for itself. Everything before query_operands starts at zero."""
 
     dq_sum: int  # fp32 [B, H, query blocks, 64 * D]
-    turns: int  # int32 [B, H, query blocks, 2], if the order of dQ's sums is fixed
+    turns: int  # int32 [B, H, query blocks], if the order of dQ's sums is fixed
+    next_item: int  # int32, likewise
     query_operands: int  # uint8 [B, H, query blocks, bwd_query_bytes]
-    key_operands: int  # uint8 [B, H, key blocks, bwd_key_bytes]
     end: int
 
     @classmethod
     def of(cls, call: Call, deterministic: bool) -> BackwardScratch:
-        queries, keys = (call.batch * call.heads * n for n in (call.query_blocks, call.key_blocks))
+        queries = call.batch * call.heads * call.query_blocks
         turns = queries * 4 * _C.QUERY_BLOCK * call.head_dim
+        next_item = turns + (4 * queries if deterministic else 0)
         # The copies of the operands need 16 bytes of alignment.
-        query_operands = -(-(turns + (queries * 8 if deterministic else 0)) // 16) * 16
-        key_operands = query_operands + queries * _C.bwd_query_bytes(call.head_dim)
-        return cls(
-            0, turns, query_operands, key_operands, key_operands + keys * _C.bwd_key_bytes(call.head_dim)
-        )
+        query_operands = -(-(next_item + (4 if deterministic else 0)) // 16) * 16
+        end = query_operands + queries * _C.bwd_query_bytes(call.head_dim)
+        return cls(0, turns, next_item, query_operands, end)
 
 
 @lru_cache(maxsize=1024)
@@ -314,11 +313,8 @@ def launch_backward(
     params.lse, params.dlse = lse.data_ptr(), dlse.data_ptr()
     params.dq_sum, params.zeroed = first + in_scratch.dq_sum, (first, in_scratch.query_operands)
     if deterministic:
-        params.turns = first + in_scratch.turns
-    params.query_operands, params.key_operands = (
-        first + in_scratch.query_operands,
-        first + in_scratch.key_operands,
-    )
+        params.turns, params.next_item = first + in_scratch.turns, first + in_scratch.next_item
+    params.query_operands = first + in_scratch.query_operands
     params.dq, params.dk, params.dv = dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
     _launch(_C.attn_bwd, "fpsattention::attention_backward", params, out.device)
     return dq, dk, dv

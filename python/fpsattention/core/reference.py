@@ -655,6 +655,12 @@ def _to_bf16(x: Tensor) -> Tensor:
     return x.bfloat16().float()
 
 
+def _mantissa_and_power(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """m and 2^e of scale = 2^e m, with m in [1, 2)."""
+    mantissa, exponent = torch.frexp(scale)
+    return 2 * mantissa, torch.ldexp(torch.ones_like(scale), exponent - 1)
+
+
 def _number_of_code(z: Tensor, m: Tensor) -> Tensor:
     """2^-m times the forward's P, for the same z; without E4M3's limits of range. m is an integer."""
     code = (CODES * z).round_().sub_(CODES * m)
@@ -688,11 +694,12 @@ def emulated_backward(
     3.2). Let z be as in the forward, lse2 the lse in log2 units without the share that smoothing adds to it, M =
     ceil(lse2) and c = 2^(M - lse2 - b). A probability is x * c with x = 2^-M P, where the code of P is round(8 z), any
     octave. This is the forward's P, but for keys that underflow in their block. c is applied once per query:
-    dO' = bf16(c * dO), delta' = c * (rowsum(dO * out) - dlse), and
+    dO' = bf16(c * dO), delta' = c * (rowsum(dO * out) - dlse). Scales are 2^e m with m in [1, 2): an E4M3 number times
+    2^e is exact in bf16, and dS takes m. With q' = 2^e_q q8, and k' and v' likewise,
 
-        dP' = dO' bf16(v8 s_v).T        dS = bf16(x * (dP' - delta'))
-        dV = x.T dO'                    dK = scale * dS.T bf16(q8 s_q)
-        dQ = scale * (dS bf16(k8 s_k) + dlse * k_mean)
+        dP' = m_v dO' v'.T              dS' = bf16(x * bf16(m_q m_k (dP' - delta')))
+        dV = x.T dO'                    dK = scale * dS'.T q' / m_k
+        dQ = scale * (dS' k' / m_q + dlse * k_mean)
 
     The 16-bit type is bf16, also for fp16 inputs, and holds x exactly; everything else is fp32.
 
@@ -753,7 +760,12 @@ def _backward_of_heads(
     """`emulated_backward` of heads [heads, L, D] under one window: dq, dk, dv in fp32."""
     x = _quantize(q[:, None], k[:, None], v[:, None], resolved, valid)
     q_scale, k_scale = (s[:, 0, x.tile_of_token] for s in (x.q_scale, x.k_scale))
-    q16, k16, v16 = (_to_bf16(t[:, 0]) for t in (x.q, x.k, x.v))
+    (q_mantissa, q_power), (k_mantissa, k_power), (v_mantissa, v_power) = (
+        _mantissa_and_power(s) for s in (q_scale, k_scale, x.v_scale[:, 0, x.block_of_token])
+    )
+    q16, k16, v16 = (
+        t[:, 0].float() * s[..., None] for t, s in ((x.q8, q_power), (x.k8, k_power), (x.v8, v_power))
+    )
     out, lse, dout, dlse = (t.float() for t in (out, lse, dout, dlse))
     if x.k_mean is not None:
         lse = lse - _lse_of_mean(q.float(), x.k_mean, scale)
@@ -763,24 +775,25 @@ def _backward_of_heads(
     dout16 = _to_bf16(c[..., None] * dout)
     delta = c * ((dout * out).sum(-1) - dlse)
 
-    of_queries = (x.q8[:, 0].float(), q_scale, q16, m, dout16, delta)
-    of_keys = (x.k8[:, 0].float(), k_scale, k16, v16)
+    of_queries = (x.q8[:, 0].float(), q_scale, q16, q_mantissa, m, dout16, delta)
+    of_keys = (x.k8[:, 0].float(), k_scale, k16, k_mantissa, v16, v_mantissa)
     dq, dk, dv = (torch.zeros_like(t) for t in (q16, k16, v16))
     heads, _, head_dim = q16.shape
     for queries, keys, _ in _chunks(resolved, window, heads, head_dim, _budget(q.device)):
         queries, keys = queries.to(q.device), keys.to(q.device)
         rows, seen = queries >= 0, keys >= 0
-        q8, s_q, q_, m_, do, d = (t[:, queries.clamp(min=0)] for t in of_queries)
-        k8, s_k, k_, v_ = (t[:, keys.clamp(min=0)] for t in of_keys)
+        q8, s_q, q_, m_q, m_, do, d = (t[:, queries.clamp(min=0)] for t in of_queries)
+        k8, s_k, k_, m_k, v_, m_v = (t[:, keys.clamp(min=0)] for t in of_keys)
         unseen = ~(rows[..., None] & seen[:, None])
         if valid is not None:
             unseen = unseen | ~valid[:, keys.clamp(min=0)][:, :, None]
         with torch.autocast(queries.device.type, enabled=False):
             z = _scores(q8, s_q, k8, s_k, scale, unseen)
             p = _number_of_code(z, m_[..., None])
-            ds = _to_bf16(p * (do @ v_.mT - d[..., None]))
-            dq[:, queries[rows]] = (ds @ k_)[:, rows]
-            dk.index_add_(1, keys[seen], (ds.mT @ q_)[:, seen])
+            scales = m_q[..., None] * m_k[..., None, :]
+            ds = _to_bf16(p * _to_bf16(scales * (do @ v_.mT * m_v[..., None, :] - d[..., None])))
+            dq[:, queries[rows]] = (ds @ k_ / m_q[..., None])[:, rows]
+            dk.index_add_(1, keys[seen], (ds.mT @ q_ / m_k[..., None])[:, seen])
             dv.index_add_(1, keys[seen], (p.mT @ do)[:, seen])
 
     if x.k_mean is not None:
