@@ -58,12 +58,15 @@ from fpsattention.core.config import ResolvedConfig
 from fpsattention.core.reference import emulated_attention
 from fpsattention.core.support import hopper_obstacle
 from shapes import (
+    BACKWARD_16K,
+    BACKWARD_COG,
     BACKWARD_DENSE,
     BACKWARD_WINDOW,
     COG_DENSE,
     HUNYUAN_WINDOW,
     PAPER,
     SHORT_WINDOW,
+    STEP_WINDOW,
     TRAINING_WINDOW,
     WAN_480P_WINDOW,
     WAN_DENSE,
@@ -364,9 +367,12 @@ TARGETS = (
         10,
         at_least=False,
     ),
-    Target("backward, dense 16x32x32, 40 heads: x cuDNN", _our(BACKWARD_DENSE, _cudnn_speedup), 1.15),
-    Target("backward, window 3,3,9: of the dense one's TFLOP/s", _backward_window_over_dense, 0.85),
-    Target("forward and backward, window 3,3,9: x dense cuDNN", _our(TRAINING_WINDOW, _cudnn_speedup), 6),
+    Target("backward, dense 21x45x80, 40 heads: x cuDNN", _our(BACKWARD_DENSE, _cudnn_speedup), 1.4),
+    Target("backward, dense 16x32x32, 40 heads: x cuDNN", _our(BACKWARD_16K, _cudnn_speedup), 1.4),
+    Target("backward, dense 13x30x45, 48 heads, D 64: x cuDNN", _our(BACKWARD_COG, _cudnn_speedup), 1.45),
+    Target("backward, window 3,3,9: of the dense one's TFLOP/s", _backward_window_over_dense, 0.9),
+    Target("forward and backward, window 3,3,9: x dense cuDNN", _our(TRAINING_WINDOW, _cudnn_speedup), 11),
+    Target("training step of a Wan 14B block, 3,3,9: x cuDNN", _our(STEP_WINDOW, _cudnn_speedup), 3.6),
     Target(
         "text tokens: time beyond their share of work", _worst(lambda r: r.text_cost), 0.02, at_least=False
     ),

@@ -116,6 +116,7 @@ SHAPES = (
         24,
         (6, 8, 8),
         ((6, 6, 1),),
+        training=((6, 6, 1),),
         sweep=(None, (6, 6, 5), (6, 6, 3), (6, 3, 3), (3, 3, 3), (6, 3, 1), (3, 3, 1)),
         flex=((6, 6, 1),),
         emulated=((6, 6, 1),),
@@ -127,7 +128,7 @@ SHAPES = (
         tile=(7, 9, 2),
         windows=(None, (3, 3, 9)),
         flex=((3, 3, 9),),
-        training=((3, 3, 9),),
+        training=(None, (3, 3, 9)),
         families=(None, (3, 3, 9)),
         mlp=13824,  # ffn_dim of Wan2.1-14B, wan/configs
         suite="core",
@@ -139,6 +140,7 @@ SHAPES = (
         tile=(13, 3, 13),
         windows=(None,),
         emulated=(None,),
+        training=(None,),
         suite="core",
     ),
     Shape(
@@ -184,8 +186,9 @@ SHAPES = (
 PAPER, WAN_DENSE, WAN_WINDOW = "36x48x48/6,6,1", "wan14b-720p/dense", "wan14b-720p/3,3,9"
 COG_DENSE, HUNYUAN_WINDOW = "cogvideox1.5-768p/dense", "hunyuan-720p-deep/2,5,5"
 WAN_480P_WINDOW, SHORT_WINDOW = "wan1.3b-480p/1,5,3", "wan1.3b-short/1,5,3"
-BACKWARD_DENSE, BACKWARD_WINDOW = "train-16k/dense backward", "wan14b-720p/3,3,9 backward"
-TRAINING_WINDOW = "wan14b-720p/3,3,9 training"
+BACKWARD_DENSE, BACKWARD_WINDOW = f"{WAN_DENSE} backward", f"{WAN_WINDOW} backward"
+BACKWARD_16K, BACKWARD_COG = "train-16k/dense backward", "cogvideox-480p/dense backward"
+TRAINING_WINDOW, STEP_WINDOW = f"{WAN_WINDOW} training", f"{WAN_WINDOW} block step"
 
 
 def select(names: list[str], quick: bool = False, heads_scale: float = 1.0) -> list[Shape]:
