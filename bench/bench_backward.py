@@ -1,12 +1,10 @@
-"""Part of bench_forward.py: backward, and forward with backward, of FPSAttention, cuDNN and FlexAttention.
+"""Part of bench_forward.py: backward, and forward with backward, of FPSAttention, cuDNN, FlexAttention and peers.
 
 All run on the same tensors. A contender's gradients are compared with those of a BF16 contender that computes the same
 attention, where there is one.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch._functorch.config
@@ -15,6 +13,7 @@ from common import (
     BACKWARD,
     FLEX,
     OURS,
+    OURS_DETERMINISTIC,
     TRAINING,
     GpuMonitor,
     Record,
@@ -22,7 +21,7 @@ from common import (
     compare_with,
     time_records,
 )
-from contenders import TOLERANCE_8_BIT, Contender, as_hnd, cudnn, flex, ours
+from contenders import TOLERANCE_8_BIT, Contender, as_hnd, cudnn, deterministic, flex, ours, peers
 from fpsattention.cli.timing import first_line
 from shapes import Shape
 
@@ -34,13 +33,30 @@ FORWARDS_WORTH = {BACKWARD: 2.5, TRAINING: 3.5}
 
 
 def contenders_of(shape: Shape) -> list[Contender]:
-    """Contenders of the backward: dense cuDNN, FlexAttention under the windows, FPSAttention under every window."""
+    """Contenders of the backward: dense cuDNN and peers that can train, FlexAttention under the windows, FPSAttention
+    under every window, deterministic as well.
+    """
     flexes = [flex(shape, window) for window in shape.training if window in shape.flex]
-    return [cudnn(shape), *flexes, *(ours(shape, window) for window in shape.training)]
+    others = [c for c in peers(shape)[0] if c.train is not None]
+    own = [make(shape, window) for window in shape.training for make in (ours, deterministic)]
+    return [cudnn(shape), *flexes, *others, *own]
 
 
-def differentiate(call: Callable[[], torch.Tensor], contender: Contender, qkv, dout) -> tuple[dict, tuple]:
-    """The functions to time of one contender, by pass, and its gradients of q, k and v in the shape's layout."""
+def differentiate(contender: Contender, layout: str, qkv, dout) -> tuple[dict, tuple]:
+    """The functions to time of one contender, by pass, and its gradients of q, k and v in `layout`."""
+    if contender.train is not None:
+        operands = (as_hnd(x.detach(), layout) for x in qkv)
+        forward, backward, gradients = contender.train(*operands, dout)
+
+        def both():
+            forward()
+            backward()
+
+        both()
+        grads = tuple(as_hnd(x, layout) for x in gradients())  # the transposition is its own inverse
+        return {BACKWARD: backward, TRAINING: both}, grads
+
+    call = contender.prepare(*qkv)
 
     def training():
         return torch.autograd.grad(contender.finish(call()), qkv, dout)
@@ -69,7 +85,7 @@ def bench_training(
     for c in contenders_of(shape):
         work = work_of(shape, c.window)
         window = None if c.window is None else work.resolved.windows[0]
-        tile = shape.tile if c.name in (OURS, FLEX) else None
+        tile = shape.tile if c.name in (OURS, OURS_DETERMINISTIC, FLEX) else None
         records = {
             name: Record(
                 *(
@@ -87,12 +103,12 @@ def bench_training(
         }
         measured += [(record, name, work) for name, record in records.items()]
         try:
-            passes, grads = differentiate(c.prepare(*qkv), c, qkv, dout)
+            passes, grads = differentiate(c, shape.layout, qkv, dout)
             entries |= {f"{records[name].case} {c.name}": fn for name, fn in passes.items()}
             same = grads_of.setdefault(c.window, grads)  # the first is cuDNN's or FlexAttention's
             for record in records.values():
                 record.rel_rms = max(relative_rms(a, b) for a, b in zip(grads, same, strict=True))
-                if c.name == OURS and not record.rel_rms <= 1.5 * TOLERANCE_8_BIT:
+                if c.name in (OURS, OURS_DETERMINISTIC) and not record.rel_rms <= 1.5 * TOLERANCE_8_BIT:
                     record.fail(f"gradients differ from BF16 ones by {record.rel_rms:.3g} in relative RMS")
         except Exception as error:  # a contender that fails is a line in the results
             for record in records.values():

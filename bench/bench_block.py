@@ -27,7 +27,8 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.norm_q, self.norm_k = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
         self.up, self.down = nn.Linear(dim, shape.mlp), nn.Linear(shape.mlp, dim)
-        self.modulation = nn.Parameter(torch.zeros(6, dim))
+        # Not zero, as gates are before training: no gradient would reach the attention, and zeros take less power.
+        self.modulation = nn.Parameter(torch.randn(6, dim))
 
     def forward(self, x: Tensor, angles: Tensor, attend) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation

@@ -1,12 +1,19 @@
-"""Part of bench_forward.py: FPSAttention's kernel alone on every family of inputs, beside its time on Gaussian ones."""
+"""Part of bench_forward.py: FPSAttention on every family of inputs, beside its time on Gaussian ones.
+
+Of the forward, the kernel alone is timed. Where a window is trained under, so is its whole backward.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
+import torch
+
 from accuracy import exact_heads, judge, sampled_rows
-from common import INPUTS, OURS, GpuMonitor, Record, attention_flops, time_records
-from contenders import ours
+from bench_backward import FORWARDS_WORTH
+from common import BACKWARD, INPUTS, OURS, GpuMonitor, Record, attention_flops, time_records
+from contenders import Contender, ours
 from families import FAMILIES, make
 from fpsattention.cli.timing import first_line
 from shapes import Shape, Window
@@ -23,42 +30,58 @@ def bench_families(shape: Shape, work_of, clock, monitor: GpuMonitor, rounds, bu
     """
     shape = replace(shape, batch=1, layout="NHD")  # as `make` makes them
     timed = (clock, monitor, rounds, burst_ms, seed)
-    return [
-        record
-        for window in shape.families
-        for record in _bench_window(shape, window, work_of(shape, window), *timed)
-    ]
+    records = []
+    for window in shape.families:
+        work = work_of(shape, window)
+        flops = attention_flops(work.pairs, shape.heads, shape.head_dim, shape.batch)
+
+        def forward(contender: Contender, qkv, record: Record, work=work) -> Callable[[], object]:
+            check(shape, contender, work, qkv, record, seed)
+            return contender.parts(*qkv).attend
+
+        for r in _time_each(shape, window, work, INPUTS, forward, *timed):
+            r.attn_ms, r.ms = r.ms, None  # the kernel alone was timed
+            r.tflops = flops / r.attn_ms / 1e9 if r.attn_ms else None
+            records.append(r)
+        if window in shape.training:
+            for r in _time_each(shape, window, work, f"{BACKWARD} {INPUTS}", _backward, *timed):
+                r.tflops_total = FORWARDS_WORTH[BACKWARD] * flops / r.ms / 1e9 if r.ms else None
+                records.append(r)
+    return records
 
 
-def _bench_window(
-    shape: Shape, window: Window, work, clock, monitor: GpuMonitor, rounds, burst_ms, seed
+def _time_each(
+    shape: Shape,
+    window: Window,
+    work,
+    what: str,
+    function_of: Callable[[Contender, tuple[torch.Tensor, ...], Record], Callable[[], object]],
+    clock,
+    monitor: GpuMonitor,
+    rounds,
+    burst_ms,
+    seed,
 ) -> list[Record]:
-    """The records of one window, a family each."""
+    """The records of one window, a family each. `function_of` checks a family's inputs and returns what to time."""
     contender = ours(shape, window)
     entries, records = {}, {}
     for family in FAMILIES:
         record = records[family] = Record(
-            *(f"{shape.case(window)} {family} {INPUTS}", OURS, shape.grid, shape.heads, shape.head_dim),
+            *(f"{shape.case(window)} {family} {what}", OURS, shape.grid, shape.heads, shape.head_dim),
             *(shape.batch, shape.layout, shape.tile, window and work.resolved.windows[0], work.density),
             family=family,
         )
         try:
             qkv = make(family, shape.grid, shape.heads, shape.head_dim, seed=seed, device=clock.device)
-            check(shape, contender, work, qkv, record, seed)
-            entries[f"{record.case} {OURS}"] = contender.parts(*qkv).attend
+            entries[f"{record.case} {OURS}"] = function_of(contender, qkv, record)
         except Exception as error:  # a family that fails is a line in the results
             record.fail(first_line(error))
             clock.check(record.case)
     time_records(list(records.values()), entries, clock, monitor, rounds, burst_ms, seed)
-    flops = attention_flops(work.pairs, shape.heads, shape.head_dim, shape.batch)
-    for record in records.values():
-        record.attn_ms, record.ms = record.ms, None  # the kernel alone was timed
-        if record.attn_ms:
-            record.tflops = flops / record.attn_ms / 1e9
     gaussian = records[GAUSSIAN]
     for record in records.values():
-        if record.attn_ms and gaussian.attn_ms:
-            record.over_gaussian = gaussian.attn_ms / record.attn_ms
+        if record.ms and gaussian.ms:
+            record.over_gaussian = gaussian.ms / record.ms
     return list(records.values())
 
 
@@ -67,3 +90,18 @@ def check(shape: Shape, contender, work, qkv, record: Record, seed: int) -> None
     out = contender.finish(contender.prepare(*qkv)())
     rows = sampled_rows(shape, seed, out.device)
     judge(shape, out, rows, exact_heads(shape, qkv, rows, work.allowed(rows)), TOLERANCE, record)
+
+
+@torch.enable_grad()
+def _backward(contender: Contender, qkv, record: Record) -> Callable[[], object]:
+    """The backward on these inputs. The tests compare gradients; here they have to be finite."""
+    qkv = tuple(x.requires_grad_() for x in qkv)
+    out = contender.prepare(*qkv)()
+    dout = torch.randn_like(out)
+
+    def backward():
+        return torch.autograd.grad(out, qkv, dout, retain_graph=True)
+
+    if not all(x.isfinite().all() for x in backward()):
+        record.fail("a gradient is not finite")
+    return backward

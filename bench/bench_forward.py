@@ -30,12 +30,14 @@ from bench_families import GAUSSIAN, bench_families
 from bench_host import bench_host
 from bench_text import bench_text
 from common import (
+    BACKWARD,
     COPY_BYTES,
     CUDNN,
     CUDNN_FP8,
     FLEX,
     INPUTS,
     OURS,
+    OURS_DETERMINISTIC,
     TORCH_DENSE,
     BenchClock,
     GpuMonitor,
@@ -256,7 +258,7 @@ def bench_shape(
     compare(records)
     del entries, timings
     timed = (clock, monitor, rounds, burst_ms, seed_of(shape.name))
-    if shape.training:
+    if shape.training and shape.windows:
         records += bench_training(shape, (q, k, v), work_of, *timed)
     if shape.host:
         records += bench_host(shape, (q, k, v), clock)
@@ -335,8 +337,14 @@ def _kernel_over_cudnn_fp8(records: list[Record]) -> float | None:
     return cudnn_ms / ours_ms if ours_ms and cudnn_ms else None
 
 
-def _slowest_family(records: list[Record]) -> float | None:
-    return min((r.over_gaussian for r in records if r.over_gaussian and not r.error), default=None)
+def _slowest_family(ending: str):
+    """A target's value: the least speed over Gaussian's, of the kernel alone or, if so `ending`, of a backward."""
+
+    def of(records: list[Record]) -> float | None:
+        good = (r for r in records if r.over_gaussian and not r.error)
+        return min((r.over_gaussian for r in good if r.case.endswith(f"{r.family} {ending}")), default=None)
+
+    return of
 
 
 def _worst(value):
@@ -348,6 +356,17 @@ def _worst(value):
     return of
 
 
+def _deterministic_over_other(records: list[Record]) -> float | None:
+    """The most time that a backward with deterministic=True takes, over the time of the same one without."""
+    other = {r.case: r.ms for r in records if r.op == OURS and r.case.endswith(BACKWARD) and not r.error}
+    ratios = (
+        r.ms / other[r.case]
+        for r in records
+        if r.op == OURS_DETERMINISTIC and r.ms and not r.error and other.get(r.case)
+    )
+    return max(ratios, default=None)
+
+
 TARGETS = (
     Target(
         "dense 21x45x80, 40 heads, kernel alone: x cuDNN", _our(WAN_DENSE, _cudnn_speedup_of_kernel), 2.25
@@ -356,7 +375,7 @@ TARGETS = (
     Target("dense 21x45x80, 40 heads, kernel alone: x cuDNN FP8", _kernel_over_cudnn_fp8, 1.5),
     Target("paper's setting 36x48x48, window 6,6,1: x cuDNN", _our(PAPER, _cudnn_speedup), 11.5),
     Target("21x45x80, window 3,3,9: of the dense case's TFLOP/s", _window_over_dense, 0.95),
-    Target("kernel alone, slowest family of inputs: x Gaussian", _slowest_family, 0.95),
+    Target("kernel alone, slowest family of inputs: x Gaussian", _slowest_family(INPUTS), 0.95),
     Target("21x30x52, 12 heads, density .058: x cuDNN", _our(SHORT_WINDOW, _cudnn_speedup), 20),
     Target("33x45x80, window 2,5,5 (density .1): x cuDNN", _our(HUNYUAN_WINDOW, _cudnn_speedup), 10),
     Target("dense 11x48x85, 48 heads, D 64: x cuDNN", _our(COG_DENSE, _cudnn_speedup), 2.1),
@@ -370,6 +389,13 @@ TARGETS = (
     Target("backward, dense 21x45x80, 40 heads: x cuDNN", _our(BACKWARD_DENSE, _cudnn_speedup), 1.4),
     Target("backward, dense 16x32x32, 40 heads: x cuDNN", _our(BACKWARD_16K, _cudnn_speedup), 1.4),
     Target("backward, dense 13x30x45, 48 heads, D 64: x cuDNN", _our(BACKWARD_COG, _cudnn_speedup), 1.45),
+    Target(
+        "backward, deterministic: time over the other's, worst",
+        _deterministic_over_other,
+        1.15,
+        at_least=False,
+    ),
+    Target("backward, slowest family of inputs: x Gaussian", _slowest_family(f"{BACKWARD} {INPUTS}"), 0.95),
     Target("backward, window 3,3,9: of the dense one's TFLOP/s", _backward_window_over_dense, 0.9),
     Target("forward and backward, window 3,3,9: x dense cuDNN", _our(TRAINING_WINDOW, _cudnn_speedup), 11),
     Target("training step of a Wan 14B block, 3,3,9: x cuDNN", _our(STEP_WINDOW, _cudnn_speedup), 3.6),

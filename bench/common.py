@@ -26,6 +26,7 @@ except ImportError:
     pynvml = None
 
 OURS, CUDNN, FLASH, FLEX = "fpsattention", "sdpa-cudnn", "sdpa-flash", "flexattention"  # Record.op
+OURS_DETERMINISTIC = "fps-deterministic"  # Record.op of FPSAttention with deterministic=True
 CUDNN_FP8 = "cudnn-fp8"  # Record.op of cuDNN's FP8 attention, without quantisation
 SDPA = "sdpa"  # Record.op of torch's attention with the backend that torch picks
 TORCH_DENSE = (CUDNN, FLASH)
@@ -189,7 +190,7 @@ class Record:
         total_us: median microseconds from the start of such a call until the GPU has finished.
         host_ratio, total_ratio: these times over those of torch's attention.
         family: name of the inputs in families.py; empty unless the case ends in "inputs".
-        over_gaussian: speed of the kernel on these inputs over its speed on Gaussian ones.
+        over_gaussian: speed on these inputs over the speed on Gaussian ones, of the kernel alone or of a backward.
         error: why the record is in no comparison; empty for a good one.
     """
 
@@ -297,7 +298,7 @@ class Target:
 class Results:
     """The contents of a results file: conditions, records, targets.
 
-    In the file, `records` are of whole calls. Those of families, which time the kernel alone, stand apart.
+    In the file, `records` are of Gaussian inputs. Those of families stand apart.
     """
 
     meta: dict
@@ -396,10 +397,15 @@ _COLUMNS = (
     ("spread", 7, ".1%", lambda r: r.spread),
 )
 _FAMILY_COLUMNS = (
-    ("kernel alone, on", 24, "", lambda r: r.case.split()[0]),
-    ("inputs", 16, "", lambda r: r.family),
-    ("attn", 9, ".3f", lambda r: r.attn_ms),
-    ("TFLOP/s", 9, ".0f", lambda r: r.tflops),
+    (
+        "kernel, or backward, on",
+        34,
+        "",
+        lambda r: r.case.replace(f" {r.family}", "").removesuffix(f" {INPUTS}"),
+    ),
+    ("inputs", 12, "", lambda r: r.family),
+    ("ms", 9, ".3f", lambda r: r.attn_ms or r.ms),
+    ("TFLOP/s", 9, ".0f", lambda r: r.tflops or r.tflops_total),
     ("x Gaussian", 12, ".3f", lambda r: r.over_gaussian),
     ("rel RMS", 9, ".1e", lambda r: r.rel_rms),
     ("spread", 8, ".1%", lambda r: r.spread),

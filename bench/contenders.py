@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fpsattention as fps
-from common import CUDNN, CUDNN_FP8, FLASH, FLEX, OURS, to_e4m3
+from common import CUDNN, CUDNN_FP8, FLASH, FLEX, OURS, OURS_DETERMINISTIC, to_e4m3
 from fpsattention.core import ops
 from shapes import Shape, Window
 
@@ -38,6 +38,8 @@ class Contender:
         tolerance: largest relative RMS error of a right answer.
         note: what a reader must know about the time.
         parts: takes q, k, v and returns Parts; FPSAttention has it alone.
+        train: takes q, k, v and the output's gradient, [B, H, L, D] all, and returns a function that attends, one that
+            differentiates what it attended to, and one that returns the gradients. None: autograd differentiates.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Contender:
     tolerance: float
     note: str = ""
     parts: Callable[..., Parts] | None = None
+    train: Callable[..., tuple[Callable, Callable, Callable]] | None = None
 
 
 def as_hnd(x: torch.Tensor, layout: str) -> torch.Tensor:
@@ -84,6 +87,24 @@ def ours(shape: Shape, window: Window) -> Contender:
     return Contender(
         OURS, window, prepare, lambda out: as_hnd(out, shape.layout), TOLERANCE_8_BIT, parts=parts
     )
+
+
+def deterministic(shape: Shape, window: Window) -> Contender:
+    """FPSAttention with a backward that gives the same bits every time."""
+
+    def prepare(q, k, v):
+        return lambda: fps.attention(
+            q,
+            k,
+            v,
+            grid=shape.grid,
+            config=config_of(shape, window),
+            tensor_layout=shape.layout,
+            backend="sm90",
+            deterministic=True,
+        )
+
+    return replace(ours(shape, window), name=OURS_DETERMINISTIC, prepare=prepare, parts=None)
 
 
 def _torch_dense(shape: Shape, name: str, backend: SDPBackend) -> Contender:
@@ -157,17 +178,17 @@ def _cudnn_fp8(shape: Shape) -> Contender:
     import cudnn_fp8  # needs the module `cudnn`
 
     def prepare(*qkv):
-        values, descales = {}, {}
-        for name, x in zip("qkv", qkv, strict=True):
-            values[name], descales[f"descale_{name}"] = to_e4m3(as_hnd(x, shape.layout))
-        return cudnn_fp8.prepare(**values, descales=descales, scale=shape.head_dim**-0.5)
+        return cudnn_fp8.prepare(*(as_hnd(x, shape.layout) for x in qkv), scale=shape.head_dim**-0.5)
 
     def finish(result):
         out, scale = result
         return out.float() * scale
 
+    def train(*qkv_dout):
+        return cudnn_fp8.prepare_training(*qkv_dout, scale=shape.head_dim**-0.5)
+
     note = f"{cudnn_fp8.VERSION}; one scale per tensor, E4M3 output; quantisation not timed"
-    return Contender(CUDNN_FP8, None, prepare, finish, TOLERANCE_8_BIT, note)
+    return Contender(CUDNN_FP8, None, prepare, finish, TOLERANCE_8_BIT, note, train=train)
 
 
 def _sage_attention(shape: Shape) -> Contender:

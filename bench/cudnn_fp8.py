@@ -1,23 +1,27 @@
-"""Dense FP8 attention of cuDNN, forward, through its graphs (PyPI: nvidia-cudnn-frontend).
+"""Dense FP8 attention of cuDNN, forward and backward, through its graphs (PyPI: nvidia-cudnn-frontend).
 
-E4M3 in and out, one scale a tensor: on Hopper cuDNN writes the output of its FP8 attention in E4M3 only. Quantisation
-is not part of the graph.
+E4M3 in and out, one scale a tensor: on Hopper cuDNN writes the output of its FP8 attention, and its gradients, in E4M3
+only. Quantisation is not part of the graphs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 
 import cudnn
 import torch
 
+from common import to_e4m3
 from fpsattention.cli.timing import first_line
 from fpsattention.core.reference import E4M3_MAX
 
 VERSION = f"cudnn-frontend {cudnn.__version__}, cuDNN {cudnn.backend_version_string()}"
 SCALE_S = 64.0  # factor on the probabilities, which are at most 1, before they are rounded to E4M3
-SCALARS = ("descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o")
+SCALAR = [1, 1, 1, 1]  # shape and strides
+
+Data = dict[str, torch.Tensor]
+"""The tensors of a graph, by name."""
 
 
 @lru_cache(maxsize=1)
@@ -40,47 +44,61 @@ def _milliseconds(call: Callable[[], object]) -> float:
 
 
 class Graph:
-    """The graph of one shape, and the fastest of its plans once `choose` has run.
+    """One FP8 operation of cuDNN on Q, K and V of one shape, and the fastest of its plans once `choose` has run.
 
     Args:
-        shape, strides: of Q, K, V and O, [B, H, L, D].
-        scale: of the scores before softmax.
+        shape, strides: of Q, K, V and all that is like them, [B, H, L, D].
 
-    Raises what cuDNN raises for a graph that it does not support.
+    A constructor adds inputs, the operation and its outputs, then calls `build`, which raises what cuDNN raises for a
+    graph that it does not support.
     """
 
-    def __init__(self, shape: tuple[int, ...], strides: tuple[int, ...], scale: float):
-        fp8, fp32 = cudnn.data_type.FP8_E4M3, cudnn.data_type.FLOAT
+    def __init__(self, shape: Sequence[int], strides: Sequence[int]):
+        self.shape, self.strides = list(shape), list(strides)
         self.graph = cudnn.pygraph(
-            io_data_type=fp8, intermediate_data_type=fp32, compute_data_type=fp32, handle=_handle()
+            io_data_type=cudnn.data_type.FP8_E4M3,
+            intermediate_data_type=cudnn.data_type.FLOAT,
+            compute_data_type=cudnn.data_type.FLOAT,
+            handle=_handle(),
         )
-        one = [1, 1, 1, 1]
-        self.tensors = {
-            name: self.graph.tensor(name=name, dim=list(shape), stride=list(strides), data_type=fp8)
-            for name in "qkv"
-        }
-        for name in SCALARS:
-            self.tensors[name] = self.graph.tensor(name=name, dim=one, stride=one, data_type=fp32)
-        out, _, amax_s, amax_o = self.graph.sdpa_fp8(
-            **self.tensors, attn_scale=scale, generate_stats=False, name="attention"
+        self.tensors: dict[str, object] = {}
+        self.plan: tuple[int, torch.Tensor] | None = None  # index and workspace
+
+    def inputs(self, fp8: Sequence[str] = (), scalars: Sequence[str] = ()) -> None:
+        """Add E4M3 inputs of the shape, and fp32 scalars."""
+        for name in fp8:
+            self.tensors[name] = self.graph.tensor(
+                name=name, dim=self.shape, stride=self.strides, data_type=cudnn.data_type.FP8_E4M3
+            )
+        for name in scalars:
+            self.tensors[name] = self.graph.tensor(
+                name=name, dim=SCALAR, stride=SCALAR, data_type=cudnn.data_type.FLOAT
+            )
+
+    def output(self, name: str, tensor, shape: Sequence[int], strides: Sequence[int], dtype) -> None:
+        self.tensors[name] = (
+            tensor.set_output(True).set_dim(list(shape)).set_stride(list(strides)).set_data_type(dtype)
         )
-        out.set_output(True).set_dim(list(shape)).set_stride(list(strides)).set_data_type(fp8)
-        for amax in (amax_s, amax_o):
-            amax.set_output(True).set_dim(one).set_stride(one).set_data_type(fp32)
-        self.tensors |= {"out": out, "amax_s": amax_s, "amax_o": amax_o}
+
+    def fp8_output(self, name: str, tensor) -> None:
+        self.output(name, tensor, self.shape, self.strides, cudnn.data_type.FP8_E4M3)
+
+    def fp32_output(self, name: str, tensor, shape: Sequence[int] = SCALAR) -> None:
+        self.output(name, tensor, shape, _contiguous_strides(shape), cudnn.data_type.FLOAT)
+
+    def build(self) -> None:
         self.graph.validate()
         self.graph.build_operation_graph()
         self.graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
         self.graph.check_support()
-        self.plan: tuple[int, torch.Tensor] | None = None  # index and workspace
 
-    def call(self, data: dict[str, torch.Tensor], plan: tuple[int, torch.Tensor]) -> Callable[[], None]:
-        """A function that attends with one plan; `data` holds a tensor for each name in `self.tensors`."""
+    def call(self, data: Data, plan: tuple[int, torch.Tensor]) -> Callable[[], None]:
+        """A function that runs one plan; `data` holds a tensor for each name in `self.tensors`."""
         index, workspace = plan
-        pack = {self.tensors[name]: x for name, x in data.items()}
+        pack = {self.tensors[name]: data[name] for name in self.tensors}
         return partial(self.graph.execute_plan_at_index, pack, workspace, index, handle=_handle())
 
-    def choose(self, data: dict[str, torch.Tensor]) -> tuple[int, torch.Tensor]:
+    def choose(self, data: Data) -> tuple[int, torch.Tensor]:
         """The fastest plan on `data`. Raises RuntimeError with every plan's reason when none runs."""
         if self.plan is not None:
             return self.plan
@@ -100,45 +118,144 @@ class Graph:
         return self.plan
 
 
-@lru_cache(maxsize=1)
-def _graph(shape: tuple[int, ...], strides: tuple[int, ...], scale: float) -> Graph:
-    """Of the last shape: its check and its timing follow each other."""
-    return Graph(shape, strides, scale)
+class Forward(Graph):
+    """Attention; `stats` also returns what the backward needs of the softmax, fp32 [B, H, L, 1]."""
+
+    def __init__(self, shape: tuple[int, ...], strides: tuple[int, ...], scale: float, stats: bool):
+        super().__init__(shape, strides)
+        self.inputs("qkv", ("descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o"))
+        out, of_softmax, amax_s, amax_o = self.graph.sdpa_fp8(
+            **self.tensors, attn_scale=scale, generate_stats=stats, name="attention"
+        )
+        self.fp8_output("o", out)
+        if stats:
+            self.fp32_output("stats", of_softmax, (*shape[:3], 1))
+        self.fp32_output("amax_s", amax_s)
+        self.fp32_output("amax_o", amax_o)
+        self.build()
+
+
+class Backward(Graph):
+    """Gradients of Q, K and V from what `Forward` gave and the gradient of its output, E4M3 all."""
+
+    GRADIENTS = ("dQ", "dK", "dV")
+
+    def __init__(self, shape: tuple[int, ...], strides: tuple[int, ...], scale: float):
+        super().__init__(shape, strides)
+        stats = [*shape[:3], 1]
+        self.inputs(("q", "k", "v", "o", "dO"))
+        self.tensors["stats"] = self.graph.tensor(
+            name="stats", dim=stats, stride=_contiguous_strides(stats), data_type=cudnn.data_type.FLOAT
+        )
+        self.inputs(scalars=[f"descale_{x}" for x in ("q", "k", "v", "o", "dO", "s", "dP")])
+        self.inputs(scalars=[f"scale_{x}" for x in ("s", "dP", *self.GRADIENTS)])
+        results = self.graph.sdpa_fp8_backward(**self.tensors, attn_scale=scale, name="backward")
+        for name, result in zip(self.GRADIENTS, results[:3], strict=True):
+            self.fp8_output(name, result)
+        for name, result in zip((*self.GRADIENTS, "dP"), results[3:7], strict=True):
+            self.fp32_output(f"amax_{name}", result)
+        self.build()
+
+
+def _contiguous_strides(shape: Sequence[int]) -> list[int]:
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return strides
+
+
+# Of the last shape: the check of a contender and its timing follow each other.
+_forward = lru_cache(maxsize=1)(Forward)
+_backward = lru_cache(maxsize=1)(Backward)
+
+
+def _scalar(x: float | torch.Tensor, device) -> torch.Tensor:
+    return torch.as_tensor(x, dtype=torch.float32, device=device).reshape(SCALAR).clone()
+
+
+def _set_scale(data: Data, name: str) -> None:
+    """Set the scale of an output to what its largest element in the last run asks for.
+
+    Raises RuntimeError when that run left no largest element.
+    """
+    largest = data[f"amax_{name}"].item()
+    if not 0 < largest < float("inf"):
+        raise RuntimeError(f"cuDNN's run says that the largest {name} is {largest}")
+    data[f"scale_{name}"].fill_(E4M3_MAX / largest)
+    data[f"descale_{name}"].fill_(largest / E4M3_MAX)
+
+
+def _scaled_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, stats: bool
+) -> tuple[Callable[[], None], Data]:
+    """A function that attends, and its tensors: the output "o" is scaled by what a first run says."""
+    data: Data = {}
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        data[name], descale = to_e4m3(x)
+        data[f"descale_{name}"] = _scalar(descale, q.device)
+    data["o"] = torch.empty_like(data["q"])
+    ones = {
+        "scale_s": SCALE_S,
+        "descale_s": 1 / SCALE_S,
+        "scale_o": 1,
+        "descale_o": 1,
+        "amax_s": 0,
+        "amax_o": 0,
+    }
+    data |= {name: _scalar(x, q.device) for name, x in ones.items()}
+    if stats:
+        data["stats"] = torch.empty(*q.shape[:3], 1, device=q.device)
+    graph = _forward(tuple(q.shape), q.stride(), scale, stats)
+    attend = graph.call(data, graph.choose(data))
+    attend()
+    _set_scale(data, "o")
+    return attend, data
 
 
 def prepare(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, descales: dict[str, torch.Tensor], scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
     """A function that attends, and returns (out, its scale): E4M3 [B, H, L, D] and an fp32 scalar.
 
-    The output's scale is that of a first run.
-
     Args:
-        q, k, v: E4M3 [B, H, L, D], with equal strides.
-        descales: "descale_q", "descale_k" and "descale_v", fp32 scalars: the scales of q, k and v.
+        q, k, v: [B, H, L, D], with equal strides; rounded to E4M3 here.
         scale: of the scores before softmax.
 
-    Raises RuntimeError when no plan runs, or when the first run leaves no largest output; and what cuDNN raises.
+    Raises RuntimeError when no plan runs, or when a first run leaves no largest output; and what cuDNN raises.
     """
-
-    def scalar(x: float | torch.Tensor) -> torch.Tensor:
-        return torch.as_tensor(x, dtype=torch.float32, device=q.device).reshape(1, 1, 1, 1).clone()
-
-    graph = _graph(tuple(q.shape), q.stride(), scale)
-    out = torch.empty_like(q)
-    data = {"q": q, "k": k, "v": v, "out": out, "amax_s": scalar(0), "amax_o": scalar(0)}
-    data |= {name: scalar(x) for name, x in descales.items()}
-    data |= {"scale_s": scalar(SCALE_S), "descale_s": scalar(1 / SCALE_S), "scale_o": scalar(1)}
-    attend = graph.call(data, graph.choose(data))
-    attend()
-    largest = data["amax_o"].item()
-    if not 0 < largest < float("inf"):
-        raise RuntimeError(f"cuDNN's first run says that the largest output is {largest}")
-    data["scale_o"].fill_(E4M3_MAX / largest)
-    out_scale = scalar(largest / E4M3_MAX)
+    attend, data = _scaled_forward(q, k, v, scale, stats=False)
 
     def run():
         attend()
-        return out, out_scale
+        return data["o"], data["descale_o"]
 
     return run
+
+
+def prepare_training(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, scale: float
+) -> tuple[Callable[[], None], Callable[[], None], Callable[[], tuple[torch.Tensor, ...]]]:
+    """Functions that run the forward and the backward, and one that returns the gradients of the last run in fp32.
+
+    Args and errors as of `prepare`; dout is like q.
+    """
+    attend, data = _scaled_forward(q, k, v, scale, stats=True)
+    attend()
+    names = Backward.GRADIENTS
+    data["dO"], descale = to_e4m3(dout)
+    data["descale_dO"] = _scalar(descale, q.device)
+    data |= {name: torch.empty_like(data["q"]) for name in names}
+    for name in (*names, "dP"):
+        data |= {f"{x}_{name}": _scalar(float(x != "amax"), q.device) for x in ("scale", "descale", "amax")}
+    graph = _backward(tuple(q.shape), q.stride(), scale)
+    differentiate = graph.call(data, graph.choose(data))
+    # dP's scale first: the gradients are made of rounded dP.
+    for scaled in (("dP",), names):
+        differentiate()
+        for name in scaled:
+            _set_scale(data, name)
+
+    def gradients():
+        return tuple(data[name].float() * data[f"descale_{name}"] for name in names)
+
+    return attend, differentiate, gradients

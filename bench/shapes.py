@@ -30,7 +30,8 @@ class Shape:
         training: windows whose backward, and forward with backward, are measured.
         mlp: hidden channels of a transformer block's MLP, to measure a training step of the block; 0: no such step.
         host: whether the host's time of a dense call is measured.
-        families: windows for which the kernel alone is measured on every family of inputs; all else is Gaussian.
+        families: windows for which the kernel alone, and the backward if in `training`, are measured on every family of
+            inputs; all else is Gaussian.
         text: text tokens before and after the video; their cost under the first window is measured.
         suite: "core" is in every run, the others are in full runs.
     """
@@ -66,8 +67,9 @@ class Shape:
 
     @property
     def families_alone(self) -> Shape:
-        """This shape with nothing to measure but its families."""
-        return Shape(self.name, self.grid, self.heads, self.tile, (), self.head_dim, families=self.families)
+        """This shape with no windows: nothing but its families is measured."""
+        sizes = self.name, self.grid, self.heads, self.tile, (), self.head_dim
+        return Shape(*sizes, training=self.training, families=self.families)
 
     def case(self, window: Window) -> str:
         """The name of this shape under a window in the records."""
@@ -141,6 +143,7 @@ SHAPES = (
         windows=(None,),
         emulated=(None,),
         training=(None,),
+        families=(None,),
         suite="core",
     ),
     Shape(
@@ -167,6 +170,7 @@ SHAPES = (
         **_model("hunyuanvideo-720p"),
         tile=(17, 3, 5),
         windows=((2, 5, 5),),
+        training=((2, 5, 5),),
         suite="core",
     ),
     _WAN_480P,

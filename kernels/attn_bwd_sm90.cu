@@ -30,6 +30,7 @@
 #include "fpsattention/fragments.cuh"
 #include "fpsattention/hopper.cuh"
 #include "fpsattention/launch.h"
+#include "fpsattention/operands.cuh"
 #include "fpsattention/params.h"
 #include "fpsattention/wgmma.cuh"
 #include "fpsattention/work_items.cuh"
@@ -44,7 +45,8 @@ using BF16 = cute::bfloat16_t;
 template <int kHeadDim_>
 struct BwdConfig {
     static constexpr int kHeadDim = kHeadDim_;
-    // The keys' operands stay in registers where these suffice: shared memory's bandwidth is what limits the rest.
+    // The keys' operands stay in registers where these suffice: reads of shared memory cost power, which sets the
+    // clock.
     static constexpr bool kKeysInRegisters = kHeadDim == 64;
     static constexpr int kDqQueries = kKeysInRegisters ? kQueryBlock / 2 : kQueryBlock;  // of dQ, per warpgroup
     static constexpr int kStages = 2;
@@ -161,18 +163,19 @@ __device__ void add(const BackwardParams &p, BwdSmem<Cfg> &smem, int number) {
         if (is_other) {
             return;
         }
-        // Wait for dQ.
-        smem.dq_full[number].wait(ring.full_parity());
-        __syncwarp();  // a lane left behind could miss a phase of dq_full
-        ring.next();
-
-        // Wait for the turn.
+        // Wait for the turn. First, so that it has mostly come, and is known to have, when dQ is there: whoever waits
+        // for this CTA's turn would wait for that as well.
         Turn turn{};
         if (p.turns != nullptr) {
             turn = turn_of(p, key, query);
             wait_for(p.turns + query.index, turn.from);
             fence_proxy_async_global();
         }
+
+        // Wait for dQ.
+        smem.dq_full[number].wait(ring.full_parity());
+        __syncwarp();  // a lane left behind could miss a phase of dq_full
+        ring.next();
         if (threadIdx.x % 32 == 0) {
             // Add dQ.
             fence_proxy_async();
@@ -376,67 +379,6 @@ struct OwnKeys {
     float score_scale;  // of the scores before softmax
 };
 
-// Two E4M3 bytes as bf16 times `power`.
-__device__ __forceinline__ uint32_t widen_two(const uint8_t *first, const uint8_t *second, uint32_t power) {
-    return widen(*first | uint32_t(*second) << 8, Half::kLow, power);
-}
-
-// k as bf16 in parts of 64 channels.
-template <class Cfg>
-__device__ __forceinline__ void widen_k(BwdSmem<Cfg> &smem, uint32_t power) {
-    constexpr int kVecs = Cfg::kHeadDim / kVec;
-    const char *k8 = reinterpret_cast<const char *>(smem.k8);
-    for (int i = threadIdx.x; i < kBlock * kVecs; i += Cfg::kMathThreads) {
-        const int key = i / kVecs, channel = i % kVecs * kVec;
-        char *part = reinterpret_cast<char *>(smem.k) + channel / 64 * (kBlock * 128);
-        *reinterpret_cast<uint4 *>(part + swizzled<128>(key, channel % 64 * 2)) =
-            widen(*reinterpret_cast<const uint2 *>(k8 + swizzled<Cfg::kHeadDim>(key, channel)), power);
-    }
-}
-
-// v as bf16 in parts of 64 channels. The rows of v8 are channels, and its tokens are permuted in 16s.
-template <class Cfg>
-__device__ __forceinline__ void widen_v(BwdSmem<Cfg> &smem, uint32_t power) {
-    const uint8_t *v8 = reinterpret_cast<const uint8_t *>(smem.v8);
-    for (int i = threadIdx.x; i < kBlock * Cfg::kHeadDim / kVec; i += Cfg::kMathThreads) {
-        const int token = i % kBlock, byte = token / 16 * 16 + byte_of_token(token % 16), channel = i / kBlock * kVec;
-        uint32_t words[kVec / 2];
-#pragma unroll
-        for (int j = 0; j < kVec / 2; ++j) {
-            words[j] = widen_two(v8 + swizzled<kBlock>(channel + 2 * j, byte),
-                                 v8 + swizzled<kBlock>(channel + 2 * j + 1, byte), power);
-        }
-        char *part = reinterpret_cast<char *>(smem.v) + channel / 64 * (kBlock * 128);
-        *reinterpret_cast<uint4 *>(part + swizzled<128>(token, channel % 64 * 2)) = {words[0], words[1], words[2],
-                                                                                     words[3]};
-    }
-}
-
-// Operand A of 64 rows in registers, from rows of kRowBytes in shared memory. `row` is this thread's first.
-template <int kRowBytes, class TensorA>
-__device__ __forceinline__ void load_rows(const void *from, int row, TensorA &a) {
-    Tensor words = recast<uint32_t>(a);
-#pragma unroll
-    for (int i = 0; i < size(words); ++i) {
-        const int byte = i / 4 * 32 + i / 2 % 2 * 16 + 4 * (threadIdx.x % 4);
-        words(i) = *reinterpret_cast<const uint32_t *>(static_cast<const char *>(from) +
-                                                       swizzled<kRowBytes>(row + 8 * (i % 2), byte));
-    }
-}
-
-// k^T in registers: 64 channels by all keys, from k8. A word holds two neighbouring keys.
-template <class TensorA>
-__device__ __forceinline__ void load_k_t(const E4M3 *k8, uint32_t power, TensorA &a) {
-    const uint8_t *bytes = reinterpret_cast<const uint8_t *>(k8);
-    Tensor words = recast<uint32_t>(a);
-#pragma unroll
-    for (int i = 0; i < size(words); ++i) {
-        const int key = i / 4 * 16 + i / 2 % 2 * 8 + 2 * (threadIdx.x % 4);
-        const int channel = fragment_row(threadIdx.x % 128) + 8 * (i % 2);
-        words(i) = widen_two(bytes + swizzled<64>(key, channel), bytes + swizzled<64>(key + 1, channel), power);
-    }
-}
-
 // Operands of the keys: k8, v, and k for dQ. In registers or as descriptors.
 template <class K8, class V, class K>
 struct KeyOperands {
@@ -456,18 +398,18 @@ __device__ __forceinline__ auto key_operands_of(BwdSmem<Cfg> &smem, const OwnKey
         smem.ds_full.arrive_as_warp();
         smem.ds_full.wait(0);
     };
-    widen_v(smem, power_of(smem.k_meta.v_scale));
+    widen_columns<Cfg::kHeadDim, Cfg::kMathThreads>(smem.v, smem.v8, power_of(smem.k_meta.v_scale));
     if constexpr (Cfg::kKeysInRegisters) {
         FragmentA<E4M3, typename Cfg::MmaS, Cfg::kKeys, Cfg::kHeadDim> k8;
         FragmentA<BF16, typename Cfg::MmaDP, Cfg::kKeys, Cfg::kHeadDim> v;
         FragmentA<BF16, typename Cfg::MmaDQ, Cfg::kHeadDim, kBlock> k_t;
         load_rows<Cfg::kHeadDim>(smem.k8, own.row, k8);
-        load_k_t(smem.k8, k_power, k_t);
+        load_transposed<Cfg::kHeadDim>(smem.k8, k_power, k_t);
         wait_for_math_warps();
         load_rows<128>(smem.v, own.row, v);
         return KeyOperands{k8, v, k_t};
     } else {
-        widen_k(smem, k_power);
+        widen_rows<Cfg::kHeadDim, Cfg::kMathThreads>(smem.k, smem.k8, k_power);
         wait_for_math_warps();
         Tensor k8 = smem_tensor(smem.k8 + own.first * Cfg::kHeadDim, typename Cfg::LayoutK8{});
         Tensor v = local_tile(smem_tensor(smem.v, typename Cfg::LayoutV{}),
@@ -655,13 +597,18 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
 }  // namespace
 
 void attn_bwd(BackwardParams p, cudaStream_t stream) {
-    // Fastest, the axis of which a window covers most: the key blocks that run at the same time then have the fewest
-    // queries, and sums dQ, that any of them needs.
+    // Axes that a window covers come first: the key blocks that run at the same time then have the same queries. Of the
+    // others, first the one of which it covers most: they have the fewest queries, and sums dQ, in common. With turns,
+    // the one of which it covers least: fewest key blocks there are near a border, where they have more or fewer
+    // queries than their neighbours, who would wait for them.
     const Int3 tiles = p.geometry.tiles, window = p.window(p.head_at(0));
+    const auto rank = [&](int axis) {
+        const float covered = std::min(1.0f, float(window[axis]) / float(tiles[axis]));
+        return covered < 1 && p.turns != nullptr ? -covered : covered;
+    };
     std::iota(p.key_axis, p.key_axis + 3, 0);
     std::reverse(p.key_axis, p.key_axis + 3);
-    std::stable_sort(p.key_axis, p.key_axis + 3,
-                     [&](int a, int b) { return window[a] * tiles[b] > window[b] * tiles[a]; });
+    std::stable_sort(p.key_axis, p.key_axis + 3, [&](int a, int b) { return rank(a) > rank(b); });
     for (int i = 0; i < 3; ++i) {
         p.key_size[i] = tiles[p.key_axis[i]];
     }

@@ -7,6 +7,7 @@
 // matches the values that the forward used.
 #include "fpsattention/fragments.cuh"
 #include "fpsattention/launch.h"
+#include "fpsattention/operands.cuh"
 #include "fpsattention/params.h"
 
 namespace fps {
@@ -18,12 +19,6 @@ constexpr int kCtas = 4;  // per SM; without this bound ptxas aims for more and 
 template <class T>
 __device__ __forceinline__ uint4 to_vec(const float (&x)[kVec]) {
     return {downcast<T>(x[0], x[1]), downcast<T>(x[2], x[3]), downcast<T>(x[4], x[5]), downcast<T>(x[6], x[7])};
-}
-
-// Address of 8 channels of a row, from `channel` on, in a 16-bit operand (params.h).
-__device__ __forceinline__ uint4 *part_of_row(uint8_t *operand, int row, int channel) {
-    const int offset = channel / 64 * (kQueryBlock * 128) + swizzled<128>(row, channel % 64 * 2);
-    return reinterpret_cast<uint4 *>(operand + offset);
 }
 
 // The query block that a CTA works on.
@@ -100,15 +95,14 @@ __global__ void __launch_bounds__(kThreads, kCtas)
         for (int i = 0; i < kVec; ++i) {
             dout[i] *= c;
         }
-        *part_of_row(dout_operand, row, channel) = to_vec<__nv_bfloat16>(dout);
+        *part_of_row<kQueryBlock>(dout_operand, row, channel) = to_vec<__nv_bfloat16>(dout);
         // Row constants
         if (channel == 0) {
             rows.offset[row] = valid ? 1024.0f + kCodeOfOne - kCodes * m : -INFINITY;
             rows.minus_delta[row] = valid ? mantissa * (c * (p.dlse[at] - delta)) : 0.0f;
         }
         // q
-        *part_of_row(q_operand, row, channel) =
-            widen(*reinterpret_cast<const uint2 *>(q8 + swizzled<kHeadDim>(row, channel)), power);
+        *part_of_row<kQueryBlock>(q_operand, row, channel) = widened_part<kHeadDim>(q8, row, channel, power);
     }
 }
 
@@ -140,7 +134,7 @@ __global__ void __launch_bounds__(kThreads) finish_dq(const __grid_constant__ De
         of_octet[8 * kRow] = sum.z, of_octet[8 * kRow + kColumn] = sum.w;
     }
     __syncthreads();
-    // To raster order.
+    // Store in raster order.
     const float scale = p.scale / mantissa_of(block.q_scale<kHeadDim>(p));
     const int channel = threadIdx.x % kLanes * kVec;
 #pragma unroll

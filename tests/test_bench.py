@@ -150,8 +150,8 @@ def test_select():
         (f"length-4k-d{d}", (8, 16, 32), 16, (2, 8, 8)) for d in (64, 128)
     ]
     families = shapes.select([shapes.FAMILIES])
-    assert {s.name for s in families} == {"wan14b-720p", "cogvideox1.5-768p"}
-    assert all(s.families and not (s.windows or s.sweep or s.training or s.mlp or s.host) for s in families)
+    assert {s.name for s in families} == {"wan14b-720p", "cogvideox1.5-768p", "cogvideox-480p"}
+    assert all(s.families and not (s.windows or s.sweep or s.mlp or s.host) for s in families)
     assert not any(any(s.text) or s.flex or s.graph or s.emulated for s in families)
     assert shapes.select([shapes.FAMILIES], heads_scale=0.5)[0].heads == 20
     assert not one.families  # a case is timed alone
@@ -675,6 +675,7 @@ def test_targets():
             (shapes.WAN_WINDOW, "gaussian", 1.0, 960.0),
         )
     ]
+    slow = make_record(f"{shapes.WAN_WINDOW} sink backward inputs", family="sink", over_gaussian=0.97)
     short = make_record(shapes.SHORT_WINDOW, speedup=20.5, **cudnn)
     cog = make_record(shapes.COG_DENSE, speedup=2.11, **dense)
     hunyuan = make_record(shapes.HUNYUAN_WINDOW, speedup=10.1, **cudnn)
@@ -683,6 +684,11 @@ def test_targets():
     paper = make_record(shapes.PAPER, speedup=11.6, **errors, **cudnn)
     backward = make_record(shapes.BACKWARD_DENSE, speedup=1.41, tflops_total=700.0, **cudnn)
     windowed_backward = make_record(shapes.BACKWARD_WINDOW, tflops_total=640.0, **cudnn)
+    backward.ms = windowed_backward.ms = 100.0
+    deterministic = [
+        make_record(case, common.OURS_DETERMINISTIC, ms=ms, **cudnn)
+        for case, ms in ((shapes.BACKWARD_DENSE, 104.0), (shapes.BACKWARD_WINDOW, 114.0))
+    ]
     others = [
         make_record(case, speedup=speedup, **cudnn)
         for case, speedup in (
@@ -697,9 +703,9 @@ def test_targets():
         make_record(f"length-4k-d{d} host", host_ratio=4.0 + d / 128, total_ratio=1.05) for d in (64, 128)
     ]
     records = [paper, wan, cudnn_fp8, *families, short, cog, hunyuan, small]
-    records += [backward, windowed_backward, *others, text, *host]
-    assert judged(records) == [True] * 23
-    assert judged([]) == [None] * 23
+    records += [backward, windowed_backward, *deterministic, slow, *others, text, *host]
+    assert judged(records) == [True] * 25
+    assert judged([]) == [None] * 25
     values = [t.value(records) for t in bench.TARGETS[:7]]
     assert values == [2.5, 2.3, 1.625, 11.6, 0.96, 0.96, 20.5]
 
@@ -707,18 +713,19 @@ def test_targets():
     families[2].over_gaussian, short.speedup = 0.94, 19.9
     hunyuan.speedup, cog.baseline, wan.quant_gbps, small.graph_gap_us = 9.9, common.FLASH, 2600.0, 11.0
     backward.speedup, windowed_backward.tflops_total = 1.39, 620.0
+    deterministic[1].ms, slow.over_gaussian = 116.0, 0.94
     for other in others:
         other.speedup -= 0.2
     text.text_cost, host[0].host_ratio, host[1].total_ratio = 0.03, 5.1, 1.11
-    assert judged(records) == [False] * 8 + [None] + [False] * 11 + [True] * 3
+    assert judged(records) == [False] * 8 + [None] + [False] * 13 + [True] * 3
     paper.error_over_emulation, paper.rms_to_emulation = 1.2, 2.1e-2
     wan.fail("relative RMS error")
     families[2].fail("relative RMS error")
-    assert judged(records) == [None] * 3 + [False, False, True, False, False, None, None] + [False] * 13
+    assert judged(records) == [None] * 3 + [False, False, True, False, False, None, None] + [False] * 15
     for family in families:
         family.fail("relative RMS error")
     cudnn_fp8.fail("no plan")
-    assert judged(records)[4:6] == [None, None] and judged([cudnn_fp8]) == [None] * 23
+    assert judged(records)[4:6] == [None, None] and judged([cudnn_fp8]) == [None] * 25
 
 
 def test_table_and_target_lines_fit():
@@ -729,11 +736,13 @@ def test_table_and_target_lines_fit():
     host = make_record("length-4k-d128 host", ms=None, host_us=80.04, total_us=200.06)
     sink = make_record("wan14b-720p/3,3,9 sink inputs", ms=None, attn_ms=11.25, tflops=1234.0, rel_rms=0.07)
     sink.family, sink.over_gaussian, sink.spread = "sink", 0.9876, 0.012
-    lines = common.table([long, sink, wrong, host]).splitlines()
-    title, row = (lines.index(next(x for x in lines if x.startswith(s))) for s in ("kernel alone", "wan14b"))
-    assert row == title + 1 > 3 and "sink inputs" not in lines[row]
+    back = dataclasses.replace(sink, case="wan14b-720p/3,3,9 sink backward inputs", attn_ms=None, ms=60.5, rel_rms=None)
+    lines = common.table([long, sink, back, wrong, host]).splitlines()
+    title, row = (lines.index(next(x for x in lines if x.startswith(s))) for s in ("kernel, or", "wan14b"))
+    assert row == title + 1 > 3
     assert lines[row].split() == ["wan14b-720p/3,3,9", "sink", "11.250", "1234", "0.988", "7.0e-02", "1.2%"]
-    assert "kernel alone" not in common.table([long])
+    assert lines[row + 1].split()[:4] == ["wan14b-720p/3,3,9", "backward", "sink", "60.500"]
+    assert "kernel, or" not in common.table([long])
     assert "length-4k-d128 host fpsattention: 80.0 us until the call returns, 200.1 us in all" in lines
     assert max(map(len, lines)) <= 110
     assert "wan1.3b-480p-hnd/1,5,9 " in lines[1] and "1234.568" in lines[1] and "123.45" in lines[1]

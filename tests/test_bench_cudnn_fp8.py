@@ -7,13 +7,17 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+import bench_backward
+import bench_forward
 import common
 import contenders
-from test_bench import TINY, contender, run_tiny, sdpa
+from test_bench import TINY, FakeClock, contender, run_tiny, sdpa
 
 REASON = "cuDNN 9 has no engine for this\nmore text"
 ONE = [1, 1, 1, 1]
+GRADIENTS = ("dQ", "dK", "dV")
 
 
 class Tensor:
@@ -56,6 +60,11 @@ class Cudnn:
     last_plan: int | None = None
 
 
+def rounded(x, data, name):
+    """x through E4M3, with the graph's scales of `name`."""
+    return (x * data[f"scale_{name}"]).to(torch.float8_e4m3fn).float() * data[f"descale_{name}"]
+
+
 def stand_in(state):
     """A module `cudnn`."""
 
@@ -81,10 +90,25 @@ def stand_in(state):
             return Tensor(name, dim, stride, data_type)
 
         def sdpa_fp8(self, q, k, v, attn_scale, generate_stats, name, **scalars):
-            assert not generate_stats and all((s.dim, s.stride) == (ONE, ONE) for s in scalars.values())
+            self.scale, self.differentiates = attn_scale, False
+            self.check(scalars)
+            return (
+                Tensor("o"),
+                Tensor("stats") if generate_stats else None,
+                Tensor("amax_s"),
+                Tensor("amax_o"),
+            )
+
+        def sdpa_fp8_backward(self, q, k, v, o, dO, stats, attn_scale, name, **scalars):
+            self.scale, self.differentiates = attn_scale, True
+            self.check(scalars)
+            largest = (Tensor(f"amax_{name}") for name in (*GRADIENTS, "dP"))
+            return *(Tensor(name) for name in GRADIENTS), *largest
+
+        @staticmethod
+        def check(scalars):
+            assert all((s.dim, s.stride) == (ONE, ONE) for s in scalars.values())
             assert all(name == x.name and x.data_type == "fp32" for name, x in scalars.items())
-            self.scale = attn_scale
-            return Tensor("out"), None, Tensor("amax_s"), Tensor("amax_o")
 
         def get_execution_plan_count(self):
             assert self.steps[-1] == "check_support" and len(self.steps) == 4
@@ -104,15 +128,29 @@ def stand_in(state):
             for x, value in pack.items():
                 assert list(value.shape) == list(x.dim) and list(value.stride()) == list(x.stride)
                 assert value.dtype == {"e4m3": torch.float8_e4m3fn, "fp32": torch.float32}[x.data_type]
-                assert x.output == (x.name in ("out", "amax_s", "amax_o"))
+                made = (*GRADIENTS, "amax_") if self.differentiates else ("o", "stats", "amax_")
+                assert x.output == x.name.startswith(made)
             if state.spoil:
                 return
             q, k, v = (data[name].float() * data[f"descale_{name}"] for name in "qkv")
-            p = (q @ k.mT * self.scale).softmax(-1)
-            p = (p * data["scale_s"]).to(torch.float8_e4m3fn).float() * data["descale_s"]
-            out = p @ v
-            data["amax_o"].fill_(out.abs().max())
-            data["out"].copy_((out * data["scale_o"]).to(torch.float8_e4m3fn))
+            s = q @ k.mT * self.scale
+            if not self.differentiates:
+                p = rounded(s.softmax(-1), data, "s")
+                out = p @ v
+                data["amax_o"].fill_(out.abs().max())
+                data["o"].copy_((out * data["scale_o"]).to(torch.float8_e4m3fn))
+                if "stats" in data:
+                    data["stats"].copy_(s.logsumexp(-1, keepdim=True))
+                return
+            o, dout = (data[name].float() * data[f"descale_{name}"] for name in ("o", "dO"))
+            p = (s - data["stats"]).exp()
+            dp = p * (dout @ v.mT - (o * dout).sum(-1, keepdim=True))
+            data["amax_dP"].fill_(dp.abs().max())
+            dp, p = rounded(dp, data, "dP"), rounded(p, data, "s")
+            gradients = dp @ k * self.scale, dp.mT @ q * self.scale, p.mT @ dout
+            for name, x in zip(GRADIENTS, gradients, strict=True):
+                data[f"amax_{name}"].fill_(x.abs().max())
+                data[name].copy_((x * data[f"scale_{name}"]).to(torch.float8_e4m3fn))
 
     module = types.ModuleType("cudnn")
     module.__spec__ = importlib.machinery.ModuleSpec("cudnn", None)
@@ -172,7 +210,7 @@ def test_it_attends_with_its_fastest_plan(monkeypatch, cudnn, layout):
             "plan 1: RuntimeError: cuDNN 9 has no engine for this",
         ),
         (dict(plans=()), "RuntimeError: cuDNN has no FP8 plan that runs: it offers none"),
-        (dict(spoil=True), "RuntimeError: cuDNN's first run says that the largest output is 0.0"),
+        (dict(spoil=True), "RuntimeError: cuDNN's run says that the largest o is 0.0"),
     ],
 )
 def test_without_a_graph_that_runs_the_reason_is_shown_and_the_rest_is_timed(
@@ -183,6 +221,27 @@ def test_without_a_graph_that_runs_the_reason_is_shown_and_the_rest_is_timed(
     assert good.ms == 1.0 and not good.error
     assert fp8.ms is None and fp8.error == reason
     assert f"! tiny/dense cudnn-fp8: {reason}" in common.table([good, fp8])
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_it_differentiates(monkeypatch, cudnn, layout):
+    """Gradients near those of SDPA, with scales from runs of its own."""
+    shape = replace(TINY, layout=layout, training=(None,))
+
+    def bf16(*qkv):
+        return lambda: F.scaled_dot_product_attention(*(contenders.as_hnd(x, layout) for x in qkv))
+
+    both = [replace(contenders.cudnn(shape), prepare=bf16), fp8_of(shape)]
+    monkeypatch.setattr(bench_backward, "contenders_of", lambda _: both)
+    qkv = bench_forward.random_qkv(shape, "cpu")
+    monitor = common.GpuMonitor("none")
+    records = bench_backward.bench_training(
+        shape, qkv, bench_forward.work_of, FakeClock(lambda *_: 1.0), monitor, 2, 1e-3, 0
+    )
+    of_fp8 = [r for r in records if r.op == common.CUDNN_FP8]
+    assert [r.case for r in of_fp8] == ["tiny/dense backward", "tiny/dense training"]
+    for r in of_fp8:
+        assert not r.error and r.ms == 1.0 and 0.02 < r.rel_rms < 0.12
 
 
 def test_without_libcudnn_it_is_named_among_the_peers_that_failed(monkeypatch, cudnn):

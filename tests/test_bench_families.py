@@ -65,7 +65,49 @@ def test_every_family_is_checked_timed_and_held_against_gaussian(monkeypatch):
         assert 0.001 < r.rel_rms < bench_families.TOLERANCE and (r.spread, r.sm_clock_mhz) == (0.0, 1500.0)
     assert len({r.rel_rms for r in records}) == len(records)  # each on inputs of its own
     assert bench_families.GAUSSIAN in families.FAMILIES
-    assert bench_forward._slowest_family(records) == 0.8
+    assert bench_forward._slowest_family(common.INPUTS)(records) == 0.8
+
+
+@pytest.mark.filterwarnings("ignore:fpsattention runs its reference")
+def test_a_backward_that_is_trained_through_is_timed_on_every_family(monkeypatch):
+    """Calls that are bursts of the backward return gradients; they take 4 ms on the third family, else 2."""
+
+    def ours(shape, window):
+        config = contenders.config_of(shape, window)
+
+        def prepare(q, k, v):
+            return lambda: fps.attention(q, k, v, grid=shape.grid, config=config, backend="reference")
+
+        kernel = contenders.Parts(lambda: None, lambda: None, 1)
+        return replace(contenders.ours(shape, window), prepare=prepare, parts=lambda *qkv: kernel)
+
+    gradients = []
+
+    def ms_of(result, burst):
+        if result is None:
+            return 1.0
+        key = result[0].float().sum().item()
+        if key not in gradients:
+            gradients.append(key)
+        return 4.0 if gradients.index(key) == 2 else 2.0
+
+    monkeypatch.setattr(bench_families, "ours", ours)
+    shape = replace(SHAPE, training=(WINDOW,))
+    with torch.no_grad():  # as the bench runs
+        records = bench_families.bench_families(
+            shape, bench_forward.work_of, FakeClock(ms_of), NoMonitor(), 3, 4.0, 0
+        )
+    backward = [r for r in records if r.case.endswith("backward inputs")]
+    assert [r.case for r in backward] == [f"t/1,3,1 {name} backward inputs" for name in families.FAMILIES]
+    assert len(gradients) == len(families.FAMILIES) and not any(r.error or r.is_forward for r in records)
+    assert sorted(r.ms for r in backward) == [2.0] * (len(backward) - 1) + [4.0]
+    for r in backward:
+        flops = 2.5 * common.attention_flops(bench_forward.work_of(SHAPE, WINDOW).pairs, 2, 64, 1)
+        assert r.tflops_total == pytest.approx(flops / r.ms / 1e9)
+    slowest = {what: bench_forward._slowest_family(what)(records) for what in ("inputs", "backward inputs")}
+    gaussian = next(r for r in backward if r.family == "gaussian")
+    assert slowest == {"inputs": 1.0, "backward inputs": 0.5 * gaussian.ms / 2.0}
+    assert "t/1,3,1 backward" in common.table(records)
 
 
 def test_a_wrong_answer_on_one_family_is_named(monkeypatch):

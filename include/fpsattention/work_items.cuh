@@ -114,13 +114,15 @@ __device__ __forceinline__ void for_each_key_block(const TileGrid &g, const Work
 
 // ---- Backward ----
 
+// With turns, key blocks of this many heads alternate: a CTA then waits for one that started several places earlier.
+// More heads would leave fewer of their queries and sums dQ in L2.
+constexpr int kHeadsInTurns = 2;
+
 // The key block that a CTA owns.
 //
 // The key blocks of one head run at the same time, in the order of p.key_axis, so that they share its queries in L2.
 // With a window per head, heads with large windows run first. Text keys, which all queries attend, run before all
-// others, so that the last CTAs are short. With turns they run last instead, in the order of the turns, and the key
-// blocks of kHeadsInTurns heads alternate: a CTA then waits for one that started several places earlier.
-constexpr int kHeadsInTurns = 4;
+// others, so that the last CTAs are short. With turns they run last instead, in the order of the turns.
 struct KeyItem {
     int batch;
     int head;
