@@ -233,19 +233,26 @@ void bind_call(py::module_ &m) {
 
 void bind_quantize(py::module_ &m) {
     py::class_<NormRope> n(m, "NormRope", module_local());
-    for (const int of_k : {0, 1}) {
+    const auto of_q_and_k = [&](const char *name, auto member) {
         n.def_property(
-            of_k ? "k_weight" : "q_weight",
-            [of_k](const NormRope &x) { return reinterpret_cast<uintptr_t>(x.weights[of_k]); },
-            [of_k](NormRope &x, uintptr_t address) { x.weights[of_k] = reinterpret_cast<float *>(address); });
-        n.def_property(
-            of_k ? "k_inverse_rms" : "q_inverse_rms",
-            [of_k](const NormRope &x) { return reinterpret_cast<uintptr_t>(x.inverse_rms[of_k]); },
-            [of_k](NormRope &x, uintptr_t address) { x.inverse_rms[of_k] = reinterpret_cast<float *>(address); });
-    }
+            name,
+            [member](const NormRope &x) {
+                return std::pair(reinterpret_cast<uintptr_t>((x.*member)[0]),
+                                 reinterpret_cast<uintptr_t>((x.*member)[1]));
+            },
+            [member](NormRope &x, std::pair<uintptr_t, uintptr_t> addresses) {
+                (x.*member)[0] = reinterpret_cast<float *>(addresses.first);
+                (x.*member)[1] = reinterpret_cast<float *>(addresses.second);
+            });
+    };
+    of_q_and_k("weights", &NormRope::weights);
+    of_q_and_k("text_weights", &NormRope::text_weights);
+    of_q_and_k("biases", &NormRope::biases);
+    of_q_and_k("inverse_rms", &NormRope::inverse_rms);
     n.def_readwrite("per_head", &NormRope::per_head);
     n.def_readwrite("eps", &NormRope::eps);
     pointer(n, "rope", &NormRope::rope);
+    n.def_readwrite("rope_heads", &NormRope::rope_heads);
     n.def_property(
         "pairs", [](const NormRope &x) { return Triple{x.pairs.t, x.pairs.h, x.pairs.w}; },
         [](NormRope &x, const Triple &pairs) { x.pairs = int3(pairs); });

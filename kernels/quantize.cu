@@ -1,7 +1,7 @@
 // Quantisation: bf16 or fp16 Q, K, V in raster order to packed blocks in FP8, each of which the forward loads with one
 // bulk copy.
 //
-//   row_rms         1 / RMS of the rows of Q and K, if they are to be normalised
+//   row_rms         1 / RMS of the rows of Q and K, over all heads, if they are to be normalised so
 //   quantize_v      one CTA per (block, head): amax, scale, E4M3, transposed, tokens permuted, swizzled. To smooth K,
 //                   further CTAs add up K per (batch, head, channel) over some tokens
 //   finish_mean     K's mean from the partial sums
@@ -49,6 +49,16 @@ __device__ __forceinline__ HeadAndIndex head_and_index(int linear, int heads, in
                             : HeadAndIndex{linear / count, linear % count};
 }
 
+// The sum of x over kLanes neighbouring lanes; each of them gets it.
+template <int kLanes>
+__device__ __forceinline__ float sum_of_lanes(float x) {
+#pragma unroll
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+        x += __shfl_xor_sync(~0u, x, offset);
+    }
+    return x;
+}
+
 // grid (tokens / warps per CTA, 2, batch), one warp per row: blockIdx.y = 0 is Q, 1 is K.
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kStatsThreads) row_rms(const __grid_constant__ Deferred<QuantizeParams> deferred) {
@@ -62,37 +72,21 @@ __global__ void __launch_bounds__(kStatsThreads) row_rms(const __grid_constant__
     if (token >= tokens) {
         return;
     }
-    const auto add_up = [](float &sum, int lanes) {
-#pragma unroll
-        for (int offset = lanes / 2; offset > 0; offset /= 2) {
-            sum += __shfl_xor_sync(~0u, sum, offset);
-        }
-    };
-    float *to = norm.inverse_rms[blockIdx.y] + (int64_t(batch) * tokens + token) * (norm.per_head ? p.heads : 1);
     float sum = 0;
 #pragma unroll 4
     for (int first = 0; first < p.heads; first += kHeads) {
         const int head = first + lane / kLanes;
         const int64_t offset = strides.offset(batch, head, token) + lane % kLanes * kVec;
-        float x[kVec], squares = 0;
+        float x[kVec];
         upcast_vec<T>(head < p.heads ? load_vec<T>(base, offset) : uint4{}, x);
 #pragma unroll
         for (int i = 0; i < kVec; ++i) {
-            squares = fmaf(x[i], x[i], squares);
+            sum = fmaf(x[i], x[i], sum);
         }
-        if (norm.per_head) {
-            add_up(squares, kLanes);
-            if (lane % kLanes == 0 && head < p.heads) {
-                to[head] = rsqrtf(squares / kHeadDim + norm.eps);
-            }
-        }
-        sum += squares;
     }
-    if (!norm.per_head) {
-        add_up(sum, 32);
-        if (lane == 0) {
-            *to = rsqrtf(sum / (p.heads * kHeadDim) + norm.eps);
-        }
+    sum = sum_of_lanes<32>(sum);
+    if (lane == 0) {
+        norm.inverse_rms[blockIdx.y][int64_t(batch) * tokens + token] = rsqrtf(sum / (p.heads * kHeadDim) + norm.eps);
     }
 }
 
@@ -123,34 +117,75 @@ struct RowTable {
     }
 };
 
-// Offsets of a token's angles in `rope`, one for each axis: the angle of channel pair i (of D / 2) lies at i plus the
-// offset of the axis that rotates it.
-__device__ __forceinline__ Int3 angles_of(int token, Int3 grid, Int3 pairs) {
+// Offsets of a grid token's angles in `rope`, one for each axis: the angle of channel pair i (of D / 2) lies at i plus
+// the offset of the axis that rotates it. Where each token has angles of its own, as if one axis rotated all pairs.
+__device__ __forceinline__ Int3 angles_of(const NormRope &norm, int token, int head, Int3 grid) {
+    const Int3 pairs = norm.pairs;
+    if (norm.rope_heads != 0) {
+        return {(token * norm.rope_heads + (norm.rope_heads > 1 ? head : 0)) * pairs.t, 0, 0};
+    }
     const Int3 at = coordinates(token, grid);
     const int of_h = grid.t * pairs.t, of_w = of_h + grid.h * pairs.h;
     return {at.t * pairs.t, of_h + at.h * pairs.h - pairs.t, of_w + at.w * pairs.w - pairs.t - pairs.h};
 }
 
 // Data that normalises and rotates the rows of a tile, in shared memory.
-template <int kRows, int kLanes>
+template <int kRows, int kLanes, bool kPerHead>
 struct Prologue {
-    static constexpr int kPairs = kVec / 2;
+    static constexpr int kPairs = kVec / 2, kChannels = kLanes * kVec;
     Int3 angles[kRows];
-    float inverse[kRows];            // 1 / RMS
-    float2 weights[kPairs][kLanes];  // [pair of a vector][vector of a row], so that lanes have no bank conflicts
+    float inverse[kRows], shift[kPerHead ? kRows : 1];  // 1 / RMS, and what a LayerNorm adds then: -mean / RMS
+    // [pair of a vector][vector of a row], so that lanes have no bank conflicts
+    float2 weights[kPairs][kLanes], biases[kPerHead ? kPairs : 1][kLanes];
+    bool rotates;
 
-    __device__ void fill(const QuantizeParams &p, bool is_k, int batch, int head, const int *token_of_row) {
+    __device__ void fill(const QuantizeParams &p, bool is_k, bool is_text, int batch, int head,
+                         const int *token_of_row) {
         const NormRope &norm = p.norm_rope;
+        const TileGrid &g = p.geometry;
         const bool weighs = norm.weights[0] != nullptr;
-        for (int r = threadIdx.x; r < p.geometry.slot; r += blockDim.x) {
-            const int token = max(token_of_row[r], 0);
-            const int64_t at = int64_t(batch) * p.geometry.tokens() + token;
-            angles[r] = angles_of(token, p.geometry.grid, norm.pairs);
-            inverse[r] = weighs ? norm.inverse_rms[is_k][norm.per_head ? at * p.heads + head : at] : 1.0f;
+        if (threadIdx.x == 0) {
+            rotates = norm.rope != nullptr && !is_text;
         }
+        for (int r = threadIdx.x; r < g.slot; r += blockDim.x) {
+            const int token = max(token_of_row[r], 0);
+            angles[r] = angles_of(norm, is_text ? 0 : max(token - g.text.prefix, 0), head, g.grid);
+            if constexpr (!kPerHead) {
+                inverse[r] = weighs ? norm.inverse_rms[is_k][int64_t(batch) * g.tokens() + token] : 1.0f;
+            }
+        }
+        const float *of_text = norm.text_weights[is_k];
+        const float *from = is_text && of_text != nullptr ? of_text : norm.weights[is_k];
         for (int i = threadIdx.x; i < kPairs * kLanes; i += blockDim.x) {
-            const float *from = norm.weights[is_k] + (norm.per_head ? 0 : head * (kLanes * kVec));
-            weights[i % kPairs][i / kPairs] = weighs ? reinterpret_cast<const float2 *>(from)[i] : float2{1, 1};
+            const int at = 2 * i + (kPerHead ? 0 : head * kChannels);
+            weights[i % kPairs][i / kPairs] = weighs ? float2{from[at], from[at + 1]} : float2{1, 1};
+            if constexpr (kPerHead) {
+                const float *bias = norm.biases[is_k];
+                biases[i % kPairs][i / kPairs] = bias != nullptr ? float2{bias[at], bias[at + 1]} : float2{};
+            }
+        }
+    }
+
+    // Works out 1 / RMS and shift of a row, of which this lane has vector `vec`. All lanes of a warp must call it.
+    template <class T>
+    __device__ __forceinline__ void measure(uint4 raw, const NormRope &norm, int row, int vec) {
+        float x[kVec], mean = 0, squares = 0;
+        upcast_vec<T>(raw, x);
+        if (norm.biases[0] != nullptr) {
+#pragma unroll
+            for (int i = 0; i < kVec; ++i) {
+                mean += x[i];
+            }
+            mean = sum_of_lanes<kLanes>(mean) / kChannels;
+        }
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) {
+            squares = fmaf(x[i] - mean, x[i] - mean, squares);
+        }
+        squares = sum_of_lanes<kLanes>(squares);
+        if (vec == 0) {
+            inverse[row] = rsqrtf(squares / kChannels + norm.eps);
+            shift[row] = -mean * inverse[row];
         }
     }
 
@@ -162,9 +197,15 @@ struct Prologue {
 #pragma unroll
         for (int i = 0; i < kPairs; ++i) {
             const float2 x = upcast<T>(words[i]), weight = weights[i][vec];
-            const float even = x.x * inverse[row] * weight.x, odd = x.y * inverse[row] * weight.y;
+            float even, odd;
+            if constexpr (kPerHead) {
+                even = fmaf(fmaf(x.x, inverse[row], shift[row]), weight.x, biases[i][vec].x);
+                odd = fmaf(fmaf(x.y, inverse[row], shift[row]), weight.y, biases[i][vec].y);
+            } else {
+                even = x.x * inverse[row] * weight.x, odd = x.y * inverse[row] * weight.y;
+            }
             float2 rotation{1, 0};  // cosine, sine
-            if (norm.rope != nullptr) {
+            if (rotates) {
                 const int pair = vec * kPairs + i, of_h = norm.pairs.t, of_w = of_h + norm.pairs.h;
                 rotation = __ldg(norm.rope + (pair + (pair < of_h ? from.t : pair < of_w ? from.h : from.w)));
             }
@@ -226,11 +267,7 @@ __device__ __forceinline__ float dot_with_mean(const float (&q)[kVec], const flo
     for (int j = 0; j < kVec; ++j) {
         dot += q[j] * mean[j];
     }
-#pragma unroll
-    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-        dot += __shfl_xor_sync(~0u, dot, offset);
-    }
-    return dot;
+    return sum_of_lanes<kLanes>(dot);
 }
 
 // Writes the metas of a tile's blocks, 16 bytes a thread: all of each, because a copy of the block reads all of it. Of
@@ -249,14 +286,18 @@ __device__ __forceinline__ void store_metas(uint8_t *metas, int blocks, float sc
 // Rows of Q and K are quantised as they are given, or changed first.
 enum class Rows {
     kAsGiven,
-    kSmoothed,    // K loses its mean
-    kNormalised,  // and rotated, as NormRope says
+    kSmoothed,        // K loses its mean
+    kNormalised,      // over all heads or not at all, and rotated, as NormRope says
+    kHeadNormalised,  // head by head, and rotated
 };
+FPS_HD constexpr bool has_prologue(Rows rows) {
+    return rows == Rows::kNormalised || rows == Rows::kHeadNormalised;
+}
 
 template <int kHeadDim, Rows kRows>
 struct QuantizeSmem {
     RowTable<kMaxSlot> rows;
-    Prologue<kRows == Rows::kNormalised ? kMaxSlot : 1, kLanesPerRow<kHeadDim>> prologue;
+    Prologue<has_prologue(kRows) ? kMaxSlot : 1, kLanesPerRow<kHeadDim>, kRows == Rows::kHeadNormalised> prologue;
     float k_mean[kHeadDim];
 };
 
@@ -280,15 +321,23 @@ __device__ void quantize_tile(const QuantizeParams &p, QuantizeSmem<kHeadDim, kR
     // Load the tile. Normalise and rotate its rows.
     const int first_row = threadIdx.x / kLanes, rows_per_pass = blockDim.x / kLanes;
     const int channel = threadIdx.x % kLanes * kVec;
-    if constexpr (kRows == Rows::kNormalised) {  // before the loads, whose registers it would need
-        smem.prologue.fill(p, kIsK, batch, head, smem.rows.token);
+    if constexpr (has_prologue(kRows)) {  // before the loads, whose registers it would need
+        smem.prologue.fill(p, kIsK, tile >= g.tiles.volume(), batch, head, smem.rows.token);
+    }
+    if constexpr (kRows == Rows::kHeadNormalised) {  // the loads that follow find these rows in L2
+#pragma unroll 2
+        for (int i = 0; i < kVecsPerThread; ++i) {
+            const int row = first_row + i * rows_per_pass;
+            smem.prologue.template measure<T>(smem.rows.template load<T>(base, row, channel), p.norm_rope, row,
+                                              channel / kVec);
+        }
     }
     uint4 raw[kVecsPerThread];
 #pragma unroll
     for (int i = 0; i < kVecsPerThread; ++i) {
         raw[i] = smem.rows.template load<T>(base, first_row + i * rows_per_pass, channel);
     }
-    if constexpr (kRows == Rows::kNormalised) {
+    if constexpr (has_prologue(kRows)) {
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < kVecsPerThread; ++i) {
@@ -545,7 +594,7 @@ void quantize(const QuantizeParams &p, cudaStream_t stream) {
         }
         const dim3 tile_grid{heads * tiles, 2, batch};
         const int tile_threads = g.slot * kHeadDim / 64;
-        if (p.norm_rope.weights[0] != nullptr) {
+        if (p.norm_rope.weights[0] != nullptr && !p.norm_rope.per_head) {
             const unsigned rows = ceil_div(g.tokens(), kStatsThreads / 32);
             launch(row_rms<T, kHeadDim>, {rows, 2, batch}, kStatsThreads, 0, stream, p);
         }
@@ -556,7 +605,9 @@ void quantize(const QuantizeParams &p, cudaStream_t stream) {
             }
             launch(quantize_qk<T, kHeadDim, false, kRows>, tile_grid, tile_threads, 0, stream, p);
         };
-        if (p.norm_rope.any()) {
+        if (p.norm_rope.weights[0] != nullptr && p.norm_rope.per_head) {
+            quantize_qk_of(std::integral_constant<Rows, Rows::kHeadNormalised>{});
+        } else if (p.norm_rope.any()) {
             quantize_qk_of(std::integral_constant<Rows, Rows::kNormalised>{});
         } else if (p.k_mean != nullptr) {
             quantize_qk_of(std::integral_constant<Rows, Rows::kSmoothed>{});

@@ -6,45 +6,100 @@ import math
 
 import torch
 
+from fpsattention.core import ops
+
 PAIRS = {64: (12, 10, 10), 128: (22, 21, 21)}  # of the axes, by head_dim; the latter are Wan's
+NORMS = (None, "all heads", "each head", "layer")
+ROPES = (None, "axes", "tokens", "heads")  # tables of axes; one of tokens, alike for all heads or not
 
 
 def inputs(
-    grid, heads, head_dim, *, norm="all heads", rope=True, batch=1, seed=0, device="cpu", dtype=torch.float32
+    grid,
+    heads,
+    head_dim,
+    *,
+    norm="all heads",
+    rope="axes",
+    text=(0, 0),
+    text_norm=False,
+    batch=1,
+    seed=0,
+    device="cpu",
+    dtype=torch.float32,
 ):
-    """(q, k, v [B, L, H, D], the prologue's keyword arguments)."""
+    """(q, k, v [B, L, H, D], the prologue's keyword arguments).
+
+    Args:
+        text: tokens before and after the grid's.
+        text_norm: whether the norms of text have weights of their own.
+    """
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape):
         return torch.randn(shape, generator=generator, device=device)
 
-    q, k, v = (normal(batch, math.prod(grid), heads, head_dim) for _ in range(3))
+    tokens = math.prod(grid)
+    q, k, v = (normal(batch, tokens + sum(text), heads, head_dim) for _ in range(3))
     q, k = 3 * q + normal(head_dim), k / 5 + normal(heads, 1)
     given = {"eps": 1e-2}
     if norm:
         channels = heads * head_dim if norm == "all heads" else head_dim
-        given |= {"q_weight": 1 + normal(channels) / 4, "k_weight": 1 + normal(channels) / 4}
-    if rope:
-        angles = (3 * normal(n, pairs) for n, pairs in zip(grid, PAIRS[head_dim], strict=True))
-        given["rope"] = [torch.stack((x.cos(), x.sin()), dim=-1) for x in angles]
+        names = ["weight"] + ["bias"] * (norm == "layer") + ["text_weight"] * text_norm
+        given |= {f"{x}_{name}": (name != "bias") + normal(channels) / 4 for name in names for x in "qk"}
+
+    def rotations(*shape):
+        angles = 3 * normal(*shape)
+        return torch.stack((angles.cos(), angles.sin()), dim=-1)
+
+    if rope == "axes":
+        given["rope"] = [rotations(n, pairs) for n, pairs in zip(grid, PAIRS[head_dim], strict=True)]
+    elif rope:
+        given["rope"] = rotations(tokens, heads if rope == "heads" else 1, head_dim // 2)
+    if any(text):
+        given |= {"prefix_len": text[0], "suffix_len": text[1]}
     return tuple(x.to(dtype) for x in (q, k, v)), given
 
 
-def expected(x, weight, grid, eps, rope=None):
-    """Norm and rotation of x [B, L, H, D] in fp64, with complex numbers for pairs."""
+def of_one(given, name):
+    """The arguments of `norm_rope`, of q or of k, in those of `norm_rope_quantize`."""
+    other = "k_" if name == "q" else "q_"
+    return {x.removeprefix(f"{name}_"): value for x, value in given.items() if not x.startswith(other)}
+
+
+def as_norm_rope(given) -> ops.NormRope:
+    """The same as the ops take it."""
+    of_both = (
+        [given[f"{x}_{n}"] for x in "qk" if f"{x}_{n}" in given] for n in ("weight", "text_weight", "bias")
+    )
+    rope = given.get("rope", [])
+    return ops.NormRope(*of_both, given["eps"], [rope] if isinstance(rope, torch.Tensor) else rope)
+
+
+def expected(
+    x, grid, *, eps, weight=None, bias=None, text_weight=None, rope=None, prefix_len=0, suffix_len=0
+):
+    """Norm and rotation of x [B, L, H, D] in fp64, token by token, with complex numbers for pairs."""
     x = x.double().clone()
-    if weight is not None:
-        for row in x.flatten(0, 1):  # [H, D], a view
-            groups = row if weight.numel() == x.shape[3] else row.view(1, -1)
-            for group in groups:
-                group.mul_(weight.double() / (group.square().mean() + eps).sqrt())
-    if rope is None:
-        return x
-    tokens = [(t, h, w) for t in range(grid[0]) for h in range(grid[1]) for w in range(grid[2])]
-    for i, place in enumerate(tokens):
-        turn = torch.cat(
-            [torch.view_as_complex(table[n].double()) for table, n in zip(rope, place, strict=True)]
-        )
+    places = [(t, h, w) for t in range(grid[0]) for h in range(grid[1]) for w in range(grid[2])]
+    assert x.shape[1] == prefix_len + len(places) + suffix_len
+    for i in range(x.shape[1]):
+        is_text = not prefix_len <= i < prefix_len + len(places)
+        weights = text_weight if is_text and text_weight is not None else weight
+        for row in x[:, i] if weight is not None else ():  # [H, D], a view
+            for group in row if weight.numel() == x.shape[3] else row.view(1, -1):
+                if bias is not None:
+                    group.sub_(group.mean())
+                group.mul_(weights.double() / (group.square().mean() + eps).sqrt())
+                if bias is not None:
+                    group.add_(bias.double())
+        if rope is None or is_text:
+            continue
+        if isinstance(rope, torch.Tensor):
+            turn = torch.view_as_complex(rope[i - prefix_len].double())
+        else:
+            place = places[i - prefix_len]
+            parts = [torch.view_as_complex(table[n].double()) for table, n in zip(rope, place, strict=True)]
+            turn = torch.cat(parts)
         pairs = torch.view_as_complex(x[:, i].unflatten(-1, (-1, 2)).contiguous())
         x[:, i] = torch.view_as_real(pairs * turn).flatten(-2)
     return x

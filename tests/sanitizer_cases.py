@@ -74,21 +74,25 @@ def main(names: list[str]) -> None:
                 assert none.any() == bool(text), f"lse of invalid tokens is not -inf: {case}"
                 assert all(x.isfinite().all() for x in grads), f"a gradient is not finite: {case}"
                 launches += 1
-                if not text and not config.smooth_k:
-                    check_prologue(grid, config, *(x.detach() for x in leaves), tensor_layout)
+                if not config.smooth_k:
+                    about = {"grid": grid, "config": config, "tensor_layout": tensor_layout, **text}
+                    check_prologue(about, *(x.detach() for x in leaves))
     print(f"{launches} calls and their backwards, all finite")
 
 
-def check_prologue(grid, config, q, k, v, tensor_layout) -> None:
-    """The same call with norm and rotation before the quantisation."""
-    head_dim = q.shape[3]
-    weight = torch.ones(2 * head_dim, device="cuda")
+def check_prologue(about, q, k, v) -> None:
+    """The same call with norm and rotation before the quantisation: over all heads and on axes, and of each head."""
+    head_dim, grid = q.shape[3], about["grid"]
     pairs = (head_dim // 2 - 20, 10, 10)
-    rope = [torch.ones(n, p, 2, device="cuda") for n, p in zip(grid, pairs, strict=True)]
-    about = {"grid": grid, "config": config, "tensor_layout": tensor_layout, "backend": "sm90"}
-    norm_rope = {"q_weight": weight, "k_weight": weight, "rope": rope}
-    out = fps.attention(fps.norm_rope_quantize(q, k, v, **about, **norm_rope))
-    assert out.isfinite().all(), f"out is not finite after a prologue: {grid}, {config}"
+    axes = [torch.ones(n, p, 2, device="cuda") for n, p in zip(grid, pairs, strict=True)]
+    tokens = torch.ones(math.prod(grid), 2, head_dim // 2, 2, device="cuda")
+    names = ("weight", "text_weight", "bias")
+    norms = {name: torch.ones(head_dim, device="cuda") for name in names}
+    for norm, rope in (({"weight": torch.ones(2 * head_dim, device="cuda")}, axes), (norms, tokens)):
+        of_both = {f"{x}_{name}": value for name, value in norm.items() for x in "qk"}
+        packed = fps.norm_rope_quantize(q, k, v, **about, **of_both, rope=rope, backend="sm90")
+        out = fps.attention(packed)
+        assert out.isfinite().all(), f"out is not finite after a prologue: {about}"
 
 
 if __name__ == "__main__":

@@ -736,7 +736,9 @@ def test_table_and_target_lines_fit():
     host = make_record("length-4k-d128 host", ms=None, host_us=80.04, total_us=200.06)
     sink = make_record("wan14b-720p/3,3,9 sink inputs", ms=None, attn_ms=11.25, tflops=1234.0, rel_rms=0.07)
     sink.family, sink.over_gaussian, sink.spread = "sink", 0.9876, 0.012
-    back = dataclasses.replace(sink, case="wan14b-720p/3,3,9 sink backward inputs", attn_ms=None, ms=60.5, rel_rms=None)
+    back = dataclasses.replace(
+        sink, case="wan14b-720p/3,3,9 sink backward inputs", attn_ms=None, ms=60.5, rel_rms=None
+    )
     lines = common.table([long, sink, back, wrong, host]).splitlines()
     title, row = (lines.index(next(x for x in lines if x.startswith(s))) for s in ("kernel, or", "wan14b"))
     assert row == title + 1 > 3

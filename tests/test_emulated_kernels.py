@@ -26,7 +26,7 @@ from emulator import build
 from fpsattention import AttentionConfig, norm_rope, reference
 from fpsattention.core import api, ops
 from inputs import make_qkv
-from prologue_cases import inputs
+from prologue_cases import as_norm_rope, inputs, of_one
 from tensor_core import tensor_core
 from test_quantize_gpu import GRIDS
 
@@ -385,16 +385,30 @@ def test_eager_calls_launch_what_the_ops_do(name, emulated, on_cpu, monkeypatch)
     assert torch.equal(api.attention(quantized), want)
 
 
-def test_norm_and_rotation_ahead_of_rounding(emulated, on_cpu, monkeypatch, seed):
+@pytest.mark.parametrize(
+    ("norm", "rope", "head_dim", "text", "text_norm"),
+    [
+        ("all heads", "axes", 128, (0, 0), False),
+        ("all heads", "heads", 64, (0, 0), False),
+        ("each head", "tokens", 128, (0, 9), True),
+        ("layer", "tokens", 64, (5, 0), False),
+        (None, "axes", 128, (5, 9), False),
+    ],
+)
+def test_norm_and_rotation_ahead_of_rounding(
+    emulated, on_cpu, monkeypatch, norm, rope, head_dim, text, text_norm, seed
+):
     """The codes of Q and K are those of `norm_rope`, save a few that tip; V's are what they were."""
     monkeypatch.setattr(ops, "_C", load(emulated))
-    grid, tile = (5, 7, 9), (2, 3, 4)
-    (q, k, v), given = inputs(grid, 3, 128, seed=seed, dtype=torch.bfloat16)
-    rest = {"eps": given["eps"], "rope": given["rope"]}
-    call = call_of(q, AttentionConfig(tile=tile), grid, 0.1, "NHD")
-    got = ops.launch_quantize(call, q, k, v, None, None, ops.NormRope(**given))
-    q, k = (norm_rope(x, given[f"{n}_weight"], grid=grid, **rest) for n, x in (("q", q), ("k", k)))
-    want = ops.launch_quantize(call, q, k, v, None, None)
+    monkeypatch.setattr(ops, "call_of", ops.call_of.__wrapped__)  # parameters of the module that is loaded
+    grid, config = (5, 7, 9), AttentionConfig(tile=(2, 3, 4))
+    about = {"norm": norm, "rope": rope, "text": text, "text_norm": text_norm}
+    (q, k, v), given = inputs(grid, 3, head_dim, seed=seed, dtype=torch.bfloat16, **about)
+    valid = torch.tensor([text[1] - 2], dtype=torch.int32) if text[1] else None
+    call = ops.call_of(config, grid, *text, 1, 3, head_dim, q.dtype, 0.1, "NHD")
+    got = ops.launch_quantize(call, q, k, v, None, valid, as_norm_rope(given))
+    q, k = (norm_rope(x, grid=grid, **of_one(given, n)) for n, x in (("q", q), ("k", k)))
+    want = ops.launch_quantize(call, q, k, v, None, valid)
     monkeypatch.undo()
     got, want = (packed.decode(call, x) for x in (got, want))
     for a, b in zip(got, want, strict=True):

@@ -9,35 +9,34 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fpsattention as fps
 from fpsattention import AttentionConfig
 from fpsattention.core import ops
-from prologue_cases import expected, inputs
+from prologue_cases import NORMS, ROPES, expected, inputs, of_one
 
 GRID = (2, 3, 4)
 CONFIG = fps.AttentionConfig(tile=(2, 2, 2), window=(1, 1, 1))
 
 
-@pytest.mark.parametrize("rope", [True, False])
-@pytest.mark.parametrize("norm", ["all heads", "each head", None])
+@pytest.mark.parametrize("text", [(0, 0), (3, 0), (2, 5)], ids=str)
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_norm_rope(head_dim, norm, rope, seed):
-    (q, _, _), given = inputs(GRID, 3, head_dim, norm=norm, rope=rope, batch=2, seed=seed)
-    weight, eps, tables = given.get("q_weight"), given["eps"], given.get("rope")
-    got = fps.norm_rope(q, weight, grid=GRID, eps=eps, rope=tables)
-    torch.testing.assert_close(got, expected(q, weight, GRID, eps, tables).float(), rtol=1e-5, atol=1e-5)
-    heads_first = fps.norm_rope(
-        q.transpose(1, 2), weight, grid=GRID, eps=eps, rope=tables, tensor_layout="HND"
-    )
-    assert torch.equal(heads_first, got.transpose(1, 2))
-    half = fps.norm_rope(q.bfloat16(), weight, grid=GRID, eps=eps, rope=tables)
-    assert torch.equal(
-        half, fps.norm_rope(q.bfloat16().float(), weight, grid=GRID, eps=eps, rope=tables).bfloat16()
-    )
+def test_norm_rope(head_dim, norm, rope, text, seed):
+    about = {"norm": norm, "rope": rope, "text": text, "text_norm": text[1] > 0, "batch": 2, "seed": seed}
+    (q, k, _), given = inputs(GRID, 3, head_dim, **about)
+    for name, x in (("q", q), ("k", k)):
+        call = of_one(given, name)
+        got = fps.norm_rope(x, grid=GRID, **call)
+        torch.testing.assert_close(got, expected(x, GRID, **call).float(), rtol=1e-5, atol=1e-5)
+        heads_first = fps.norm_rope(x.transpose(1, 2), grid=GRID, **call, tensor_layout="HND")
+        assert torch.equal(heads_first, got.transpose(1, 2))
+        half = fps.norm_rope(x.bfloat16(), grid=GRID, **call)
+        assert torch.equal(half, fps.norm_rope(x.bfloat16().float(), grid=GRID, **call).bfloat16())
 
 
 def test_mutations_of_the_definition_show(seed):
     """The test above would notice swapped signs, a shifted table, the other kind of norm, or a weight left out."""
     (q, _, _), given = inputs(GRID, 3, 64, seed=seed)
     weight, eps, rope = given["q_weight"], given["eps"], given["rope"]
-    want = expected(q, weight, GRID, eps, rope)
+    want = expected(q, GRID, weight=weight, eps=eps, rope=rope)
     flipped = [x * torch.tensor([1.0, -1.0]) for x in rope]
     moved = [rope[0], rope[1], rope[2].roll(1, dims=0)]
     for mutation in (
@@ -49,19 +48,35 @@ def test_mutations_of_the_definition_show(seed):
         fps.norm_rope(q, None, grid=GRID, eps=eps, rope=rope),
     ):
         assert (mutation - want).norm() > 1e-3 * want.norm()
+    (q, _, _), given = inputs(GRID, 3, 64, norm="layer", rope="heads", text=(2, 3), text_norm=True, seed=seed)
+    call = of_one(given, "q")
+    want = expected(q, GRID, **call)
+    for mutation in (
+        {"text_weight": None},
+        {"bias": None},
+        {"rope": None},
+        {"rope": call["rope"].roll(1, dims=1)},
+        {"rope": call["rope"][:, :1]},
+        {"prefix_len": 3, "suffix_len": 2},
+    ):
+        got = fps.norm_rope(q, grid=GRID, **call | mutation)
+        assert (got - want).norm() > 1e-3 * want.norm(), mutation
 
 
+@pytest.mark.parametrize("text", [(0, 0), (2, 5)], ids=str)
 @pytest.mark.parametrize("tensor_layout", ["NHD", "HND"])
-def test_reference_backend(tensor_layout, seed):
+def test_reference_backend(tensor_layout, text, seed):
     """Bit for bit the attention of separately normalised and rotated Q and K."""
-    (q, k, v), given = inputs(GRID, 2, 64, seed=seed)
+    (q, k, v), given = inputs(GRID, 2, 64, norm="layer", rope="tokens", text=text, batch=2, seed=seed)
     layout = {"grid": GRID, "tensor_layout": tensor_layout}
     if tensor_layout == "HND":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     about = {**layout, "config": CONFIG, "scale": 0.1, "backend": "reference"}
+    if any(text):
+        about |= {"suffix_valid": torch.tensor([5, 3], dtype=torch.int32)}
     quantized = fps.norm_rope_quantize(q, k, v, **about, **given)
-    rest = {"eps": given["eps"], "rope": given["rope"]}
-    q, k = (fps.norm_rope(x, given[f"{n}_weight"], **layout, **rest) for n, x in (("q", q), ("k", k)))
+    q, k = (fps.norm_rope(x, **layout, **of_one(given, n)) for n, x in (("q", q), ("k", k)))
+    about |= {n: given[n] for n in ("prefix_len", "suffix_len") if n in given}
     assert torch.equal(fps.attention(quantized), fps.attention(q, k, v, **about))
 
 
@@ -72,7 +87,8 @@ def test_fake(seed):
         weight = torch.zeros(192)
         rope = [torch.zeros(n, p, 2) for n, p in zip(GRID, (12, 10, 10), strict=True)]
         rest = AttentionConfig(tile=(2, 2, 2)).spec, 0.125, "NHD"
-        packed = ops.norm_rope_quantize(q, q, q, weight, weight, 1e-6, rope, list(GRID), *rest)
+        norm = [weight, weight], [], [], 1e-6, rope
+        packed = ops.norm_rope_quantize(q, q, q, None, None, *norm, list(GRID), 0, 0, *rest)
         assert packed.shape == ops.quantize(q, q, q, None, None, list(GRID), 0, 0, *rest).shape
 
 
@@ -119,7 +135,28 @@ def wrong(**kwargs):
             "k_weight: a gradient is required",
         ),
         ({"q_weight": [1.0] * 128}, TypeError, "q_weight: must be a tensor, got list"),
-        ({"rope": 5}, TypeError, "rope: must be three floating-point tensors, .*, got int"),
+        ({"rope": 5}, TypeError, "rope: must be a floating-point tensor, or three of them .*, got int"),
+        ({"rope": torch.ones(23, 1, 32, 2)}, ValueError, r"rope: shape .* must be \[24, 1 or 2, 32, 2\]"),
+        ({"q_bias": torch.ones(64)}, ValueError, "k_bias: is missing"),
+        (
+            {n: torch.ones(64) for n in ("q_bias", "k_bias")},
+            ValueError,
+            r"q_bias: shape \[64\] .* of each head",
+        ),
+        (
+            {n: torch.ones(64) for n in ("q_text_weight", "k_text_weight")},
+            ValueError,
+            r"q_text_weight: shape \[64\] must be that of q_weight, \[128\]",
+        ),
+        (
+            {
+                n: torch.ones(64) if "bias" in n else None
+                for n in ("q_weight", "k_weight", "q_bias", "k_bias")
+            },
+            ValueError,
+            "q_bias: is given without q_weight",
+        ),
+        ({"suffix_len": 3}, ValueError, "q: has 24 tokens .* suffix_len is 3"),
         ({"rope": [torch.ones(n, 10, 2).int() for n in GRID]}, TypeError, "rope: .*; one is torch.int32"),
         ({"config": 0}, TypeError, "config: 0 must be an AttentionConfig or None, got int"),
         ({"config": fps.AttentionConfig((1, 1, 1), (1, 2, 1))}, ValueError, r"window: \(1, 2, 1\) .* odd"),
@@ -145,6 +182,8 @@ def test_tables_of_any_iterable():
             r"x: has 12 tokens in layout NHD, but grid \(2, 3, 4\) has 24",
         ),
         ({"x": torch.ones(1, 1, 2, 64), "rope": None}, ValueError, "x: has 1 tokens"),
+        ({"prefix_len": 2}, ValueError, "x: has 24 tokens .* has 24 and 2 are text"),
+        ({"prefix_len": -1}, ValueError, "prefix_len: -1 must be"),
         ({"x": torch.ones(24, 2, 64)}, ValueError, r"x: must have 4 dimensions \[B, L, H, D\]"),
         ({"x": torch.ones(1, 24, 2, 64).int()}, TypeError, "x: must be a tensor of torch.bfloat16, .*int32"),
         ({"x": torch.ones(1, 24, 2, 64).cfloat()}, TypeError, "x: must be a tensor of .*complex64"),

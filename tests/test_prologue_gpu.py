@@ -9,7 +9,7 @@ import fpsattention as fps
 import packed
 from fpsattention.core import ops
 from inputs import poisoned
-from prologue_cases import inputs
+from prologue_cases import NORMS, inputs, of_one
 from test_attention_gpu import BOTH_DTYPES, BOTH_HEAD_DIMS
 
 pytestmark = pytest.mark.gpu
@@ -25,7 +25,8 @@ CONFIGS = {
 def call_of(x: fps.QuantizedQKV) -> ops.Call:
     batch, second, third, head_dim = x.shape
     heads = third if x.tensor_layout == "NHD" else second
-    return ops.call_of(x.config, GRID, 0, 0, batch, heads, head_dim, x.dtype, x.scale, x.tensor_layout)
+    text = x.prefix_len, x.suffix_len
+    return ops.call_of(x.config, GRID, *text, batch, heads, head_dim, x.dtype, x.scale, x.tensor_layout)
 
 
 def values(x: fps.QuantizedQKV):
@@ -35,17 +36,23 @@ def values(x: fps.QuantizedQKV):
 @BOTH_HEAD_DIMS
 @BOTH_DTYPES
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("rope", [True, False], ids=["rope", "no rope"])
-@pytest.mark.parametrize("norm", ["all heads", "each head", None])
-def test_contract(norm, rope, config, dtype, head_dim, seed):
+@pytest.mark.parametrize(
+    ("rope", "text"),
+    [(None, (0, 0)), ("axes", (0, 0)), ("tokens", (0, 200)), ("heads", (7, 5))],
+    ids=["no rope", "axes", "tokens", "heads"],
+)
+@pytest.mark.parametrize("norm", NORMS)
+def test_contract(norm, rope, text, config, dtype, head_dim, seed):
     """The same codes, except a few whose values lie near a rounding boundary: the norm is summed in another order."""
     about = {"norm": norm, "rope": rope, "batch": 2, "seed": seed, "device": "cuda", "dtype": dtype}
-    (q, k, v), given = inputs(GRID, 3, head_dim, **about)
+    (q, k, v), given = inputs(GRID, 3, head_dim, text=text, text_norm=text[0] > 0, **about)
     call = {"grid": GRID, "config": config, "backend": "sm90"}
+    if any(text):
+        call["suffix_valid"] = torch.tensor([text[1], text[1] // 2], dtype=torch.int32, device="cuda")
     with poisoned():
         got = fps.norm_rope_quantize(q, k, v, **call, **given)
-    rest = {"grid": GRID, "eps": given["eps"], "rope": given.get("rope")}
-    q, k = (fps.norm_rope(x, given.get(f"{n}_weight"), **rest) for n, x in (("q", q), ("k", k)))
+    q, k = (fps.norm_rope(x, grid=GRID, **of_one(given, n)) for n, x in (("q", q), ("k", k)))
+    call |= {n: given[n] for n in ("prefix_len", "suffix_len") if n in given}
     want = fps.quantize_qkv(q, k, v, **call)
     ours, theirs = values(got), values(want)
     for a, b in zip(ours, theirs, strict=True):
@@ -87,8 +94,8 @@ def test_compiled(seed):
 
 def test_opcheck(seed):
     (q, k, v), given = inputs(GRID, 3, 128, seed=seed, device="cuda", dtype=torch.bfloat16)
-    norm = given["q_weight"], given["k_weight"], 1e-6, given["rope"]
-    args = q, k, v, *norm, list(GRID), CONFIGS["tile"].spec, 0.1, "NHD"
+    norm = [given["q_weight"], given["k_weight"]], [], [], 1e-6, given["rope"]
+    args = q, k, v, None, None, *norm, list(GRID), 0, 0, CONFIGS["tile"].spec, 0.1, "NHD"
     torch.library.opcheck(
         torch.ops.fpsattention.norm_rope_quantize.default, args, test_utils=("test_schema", "test_faketensor")
     )

@@ -75,16 +75,20 @@ struct Zeroed {
     size_t bytes;
 };
 
-// RMSNorm and rotary embedding of Q and K ahead of their quantisation; for grids without text tokens. Each row is
-// multiplied by 1 / RMS and a weight per channel. Then each channel pair (2i, 2i + 1) is rotated by the angle of one
-// axis: the pairs of t come first, then those of h, then those of w.
+// Norm and rotary embedding of Q and K ahead of their quantisation. An RMSNorm multiplies each row by 1 / RMS and a
+// weight per channel; a LayerNorm takes the row's mean off first, and adds a bias. Then each channel pair (2i, 2i + 1)
+// of the grid's tokens is rotated; text is not.
 struct NormRope {
-    const float *weights[2];  // of Q and of K, [H, D] or [D]; null: no norm
-    float *inverse_rms[2];    // of Q and of K, [B, L, 1 or H], scratch
-    bool per_head;            // the mean square is over one head's channels, and weights are [D]
+    const float *weights[2];       // of Q and of K, [H, D] or, if per_head, [D]; null: no norm
+    const float *text_weights[2];  // of text tokens, likewise; null: those of the grid's
+    const float *biases[2];        // [D]; not null: a LayerNorm, which is per_head
+    float *inverse_rms[2];         // [B, L], scratch; unused if per_head
+    bool per_head;                 // means are over one head's channels
     float eps;
-    const float2 *rope;  // cosine and sine, [tokens, pairs] of each axis, one after the other; null: no rotation
+    const float2 *rope;  // cosines and sines; null: no rotation. Either of each axis, [tokens, pairs], one after the
+                         // other: the pairs of t come first, then those of h, then those of w.
     Int3 pairs;
+    int rope_heads;  // or, if not zero, of each token: [T H W, rope_heads, D / 2]. 1: all heads have the same
 
     FPS_HD bool any() const { return weights[0] != nullptr || rope != nullptr; }
 };

@@ -37,13 +37,14 @@ class CallParams:
     suffix_valid: int
 
 class NormRope:
-    q_weight: int
-    k_weight: int
-    q_inverse_rms: int
-    k_inverse_rms: int
+    weights: tuple[int, int]
+    text_weights: tuple[int, int]
+    biases: tuple[int, int]
+    inverse_rms: tuple[int, int]
     per_head: bool
     eps: float
     rope: int
+    rope_heads: int
     pairs: _Triple
 
 class QuantizeParams(CallParams):

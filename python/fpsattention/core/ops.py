@@ -200,10 +200,16 @@ def call_of(
 
 
 class NormRope(NamedTuple):
-    """RMSNorm and rotary embedding ahead of the rounding: arguments of `fpsattention.norm_rope`, of q and of k."""
+    """Norm and rotary embedding ahead of the rounding: arguments of `fpsattention.norm_rope`, of q and of k.
 
-    q_weight: Tensor | None
-    k_weight: Tensor | None
+    Attributes:
+        weights, text_weights, biases: of q and of k; none for no norm, for the same weights, for an RMSNorm.
+        rope: three tables, one table, or none.
+    """
+
+    weights: Sequence[Tensor]
+    text_weights: Sequence[Tensor]
+    biases: Sequence[Tensor]
     eps: float
     rope: Sequence[Tensor]
 
@@ -347,21 +353,38 @@ def _set_counts(
 
 def _set_norm_rope(params: _C.NormRope, norm_rope: NormRope, call: Call, q: Tensor) -> list[Tensor]:
     """Set norm and rotation; returns the tensors that hold their tables."""
-    held = []
-    if norm_rope.q_weight is not None and norm_rope.k_weight is not None:
-        weights = [x.to(torch.float32).contiguous() for x in (norm_rope.q_weight, norm_rope.k_weight)]
-        weights = [x if x.data_ptr() % 8 == 0 else x.clone() for x in weights]  # the kernel loads pairs
-        params.per_head = weights[0].numel() == call.head_dim
-        tokens, heads = call.resolved.geometry.n_tokens, call.heads if params.per_head else 1
-        inverse_rms = [q.new_empty((call.batch, tokens, heads), dtype=torch.float32) for _ in "qk"]
-        params.q_weight, params.k_weight = (x.data_ptr() for x in weights)
-        params.q_inverse_rms, params.k_inverse_rms = (x.data_ptr() for x in inverse_rms)
-        params.eps = norm_rope.eps
-        held += weights + inverse_rms
+    held: list[Tensor] = []
+
+    def addresses(tensors: Sequence[Tensor]) -> tuple[int, int]:
+        """Of these tensors in fp32, which are of q and of k."""
+        held.extend(x.to(torch.float32).contiguous() for x in tensors)
+        q_address, k_address = (x.data_ptr() for x in held[-2:])
+        return q_address, k_address
+
+    params.eps = norm_rope.eps
+    if norm_rope.weights:
+        params.weights = addresses(norm_rope.weights)
+        params.per_head = held[-1].numel() == call.head_dim
+        if not params.per_head:
+            tokens = call.resolved.geometry.n_tokens
+            params.inverse_rms = addresses(q.new_empty((2, call.batch, tokens), dtype=torch.float32).unbind())
+    if norm_rope.text_weights:
+        params.text_weights = addresses(norm_rope.text_weights)
+    if norm_rope.biases:
+        params.biases = addresses(norm_rope.biases)
     if norm_rope.rope:
-        tables = torch.cat([x.to(torch.float32).flatten() for x in norm_rope.rope])
-        params.rope, params.pairs = tables.data_ptr(), [x.shape[1] for x in norm_rope.rope]
-        held.append(tables)
+        first, *others = norm_rope.rope
+        if others:
+            params.pairs = [x.shape[1] for x in norm_rope.rope]
+            table = torch.cat([x.to(torch.float32).flatten() for x in norm_rope.rope])
+        else:
+            params.rope_heads, params.pairs = first.shape[1], (first.shape[2], 0, 0)
+            table = first.to(torch.float32).contiguous()
+            table = (
+                table if table.data_ptr() % 8 == 0 else table.clone()
+            )  # the kernel loads cosine and sine together
+        held.append(table)
+        params.rope = table.data_ptr()
     return held
 
 
@@ -518,34 +541,50 @@ def _(q, k, v, prefix_valid, suffix_valid, grid, prefix_len, suffix_len, config,
 
 @torch.library.custom_op("fpsattention::norm_rope_quantize", mutates_args=(), device_types="cuda")
 def norm_rope_quantize(
-    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float,
-    rope: Sequence[Tensor], grid: Sequence[int], config: str, scale: float, tensor_layout: str
+    q: Tensor, k: Tensor, v: Tensor, prefix_valid: Tensor | None, suffix_valid: Tensor | None,
+    weights: Sequence[Tensor], text_weights: Sequence[Tensor], biases: Sequence[Tensor], eps: float,
+    rope: Sequence[Tensor], grid: Sequence[int], prefix_len: int, suffix_len: int, config: str, scale: float,
+    tensor_layout: str
 ) -> Tensor:  # fmt: skip
     """`quantize` of `fpsattention.norm_rope` of q and of k, and of v."""
-    call = _checked_call(q, k, v, None, None, grid, 0, 0, config, scale, tensor_layout)
+    about = grid, prefix_len, suffix_len, config, scale, tensor_layout
+    call = _checked_call(q, k, v, prefix_valid, suffix_valid, *about)
     if call.resolved.smooth_k:
         raise ValueError(
             "config: smooth_k needs the mean of K before it is rounded; use quantize of norm_rope"
         )
-    if (q_weight is None) != (k_weight is None):
-        missing = "q_weight" if q_weight is None else "k_weight"
-        raise ValueError(f"{missing}: is missing; give the weights of both norms, or none")
-    if q_weight is not None and k_weight is not None:
-        channels = call.head_dim if q_weight.numel() == call.head_dim else call.heads * call.head_dim
-        for name, x in (("q_weight", q_weight), ("k_weight", k_weight)):
-            _check(name, x, (channels,), x.dtype, q.device)
-    for axis, (x, n) in enumerate(zip(rope, grid if rope else (), strict=True)):
-        _check(f"rope[{axis}]", x, (n, x.shape[1] if x.dim() > 1 else 0, 2), x.dtype, q.device)
-    if rope and 2 * sum(x.shape[1] for x in rope) != call.head_dim:
+    channels = call.head_dim
+    if weights and weights[0].numel() != channels and not biases:
+        channels *= call.heads
+    for name, tensors in (("weights", weights), ("text_weights", text_weights), ("biases", biases)):
+        if len(tensors) not in (0, 2) or (tensors and not weights):
+            raise ValueError(
+                f"{name}: {len(tensors)} tensors must be two, of q and of k, or none; norms have weights"
+            )
+        for i, x in enumerate(tensors):
+            _check(f"{name}[{i}]", x, (channels,), x.dtype, q.device)
+    if len(rope) == 1:
+        heads = rope[0].shape[1] if rope[0].dim() > 1 and rope[0].shape[1] in (1, call.heads) else call.heads
+        _check("rope[0]", rope[0], (math.prod(grid), heads, call.head_dim // 2, 2), rope[0].dtype, q.device)
+    elif rope:
+        for axis, (x, n) in enumerate(zip(rope, grid, strict=True)):
+            _check(f"rope[{axis}]", x, (n, x.shape[1] if x.dim() > 1 else 0, 2), x.dtype, q.device)
+    if len(rope) == 3 and 2 * sum(x.shape[1] for x in rope) != call.head_dim:
         raise ValueError(
             f"rope: pairs {[x.shape[1] for x in rope]} must be half of head_dim, {call.head_dim}, in all"
         )
-    return launch_quantize(call, q, k, v, None, None, NormRope(q_weight, k_weight, eps, rope))
+    return launch_quantize(
+        call, q, k, v, prefix_valid, suffix_valid, NormRope(weights, text_weights, biases, eps, rope)
+    )
 
 
 @norm_rope_quantize.register_fake
-def _(q, k, v, q_weight, k_weight, eps, rope, grid, config, scale, tensor_layout):
-    return q.new_empty(_packed_bytes(q, grid, 0, 0, config, tensor_layout), dtype=torch.uint8)
+def _(
+    q, k, v, prefix_valid, suffix_valid, weights, text_weights, biases, eps, rope, grid, prefix_len, suffix_len,
+    config, scale, tensor_layout
+):  # fmt: skip
+    size = _packed_bytes(q, grid, prefix_len, suffix_len, config, tensor_layout)
+    return q.new_empty(size, dtype=torch.uint8)
 
 
 @torch.library.custom_op("fpsattention::attend", mutates_args=(), device_types="cuda")
