@@ -160,8 +160,8 @@ def usp_attention(
     2405.07719).
 
     The U processes of a slab exchange tokens for heads as in `ulysses_attention`; the R processes that then have the
-    same heads are a ring as in `ring_attention`. Each computes about 1 / (R * U) of the work where neither heads nor
-    slabs would do for all.
+    same heads are a ring as in `ring_attention`. So more processes than heads can share the work, and a number that
+    does not divide the heads can share it evenly.
 
     All processes of the mesh must call it, with arguments that differ in the tokens only.
 
@@ -180,18 +180,11 @@ def usp_attention(
     q, k, v = as_autocast(q, k, v)
     grid = as_grid(grid)
     shares = _shares(math.prod(grid) // slabs, ranks)
-    heads = _checked_heads(
-        q,
-        k,
-        v,
-        tensor_layout,
-        shares[rank],
-        lambda: f"grid {grid}, process {rank} of {ranks} of slab {slab} of {slabs}",
-    )
+    place = f"process {rank} of {ranks} of slab {slab} of {slabs}"
+    heads = _checked_heads(q, k, v, tensor_layout, shares[rank], lambda: f"grid {grid}, {place}")
     own = own_windows(config, heads, rank, ranks)
-    _slab(
-        grid, as_config(config), heads, slabs, axis
-    )  # where one process raises, all do, before they exchange anything
+    # With the windows of all heads, so that all processes raise if one does, before any waits for another.
+    _slab(grid, as_config(config), heads, slabs, axis)
     options |= {"grid": grid, "config": own, "group": ring, "axis": axis, "return_lse": return_lse}
     trade = _Trade(shares, _shares(heads, ranks), rank, ulysses)
     return trade.around(partial(ring_attention, **options), (q, k, v), tensor_layout)
