@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 import fpsattention as fps
 from common import forward_seconds
-from fpsattention.cli.catalog import MODELS
 from fpsattention.core.support import hopper_obstacle
 from fpsattention.integrations.diffusers import enable
+from fpsattention.schedules.models import MODELS
 
 
 @dataclass(frozen=True)

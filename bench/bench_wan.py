@@ -35,9 +35,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fpsattention as fps
 from common import forward_seconds
-from fpsattention.cli.catalog import MODELS
 from fpsattention.core.support import hopper_obstacle
 from fpsattention.integrations.diffusers import enable, use_fp8_linears
+from fpsattention.schedules.models import MODELS
 
 MODEL = MODELS["wan2.1-14b-720p"]
 # Config of Wan-AI/Wan2.1-T2V-14B-Diffusers, transformer/config.json.

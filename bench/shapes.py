@@ -1,14 +1,14 @@
 """What is measured: attention shapes, the windows over them, and the cases with a target.
 
-Shapes of published models come from `fpsattention.cli.catalog`; the others are the bench's own.
+Shapes of published models come from `fpsattention.schedules.models`; the others are the bench's own.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fpsattention.cli.catalog import MODELS
 from fpsattention.core.checks import Triple
+from fpsattention.schedules.models import MODELS
 
 Window = Triple | None  # tiles per axis; None: dense
 FAMILIES = "families"  # the group of a selection that is measured on every family of inputs, and nothing else

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 4 examples/many_gpus.py
 
-The processes split the tokens of one video. First they compute attention alone, by Ulysses and in a ring. Then
-they train a small video transformer for some steps; FSDP2 shards its weights and gradients as well.
+The processes split the tokens of one video. First they compute attention alone: by Ulysses, in a ring, and by both on a
+mesh. Then they train a small video transformer for some steps; FSDP2 shards its weights and gradients as well.
 """
 
 import os
@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import fpsattention as fps
-from fpsattention.parallel import ring_attention, ulysses_attention
+from fpsattention.parallel import ring_attention, ulysses_attention, usp_attention
 
 # Wan2.1-14B at 720p, 93 frames: the ring needs 24 frames of tokens, which split into 2, 4 or 8 slabs of whole tiles.
 ATTENTION_ON_GPU = {"grid": (24, 45, 80), "heads": 40, "head_dim": 128, "dtype": torch.bfloat16}
@@ -64,11 +64,21 @@ def compare_attention(device: torch.device, grid, heads: int, head_dim: int, dty
         out = attend(q, k, v, grid=grid, config=config)
         return out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
 
+    # Consecutive tokens are shares of consecutive slabs of frames, so `share_of` serves the mesh as well.
+    size = dist.get_world_size()
+    sizes = (2, size // 2) if size % 2 == 0 else (1, size)
+    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("ring", "ulysses"))
+
     everything = q, k, v, dout
     mine = [share_of(x) for x in everything]
     for name, attend, config in (
         ("Ulysses, windows of each head", ulysses_attention, sparse),
         ("ring, dense", ring_attention, dense),
+        (
+            f"a ring of {sizes[0]} times Ulysses of {sizes[1]}, dense",
+            partial(usp_attention, mesh=mesh),
+            dense,
+        ),
     ):
         expected, alone = timed(partial(run, fps.attention, everything, config), device)
         ours, together = timed(partial(run, attend, mine, config), device)

@@ -182,6 +182,27 @@ def test_the_planned_tile(seed):
     assert torch.equal(out, planned[0]) and torch.equal(lse, planned[1])
 
 
+@BOTH_HEAD_DIMS
+@pytest.mark.parametrize("tokens", [1, 127, 1009, 4099, 75_601])
+def test_without_a_grid(tokens, head_dim, seed):
+    """The bits of a line in tiles of 128 tokens, which `test_forward_of_a_line` holds against the contract."""
+    grid, config = (1, 1, tokens), fps.AttentionConfig(tile=(1, 1, 128))
+    q, k, v = make_qkv(
+        "gaussian", grid=grid, tile=config.tile, head_dim=head_dim, tensor_layout="HND", seed=seed
+    )
+    out, lse = attend(q, k, v, grid=None, config=None, tensor_layout="HND")
+    line = attend(q, k, v, grid=grid, config=config, tensor_layout="HND")
+    assert torch.equal(out, line[0]) and torch.equal(lse, line[1])
+
+
+@BOTH_HEAD_DIMS
+@pytest.mark.parametrize("tokens", [1, 127, 1009, 4099])
+def test_forward_of_a_line(tokens, head_dim, seed):
+    grid, config = (1, 1, tokens), fps.AttentionConfig(tile=(1, 1, 128))
+    q, k, v = make_qkv("gaussian", grid=grid, tile=config.tile, batch=2, head_dim=head_dim, seed=seed)
+    check(q, k, v, grid=grid, config=config)
+
+
 @pytest.mark.parametrize("tensor_layout", ["NHD", "HND"])
 @pytest.mark.parametrize(("batch", "grid"), [(0, (4, 6, 8)), (2, (0, 6, 8)), (2, (4, 6, 0)), (0, (0, 0, 0))])
 def test_empty(batch, grid, tensor_layout):
@@ -241,8 +262,13 @@ def test_long_windowed(grid, tile, window, heads, seed):
 
 @pytest.mark.parametrize(
     ("grid", "tile", "head_dim"),
-    [((34, 50, 100), (4, 8, 8), 128), ((34, 50, 100), (7, 9, 2), 64), ((41, 90, 160), (7, 9, 2), 128)],
-    ids=["170000-d128", "170000-d64", "590400-d128"],
+    [
+        ((34, 50, 100), (4, 8, 8), 128),
+        ((34, 50, 100), (7, 9, 2), 64),
+        ((41, 90, 160), (7, 9, 2), 128),
+        ((1, 1, 75_601), (1, 1, 128), 128),
+    ],
+    ids=["170000-d128", "170000-d64", "590400-d128", "line-75601-d128"],
 )
 def test_long_dense(grid, tile, head_dim, seed):
     """Tokens that all attend each other: the first, the last and two other query tiles in full."""

@@ -108,6 +108,25 @@ def test_one_tile_and_grids_smaller_than_the_tile(grid, tile, head_dim, seed):
     check(q, k, v, seed=seed, grid=grid, config=fps.AttentionConfig(tile=tile))
 
 
+@BOTH_HEAD_DIMS
+@pytest.mark.parametrize("tokens", [1, 127, 1009, 4099])
+def test_backward_of_a_line(tokens, head_dim, seed):
+    grid, config = (1, 1, tokens), fps.AttentionConfig(tile=(1, 1, 128))
+    q, k, v = make_qkv("gaussian", grid=grid, tile=config.tile, batch=2, head_dim=head_dim, seed=seed)
+    check(q, k, v, seed=seed, grid=grid, config=config)
+
+
+@BOTH_HEAD_DIMS
+def test_without_a_grid(head_dim, seed):
+    """The bits of a line in tiles of 128 tokens."""
+    grid, config = (1, 1, 1009), fps.AttentionConfig(tile=(1, 1, 128))
+    q, k, v = make_qkv("gaussian", grid=grid, tile=config.tile, head_dim=head_dim, seed=seed)
+    dout = normal(q, seed + 1)
+    _, grads = differentiate(q, k, v, dout, deterministic=True)
+    _, of_line = differentiate(q, k, v, dout, deterministic=True, grid=grid, config=config)
+    assert all(torch.equal(x, y) for x, y in zip(grads, of_line, strict=True))
+
+
 @pytest.mark.parametrize("tensor_layout", ["NHD", "HND"])
 @pytest.mark.parametrize(("batch", "grid"), [(0, (4, 6, 8)), (2, (0, 6, 8))])
 def test_empty(batch, grid, tensor_layout):

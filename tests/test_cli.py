@@ -18,10 +18,10 @@ import compare
 import fpsattention as fps
 import programs
 from fpsattention import AttentionConfig, WindowTable
-from fpsattention.cli import bench, doctor, estimate, options, plan, profile, schedule, timing, video
-from fpsattention.cli import catalog as models
+from fpsattention.cli import bench, catalog, doctor, estimate, options, plan, profile, schedule, timing, video
 from fpsattention.cli import main as cli
 from fpsattention.core import explain, support
+from fpsattention.schedules import models
 
 ROOT = Path(__file__).resolve().parent.parent
 WAN = "wan2.1-14b-720p"
@@ -236,8 +236,8 @@ def test_models_are_what_their_sizes_say():
 
 
 def test_a_model_can_be_given_other_heads():
-    assert models.choose(WAN, None, heads=20).heads == 20 and models.choose(WAN, None).heads == 40
-    assert models.choose(None, (1, 2, 3), head_dim=64) == models.VideoModel("", "", (1, 2, 3), 1, 64, 1, "")
+    assert catalog.choose(WAN, None, heads=20).heads == 20 and catalog.choose(WAN, None).heads == 40
+    assert catalog.choose(None, (1, 2, 3), head_dim=64) == models.VideoModel("", "", (1, 2, 3), 1, 64, 1, "")
 
 
 # plan
@@ -382,6 +382,17 @@ def test_schedule_has_a_row_for_each_step(capsys, tmp_path):
         assert (pixels - rgb).abs().amax(-1).lt(0.02).sum() > 50
 
 
+@pytest.mark.parametrize("steps", [4, 50])
+def test_schedule_of_a_preset(capsys, steps):
+    result, text = run(capsys, "schedule", WAN, "--preset", "--num-steps", steps)
+    preset = fps.preset(WAN, num_steps=steps)
+    for row in result["steps"]:
+        config = preset.schedule.at(step=row["step"], num_steps=steps).resolve((21, 45, 80), 40)
+        assert (tuple(row["tile"]), tuple(row["window"])) == (config.tile, config.windows[0])
+    assert result["dense_layers"] == [0] and tuple(result["alpha"]) == preset.schedule.alpha
+    assert "Layers with the host's own attention: 0. The model was not trained with this preset." in text
+
+
 def test_schedule_counts_text(capsys):
     result, text = run(capsys, "schedule", "cogvideox-5b", "--early", 1, 3, 3)
     dense = result["steps"][20]
@@ -430,6 +441,10 @@ def test_schedule_refuses(capsys, tmp_path):
     ):
         message = fails(capsys, "schedule", "--windows", tmp_path / "none.json", *option)
         assert f"leave {option[0]} out" in message
+    assert "leave --preset out" in fails(capsys, "schedule", "--preset", "--windows", tmp_path / "none.json")
+    for option in (["--grid", 1, 2, 3], ["--tile", 1, 2, 3], ["--late", 1, 3, 9], ["--border", "clamp"]):
+        assert f"leave {option[0]} out" in fails(capsys, "schedule", WAN, "--preset", *option)
+    assert "neither is given" in fails(capsys, "schedule", "--preset")
 
 
 # doctor

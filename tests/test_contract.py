@@ -321,8 +321,6 @@ def test_nothing_to_quantize():
     q = tensor()
     with pytest.raises(ValueError, match=says("config", "none", "fp8")):
         fps.quantize_qkv(q, q, q, grid=GRID, config=fps.AttentionConfig(quant="none"))
-    with pytest.raises(TypeError, match=says("grid")):
-        fps.attention(q, q, q)
 
 
 def test_quant_tile_that_does_not_fit_the_planned_tile():

@@ -24,7 +24,7 @@ import torch
 import packed
 from emulator import build
 from fpsattention import AttentionConfig, norm_rope, reference
-from fpsattention.core import api, ops
+from fpsattention.core import api, line, ops
 from inputs import make_qkv
 from prologue_cases import as_norm_rope, inputs, of_one
 from tensor_core import tensor_core
@@ -96,6 +96,7 @@ CASES = {
         tensor_layout="HND",
         ctas=1,
     ),
+    "a line, without a grid": Case((1, 1, 257), line.on_line(AttentionConfig()), head_dim=128, batch=2),
     "smooth_k, quant_tile": Case(
         (5, 7, 9),
         AttentionConfig(tile=(2, 3, 4), quant_tile=(4, 6, 8), smooth_k=True),

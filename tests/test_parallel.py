@@ -1,4 +1,4 @@
-"""fpsattention.parallel on 2 and 4 processes with gloo, compared with one process."""
+"""fpsattention.parallel on 2, 4 and 8 processes with gloo, compared with one process."""
 
 from __future__ import annotations
 
@@ -42,12 +42,16 @@ RING = {
     "smooth, coarse": fps.AttentionConfig(TILE, (4, 3, 3), smooth_k=True, quant_tile=(2, 2, 4)),
 }
 
+# Wan2.1-1.3B, 81 frames: 12 heads, 21 x 30 x 52 tokens, here 21 x 6 x 10. Tiles as for its real size, cut along h.
+WAN_GRID, WAN_HEADS = (21, 6, 10), 12
+WAN = fps.AttentionConfig((7, 3, 2), [(3, 2, 1), (1, 2, 3), (3, 2, 3)] * 4)
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def pools(tmp_path_factory):
-    """Returns the pool of 2 or of 4 processes; each is started when it is first used."""
+    """Returns the pool of 2, 4 or 8 processes; each is started when it is first used."""
     made: dict[int, Processes] = {}
 
     def get(size: int) -> Processes:
@@ -73,6 +77,11 @@ def two(pools) -> Processes:
 @pytest.fixture
 def four(pools) -> Processes:
     return pools(4)
+
+
+@pytest.fixture
+def eight(pools) -> Processes:
+    return pools(8)
 
 
 def tensors(tokens: int, dtype=torch.float32, heads: int = HEADS) -> list[torch.Tensor]:
@@ -110,7 +119,9 @@ def shares_of(tensors, group=None) -> list[torch.Tensor]:
 # Functions that the processes run. They return what the tests assert.
 
 
-def ulysses_against_one(config, layout, dtype, text, counts, groups=1) -> list[tuple[bool, float]]:
+def ulysses_against_one(
+    config, layout, dtype, text, counts, groups=1, grid=GRID, heads=HEADS
+) -> list[tuple[bool, float]]:
     """For out, lse and the gradients of q, k, v: (whether they equal, bit for bit, those of one process that attends
     the same heads at a time; the largest difference from one process with all heads, over the largest value). The
     number of matrices multiplied at once may change the last bit of each.
@@ -118,18 +129,18 @@ def ulysses_against_one(config, layout, dtype, text, counts, groups=1) -> list[t
     size = dist.get_world_size() // groups
     made = [dist.new_group(range(i * size, (i + 1) * size)) for i in range(groups)] if groups > 1 else [None]
     group = made[dist.get_rank() // size]
-    everything = tensors(math.prod(GRID) + sum(text.values()), dtype)
+    everything = tensors(math.prod(grid) + sum(text.values()), dtype, heads)
     counts = {name: torch.tensor(x, dtype=torch.int32) for name, x in counts.items()}
-    options = {"grid": GRID, "config": config, "tensor_layout": layout, **text, **counts}
+    options = {"grid": grid, "config": config, "tensor_layout": layout, **text, **counts}
     expected = attended(fps.attention, everything, **options)
     ours = attended(parallel.ulysses_attention, shares_of(everything, group), group=group, **options)
 
     by_heads = []
-    for heads in torch.arange(HEADS).chunk(size):
+    for own in torch.arange(heads).tensor_split(size):
         *nhd, dlse = everything
         if config and config.window and not isinstance(config.window[0], int):
-            options["config"] = replace(config, window=[config.window[h] for h in heads])
-        by_heads.append(attended(fps.attention, [*(x[:, :, heads] for x in nhd), dlse[:, heads]], **options))
+            options["config"] = replace(config, window=[config.window[h] for h in own])
+        by_heads.append(attended(fps.attention, [*(x[:, :, own] for x in nhd), dlse[:, own]], **options))
     exactly = [torch.cat(parts, dim=2) for parts in zip(*by_heads, strict=True)]
     return [
         (
@@ -141,26 +152,47 @@ def ulysses_against_one(config, layout, dtype, text, counts, groups=1) -> list[t
 
 
 def ring_errors(config, layout, dtype, alone=False) -> list[tuple[float, float]]:
-    """For out, lse and the gradients: relative RMS errors against exact attention, of the ring and of one process. With
-    `alone` each process is a ring of its own.
-    """
+    """`errors` of the ring; with `alone` each process is a ring of its own."""
     groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())] if alone else None
     group = groups[dist.get_rank()] if alone else None
     everything = tensors(math.prod(GRID), dtype)
-    options = {"grid": GRID, "tensor_layout": layout}
-    exact_config = replace(config, quant="none", quant_tile=None, smooth_k=False)
-    exact = attended(fps.attention, [x.double() for x in everything], config=exact_config, **options)
-    one = attended(fps.attention, everything, config=config, **options)
-    ours = attended(
-        parallel.ring_attention, shares_of(everything, group), config=config, group=group, **options
-    )
-    errors = []
+    options = {"grid": GRID, "config": config, "tensor_layout": layout}
+    ours = attended(parallel.ring_attention, shares_of(everything, group), group=group, **options)
+    return errors(ours, everything, lambda x: share_of(x, group), options)
+
+
+def errors(ours, everything, own_tokens, options) -> list[tuple[float, float]]:
+    """For out, lse and the gradients: relative RMS errors against exact attention, of `ours` and of one process.
+
+    `own_tokens` takes [B, L, ...] and returns what this process has of it.
+    """
+    exact_config = replace(options["config"], quant="none", quant_tile=None, smooth_k=False)
+    exact = attended(fps.attention, [x.double() for x in everything], **options | {"config": exact_config})
+    one = attended(fps.attention, everything, **options)
+    found = []
     for x, y, reference in zip(ours, one, exact, strict=True):
-        reference = share_of(reference, group)
-        errors.append(
-            tuple(((z - reference).norm() / reference.norm()).item() for z in (x, share_of(y, group)))
-        )
-    return errors
+        reference = own_tokens(reference)
+        found.append(tuple(((z - reference).norm() / reference.norm()).item() for z in (x, own_tokens(y))))
+    return found
+
+
+def usp_errors(
+    config, sizes, axis, grid, heads, layout="NHD", dtype=torch.float32
+) -> list[tuple[float, float]]:
+    """`errors` of `usp_attention` on a mesh of (ring, ulysses) processes."""
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("ring", "ulysses"))
+    places = mesh.get_local_rank("ring"), mesh.get_local_rank("ulysses")
+
+    def own_tokens(x: torch.Tensor) -> torch.Tensor:
+        slab = x.unflatten(1, grid).tensor_split(sizes[0], 1 + "thw".index(axis))[places[0]].flatten(1, 3)
+        return slab.tensor_split(sizes[1], 1)[places[1]]
+
+    everything = tensors(math.prod(grid), dtype, heads)
+    *nhd, dlse = everything
+    mine = [*map(own_tokens, nhd), own_tokens(dlse.transpose(1, 2)).transpose(1, 2)]
+    options = {"grid": grid, "config": config, "tensor_layout": layout}
+    ours = attended(parallel.usp_attention, mine, mesh=mesh, axis=axis, **options)
+    return errors(ours, everything, own_tokens, options)
 
 
 def message_of(name: str, shapes, options) -> str:
@@ -168,6 +200,16 @@ def message_of(name: str, shapes, options) -> str:
     with pytest.raises((TypeError, ValueError)) as raised:
         getattr(parallel, name)(*(torch.zeros(2, *shape) for shape in shapes), **{"grid": GRID} | options)
     return str(raised.value)
+
+
+def usp_message(sizes, shape, options) -> str:
+    """The error of `usp_attention` with q, k, v of this shape, on a mesh of (ring, ulysses) processes."""
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("ring", "ulysses"))
+    return message_of("usp_attention", [shape] * 3, {"mesh": mesh} | options)
+
+
+def nameless_message() -> str:
+    return message_of("usp_attention", [SHARE] * 3, {"mesh": init_device_mesh("cpu", (2, 2))})
 
 
 def outsiders_message() -> str | None:
@@ -363,6 +405,50 @@ def test_ulysses_in_two_groups(four):
 
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("heads", [5, 7])
+def test_heads_that_the_processes_do_not_divide(processes, heads, layout):
+    config = replace(CONFIGS["window of each head"], window=[WINDOWS[i % 4] for i in range(heads)])
+    call = config, layout, torch.bfloat16, TEXT, COUNTS, 1, GRID, heads
+    check_ulysses(processes.run(ulysses_against_one, *call), 1e-2)
+
+
+def test_ulysses_for_wan_on_eight_processes(eight):
+    """12 heads for 8 processes, 1,260 tokens; forward and gradient."""
+    call = WAN, "NHD", torch.float32, {}, {}, 1, WAN_GRID, WAN_HEADS
+    check_ulysses(eight.run(ulysses_against_one, *call), 1e-6)
+
+
+def test_usp_for_wan_on_eight_processes(eight):
+    """Two slabs of rows, since 21 frames are not two of equal size; four processes with three heads each."""
+    config = replace(WAN, quant="none")
+    for process in eight.run(usp_errors, config, (2, 4), "h", WAN_GRID, WAN_HEADS):
+        assert max(ours for ours, _ in process) < 1e-6
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("sizes", [(2, 2), (1, 4), (4, 1)], ids=str)
+@pytest.mark.parametrize("axis", "thw")
+def test_usp_unrounded_is_one_process(four, axis, sizes, layout):
+    """5 heads, and slabs of 45 or 90 tokens: two or four processes divide neither."""
+    at = "thw".index(axis)
+    grid, window = [9, 5, 4], [3, 1, 1]
+    for triple in (grid, window):  # the last one to the axis of the slabs
+        triple.insert(at, triple.pop())
+    window[at] = 4
+    config = fps.AttentionConfig((1, 1, 1), window, quant="none")
+    for process in four.run(usp_errors, config, sizes, axis, tuple(grid), 5, layout):
+        assert max(ours for ours, _ in process) < 1e-6
+
+
+def test_rounding_in_usp_is_no_worse_than_in_one_process(four):
+    config = fps.AttentionConfig((1, 1, 3), (1, 4, 3), smooth_k=True)
+    found = four.run(usp_errors, config, (2, 2), "h", (4, 4, 9), 5, "NHD", torch.bfloat16)
+    ours, one = torch.tensor(found).square().mean(0).sqrt().unbind(-1)
+    assert (ours < 1.05 * one).all()
+    assert one.max() < 0.1
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
 @pytest.mark.parametrize("name", RING)
 def test_ring_unrounded_is_one_process(processes, name, layout):
     config = replace(RING[name], quant="none", quant_tile=None, smooth_k=False)
@@ -396,11 +482,10 @@ ODD = {"config": fps.AttentionConfig((2, 2, 2))}
     "shapes, options, error",
     [
         (
-            [(30, 6, 16)] * 3,
+            [(30, 2, 16)] * 3,
             {},
-            r"q: 6 heads do not divide among 4 processes; nearest legal numbers of processes: 3, 6$",
+            r"q: 2 heads for 4 processes, of which some would have none; nearest legal number of processes: 2 \(usp",
         ),
-        ([(30, 2, 16)] * 3, {}, r"q: 2 heads do not divide among 4 processes; nearest .*: 2$"),
         ([(29, 4, 16)] * 3, {}, r"q: has 29 tokens .* NHD, must have 30 \(120 tokens, process . of 4\)"),
         (
             [(4, 30, 16)] * 3,
@@ -436,19 +521,65 @@ def test_bad_arguments_of_ulysses(four, shapes, options, error):
         (
             [SHARE] * 3,
             ODD,
-            r"grid: 4 frames are not 4 slabs, .* of 2 frames; nearest legal: 2 processes or a tile of 1 frames",
+            r"grid: 4 tokens on axis t are not 4 slabs, .* of 2; nearest legal: 2 processes or a tile of 1$",
         ),
         (
             [(45, 4, 16)] * 3,
             ODD | {"grid": (6, 5, 6)},
-            r"grid: 6 frames .* of 2 .*; nearest legal: 3 processes$",
+            r"grid: 6 tokens on axis t .* of 2; nearest legal: 3 processes$",
         ),
+        (
+            [(40, 4, 16)] * 3,
+            {"grid": (5, 8, 4), "config": fps.AttentionConfig((5, 2, 3))},
+            r'grid: 5 tokens on axis t .*; nearest legal: axis="h"$',
+        ),
+        (
+            [(42, 4, 16)] * 3,
+            {"grid": (7, 4, 6), "config": fps.AttentionConfig((7, 1, 1)), "axis": "w"},
+            r'grid: 6 tokens on axis w are not 4 slabs, .*; nearest legal: 3 processes or axis="h"$',
+        ),
+        (
+            [SHARE] * 3,
+            {"config": fps.AttentionConfig(TILE, (4, 1, 3)), "axis": "h"},
+            r"window: \(4, 1, 3\) has 1 on axis h, which has 3 tiles",
+        ),
+        ([SHARE] * 3, {"axis": "x"}, r"axis: 'x' must be one of t, h, w"),
         ([(29, 4, 16)] * 3, {}, r"q: has 29 tokens .*, must have 30 \(grid \(4, 5, 6\), process . of 4\)"),
     ],
 )
 def test_bad_arguments_of_a_ring(four, shapes, options, error):
     for message in four.run(message_of, "ring_attention", shapes, options):
         assert re.match(error, message), message
+
+
+HALF = {"config": fps.AttentionConfig(TILE, [(4, 1, 1), (1, 1, 1)])}  # the second head's is narrow on t
+
+
+@pytest.mark.parametrize(
+    "sizes, shape, options, error",
+    [
+        ((2, 2), (30, 1, 16), {}, r"q: 1 heads for 2 processes, .*: 1 \(usp_attention"),
+        (
+            (2, 2),
+            (29, 2, 16),
+            {},
+            r"q: has 29 tokens .* must have 30 \(grid .*, process . of 2 of slab . of 2\)",
+        ),
+        ((2, 2), (30, 2, 16), HALF, r"window: \(1, 1, 1\) has 1 on axis t, which has 4 tiles"),
+        ((2, 2), (30, 2, 16), {"axis": "h"}, r"grid: 5 tokens on axis h are not 2 slabs"),
+    ],
+)
+def test_bad_arguments_of_usp(four, sizes, shape, options, error):
+    """Every process raises, also where only another one's heads have the bad window."""
+    for message in four.run(usp_message, sizes, shape, options):
+        assert re.match(error, message), message
+
+
+def test_a_mesh_without_ring_or_ulysses(four):
+    for message in four.run(nameless_message):
+        assert re.match(r'mesh: has dimensions None, must have "ring" and "ulysses"', message)
+    with pytest.raises(TypeError, match="mesh: None must be a torch.distributed DeviceMesh"):
+        parallel.usp_attention(*tensors(60)[:3], grid=GRID, mesh=None)
 
 
 def test_a_process_outside_of_the_group(four):
@@ -568,9 +699,10 @@ def test_graphs_of_a_transformer(two, how, graphs):
 @pytest.mark.filterwarnings("ignore:fpsattention runs its reference")
 def test_example(processes):
     """examples/many_gpus.py: attention, and training under FSDP2."""
-    for ulysses, ring, training in processes.run(example_differences):
+    for ulysses, ring, mesh, training in processes.run(example_differences):
         assert ulysses < 1e-5
         assert 0 < ring < 0.1  # FP8 rounds otherwise
+        assert 0 < mesh < 0.1
         assert training < 1e-2
 
 
@@ -579,7 +711,7 @@ def test_example_under_torchrun():
     done = programs.run_python(*run, env=programs.environment(OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stderr
     title, header, *rows = done.stdout.splitlines()
-    assert title == "2 processes, gloo" and len(rows) == 3
+    assert title == "2 processes, gloo" and len(rows) == 4
 
 
 def test_example_wants_torchrun(monkeypatch):

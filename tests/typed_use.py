@@ -21,6 +21,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> None:
     quantized = fps.quantize_qkv(q, k, v, grid=grid, config=config)
     assert_type(quantized, fps.QuantizedQKV)
     fps.attention(quantized, return_lse=True)
+    assert_type(fps.attention(q, k, v, tensor_layout="HND"), Tensor | tuple[Tensor, Tensor])
 
 
 def plans_and_schedules(q: Tensor, path: Path) -> None:
@@ -36,6 +37,7 @@ def plans_and_schedules(q: Tensor, path: Path) -> None:
     assert_type(schedule.at(step=3, num_steps=50), fps.AttentionConfig)
     assert_type(schedule.for_sigma(0.9, shift=5.0), fps.AttentionConfig)
     assert_type(schedule.group_by_stage(torch.rand(4), shift=5.0), dict[str, Tensor])
+    assert_type(fps.preset("wan2.1-14b-720p", num_steps=4).schedule, fps.StepSchedule)
     table = fps.WindowTable.load(path)
     assert_type(table, fps.WindowTable)
     assert_type(table.at(step=3, layer=7), fps.AttentionConfig)

@@ -27,12 +27,14 @@ from .core.config import AttentionConfig
 from .core.explain import Plan, plan
 from .core.prologue import norm_rope, norm_rope_quantize
 from .core.support import backend_for
+from .schedules.presets import Preset, preset
 from .schedules.schedule import StepSchedule
 from .schedules.windows import WindowTable
 
 __all__ = [
     "AttentionConfig",
     "Plan",
+    "Preset",
     "QuantizedQKV",
     "StepSchedule",
     "WindowTable",
@@ -43,6 +45,7 @@ __all__ = [
     "norm_rope_quantize",
     "parallel",
     "plan",
+    "preset",
     "quantize_qkv",
     "reference",
 ]

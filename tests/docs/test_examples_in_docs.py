@@ -19,7 +19,7 @@ import stub_fastvideo
 from test_fp8_linears import tiny  # skips all without diffusers or torchao
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/index.md", "docs/schedule.md", "docs/hosts.md")
+PAGES = ("README.md", "docs/index.md", "docs/faq.md", "docs/schedule.md", "docs/hosts.md")
 GRID = (7, 9, 4)
 SMALLER = {'device="cuda"': 'device="cpu"', "75600": "252", "(21, 45, 80)": str(GRID)}
 

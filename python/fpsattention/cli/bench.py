@@ -15,6 +15,7 @@ from ..core.api import attention, quantize_qkv
 from ..core.checks import Triple
 from ..core.config import AttentionConfig, ResolvedConfig
 from ..core.support import HEAD_DIMS
+from ..schedules.models import VideoModel
 from . import catalog, options
 from .console import by, milliseconds, people, print_json, progress, table_of
 from .errors import MachineError, asked, require, require_hopper
@@ -88,9 +89,7 @@ def run(
         )
 
 
-def _print(
-    console: Console, shape: catalog.VideoModel, resolved: ResolvedConfig, rows: list[dict], gpu: str
-) -> None:
+def _print(console: Console, shape: VideoModel, resolved: ResolvedConfig, rows: list[dict], gpu: str) -> None:
     console.print(
         f"{shape.name or 'grid'} {by(resolved.grid)}: {resolved.geometry.n_tokens:,} tokens, {shape.heads} heads of "
         f"{shape.head_dim}, tile {by(resolved.tile)}, window {by(resolved.windows[0])}, density "
@@ -128,7 +127,7 @@ def resolve(
     tile: Triple | None,
     window: Triple | None,
     border: options.Border,
-) -> tuple[catalog.VideoModel, ResolvedConfig]:
+) -> tuple[VideoModel, ResolvedConfig]:
     """The shape and config that the options ask for. Raises UserError for one that is not legal."""
     with asked():
         shape = catalog.choose(model, grid, heads, head_dim)
@@ -140,7 +139,7 @@ def resolve(
         return shape, config.resolve(shape.grid, shape.heads)
 
 
-def random_call(shape: catalog.VideoModel, resolved: ResolvedConfig) -> tuple[tuple[torch.Tensor, ...], dict]:
+def random_call(shape: VideoModel, resolved: ResolvedConfig) -> tuple[tuple[torch.Tensor, ...], dict]:
     """Arguments of a call of `attention`: random Q, K and V on the GPU, and the keywords."""
     size = (1, resolved.geometry.n_tokens, shape.heads, shape.head_dim)
     qkv = tuple(torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(3))
@@ -148,7 +147,7 @@ def random_call(shape: catalog.VideoModel, resolved: ResolvedConfig) -> tuple[tu
     return qkv, {"grid": resolved.grid, "config": config, "backend": "sm90"}
 
 
-def _contenders(shape: catalog.VideoModel, resolved: ResolvedConfig) -> dict[str, Callable[[], object]]:
+def _contenders(shape: VideoModel, resolved: ResolvedConfig) -> dict[str, Callable[[], object]]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     qkv, keywords = random_call(shape, resolved)
@@ -165,9 +164,7 @@ def _contenders(shape: catalog.VideoModel, resolved: ResolvedConfig) -> dict[str
     }
 
 
-def _rows(
-    results: dict[str, Timing | str], shape: catalog.VideoModel, resolved: ResolvedConfig
-) -> list[dict]:
+def _rows(results: dict[str, Timing | str], shape: VideoModel, resolved: ResolvedConfig) -> list[dict]:
     """A row for each contender: name and error, or name, ms, spread, tflops and speedup.
 
     tflops is useful work, 4 * head_dim * attended pairs * heads, over the time; speedup is the row's time over

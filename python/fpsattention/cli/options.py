@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypedDict
 
 from ..core.checks import Triple
 from ..core.config import Border
+from ..schedules.models import VideoModel
 from . import catalog
 
 # Formats of a picture: those that matplotlib writes and people view. Named here to need no matplotlib.
@@ -149,7 +150,7 @@ class ShapeOptions(NamedTuple):
     head_dim: int | None = None
     tile: Triple | None = None
 
-    def choose(self) -> catalog.VideoModel:
+    def choose(self) -> VideoModel:
         """The model or grid, with its heads. Raises ValueError as `catalog.choose` does."""
         return catalog.choose(self.model, self.grid, self.heads, self.head_dim)
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from ..core import explain
 from ..core.checks import Triple
 from ..core.config import AttentionConfig, ResolvedConfig
-from . import catalog, estimate, options
+from ..schedules.models import VideoModel
+from . import estimate, options
 from .console import by, milliseconds, people, print_json, table_of
 from .errors import asked, require
 
@@ -93,7 +94,7 @@ def run(
 
 
 def _plan(
-    shape: catalog.VideoModel,
+    shape: VideoModel,
     tile: Triple | None,
     window: Triple | None,
     density: float | None,

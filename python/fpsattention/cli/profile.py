@@ -15,7 +15,8 @@ from ..core.api import attention
 from ..core.checks import Triple
 from ..core.config import ResolvedConfig
 from ..core.support import hopper_obstacle
-from . import catalog, options
+from ..schedules.models import VideoModel
+from . import options
 from .bench import random_call, resolve
 from .console import people, print_json
 from .errors import MachineError, require, require_hopper
@@ -87,7 +88,7 @@ def run(
         raise MachineError(obstacle)
 
 
-def _calls(shape: catalog.VideoModel, resolved: ResolvedConfig) -> None:
+def _calls(shape: VideoModel, resolved: ResolvedConfig) -> None:
     """Make `CALLS` calls, each in an NVTX range of its own."""
     qkv, keywords = random_call(shape, resolved)
     with torch.no_grad():
@@ -97,7 +98,7 @@ def _calls(shape: catalog.VideoModel, resolved: ResolvedConfig) -> None:
     torch.cuda.synchronize()
 
 
-def _command(tool: str, shape: catalog.VideoModel, resolved: ResolvedConfig, output: Path) -> list[str]:
+def _command(tool: str, shape: VideoModel, resolved: ResolvedConfig, output: Path) -> list[str]:
     """The profiler's command line; the program in it is this command with --tool none."""
     options = {
         "--grid": resolved.grid,

@@ -14,9 +14,11 @@ import torch
 from ..core.checks import Triple
 from ..core.config import AttentionConfig, ResolvedConfig
 from ..core.geometry import TileGeometry
+from ..schedules.models import VideoModel
+from ..schedules.presets import preset as preset_of
 from ..schedules.schedule import STAGES, StepSchedule
 from ..schedules.windows import WindowTable
-from . import catalog, estimate, options
+from . import estimate, options
 from .console import by, milliseconds, people, print_json, table_of
 from .errors import UserError, asked, require
 
@@ -75,8 +77,8 @@ Pictures = list[tuple[str, ResolvedConfig]]  # title, and the config whose windo
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "A row for each denoising step, and a picture of what one query tile attends in each stage. The windows are "
-        "those of three stages (a stage not named is dense), or come from a file with a window for every step, layer "
-        "and head, as `fpsattention calibrate` writes it."
+        "those of three stages (a stage not named is dense), those of the model's preset, or come from a file with a "
+        "window for every step, layer and head, as `fpsattention calibrate` writes it."
     )
     options.add_shape(parser)
     for stage in STAGES:
@@ -99,6 +101,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     options.add_border(parser, default=None)  # None: not given, as --windows requires
     parser.add_argument(
+        "--preset",
+        action="store_true",
+        help="the model's preset, in place of --tile and the options of stages and border; it was not trained with",
+    )
+    parser.add_argument(
         "--windows", type=Path, metavar="FILE", help="a table of windows, in place of all options above"
     )
     parser.add_argument(
@@ -114,40 +121,48 @@ def run(
     alpha: tuple[float, float] | None,
     num_steps: int | None,
     border: options.Border | None,
+    preset: bool,
     windows: Path | None,
     output: Path | None,
     as_json: bool,
 ) -> None:
     """The `schedule` command. `stages` holds the values of the options --STAGE and --STAGE-scales that are given.
 
-    Raises UserError for what is not legal, for a file that cannot be read or written, and for --windows beside an
-    option that it replaces.
+    Raises UserError for what is not legal, for a file that cannot be read or written, and for --preset or --windows
+    beside an option that it replaces.
     """
     require("rich", *(["matplotlib"] if output else []))
     from rich.text import Text
 
-    if windows is None:
+    fixed: dict[str, object] = {"--tile": asked_shape.tile, **stages, "--alpha": alpha, "--border": border}
+    steps = num_steps or DEFAULT_STEPS
+    if windows is not None:
+        in_file = {
+            "MODEL": asked_shape.model,
+            "--grid": asked_shape.grid,
+            "--heads": asked_shape.heads,
+            "--head-dim": asked_shape.head_dim,
+            "--num-steps": num_steps,
+            "--preset": preset or None,
+        }
+        _refuse(in_file | fixed, "--windows: the file holds the whole schedule")
+        console = people(as_json)
+        result, pictures = _of_table(console, windows)
+    elif preset:
+        _refuse(
+            {"--grid": asked_shape.grid} | fixed,
+            "--preset: it is of a MODEL, with a tile and windows of its own",
+        )
+        console = people(as_json)
+        result, pictures = _of_preset(console, asked_shape, steps)
+    else:
         console = people(as_json)
         with asked():
             shape = asked_shape.choose()
             schedule = _step_schedule(
                 shape, asked_shape.tile, stages, alpha or DEFAULT_ALPHA, border or "clamp"
             )
-        result, pictures = _of_stages(console, shape, schedule, num_steps or DEFAULT_STEPS)
-    else:
-        given: dict[str, object] = {
-            "MODEL": asked_shape.model,
-            "--grid": asked_shape.grid,
-            "--heads": asked_shape.heads,
-            "--head-dim": asked_shape.head_dim,
-            "--tile": asked_shape.tile,
-        }
-        given |= stages | {"--alpha": alpha, "--num-steps": num_steps, "--border": border}
-        for option, value in given.items():
-            if value is not None:
-                raise UserError(f"--windows: the file holds the whole schedule; leave {option} out")
-        console = people(as_json)
-        result, pictures = _of_table(console, windows)
+        result, pictures = _of_stages(console, shape, schedule, steps)
     for title, resolved in pictures:
         console.print(Text.assemble((title, "bold"), ": what the query tile Q in the middle attends (#)"))
         console.print(_planes(resolved))
@@ -158,8 +173,15 @@ def run(
         print_json({**result, "picture": output and str(output)})
 
 
+def _refuse(options: dict[str, object], because: str) -> None:
+    """Raises UserError if one of the options, by name, has a value."""
+    for option, value in options.items():
+        if value is not None:
+            raise UserError(f"{because}; leave {option} out")
+
+
 def _step_schedule(
-    shape: catalog.VideoModel,
+    shape: VideoModel,
     tile: Triple | None,
     stages: dict[str, Triple],
     alpha: tuple[float, float],
@@ -167,7 +189,9 @@ def _step_schedule(
 ) -> StepSchedule:
     """The schedule of `run`'s `stages`. Raises ValueError for what is not legal."""
     if not stages:
-        raise ValueError("no window: give one of --early, --mid and --late, or a file with --windows")
+        raise ValueError(
+            "no window: give one of --early, --mid and --late, --preset, or a file with --windows"
+        )
     tile = shape.resolve(AttentionConfig(tile=tile)).tile
     configs = {
         stage: AttentionConfig(
@@ -183,8 +207,21 @@ def _step_schedule(
     return StepSchedule(**configs, alpha=alpha)
 
 
+def _of_preset(console: Console, asked_shape: options.ShapeOptions, num_steps: int) -> tuple[dict, Pictures]:
+    """Print the table of a model's preset. Returns the JSON result and the pictures."""
+    with asked():
+        shape = asked_shape.choose()
+        chosen = preset_of(shape.name, num_steps=num_steps)
+    result, pictures = _of_stages(console, shape, chosen.schedule, num_steps)
+    layers = ", ".join(map(str, chosen.dense_layers))
+    console.print(
+        f"Layers with the host's own attention: {layers}. The model was not trained with this preset."
+    )
+    return result | {"dense_layers": chosen.dense_layers}, pictures
+
+
 def _of_stages(
-    console: Console, shape: catalog.VideoModel, schedule: StepSchedule, num_steps: int
+    console: Console, shape: VideoModel, schedule: StepSchedule, num_steps: int
 ) -> tuple[dict, Pictures]:
     """Print the table of a `StepSchedule`. Returns the JSON result and the pictures."""
     resolved = {stage: shape.resolve(getattr(schedule, stage)) for stage in STAGES}

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, ops, reference, reference_op  # noqa: F401  ops and reference_op register torch.ops.fpsattention
+from . import checks, line, ops, reference, reference_op  # noqa: F401  ops and reference_op register torch.ops
 from .checks import Triple, as_grid, shown
 from .config import AttentionConfig, as_config
 from .support import backend_for
@@ -29,14 +29,15 @@ class QuantizedQKV:
     Attributes:
         operands: on the sm90 backend the packed operands, one uint8 tensor; on the reference backend Q, K and V
             themselves, which every call rounds anew: do not change them.
-        grid, config, tensor_layout, prefix_len, suffix_len, prefix_valid, suffix_valid: as given to `quantize_qkv`.
+        grid, config, tensor_layout, prefix_len, suffix_len, prefix_valid, suffix_valid: as given to `quantize_qkv`, or
+            what None stands for; grid stays None.
         scale: as given, or D ** -0.5.
         dtype, shape: of Q, K, V, and of the output.
         backend: "sm90" or "reference".
     """
 
     operands: tuple[Tensor, ...]
-    grid: tuple[int, int, int]
+    grid: tuple[int, int, int] | None
     config: AttentionConfig
     scale: float
     tensor_layout: str
@@ -60,10 +61,10 @@ def quantize_qkv(
     k: Tensor,
     v: Tensor,
     *,
-    grid: Sequence[int],
+    grid: Sequence[int] | None = None,
     config: AttentionConfig | None = None,
     scale: float | None = None,
-    tensor_layout: str = "NHD",
+    tensor_layout: str | None = None,
     prefix_len: int = 0,
     suffix_len: int = 0,
     prefix_valid: Tensor | None = None,
@@ -81,9 +82,14 @@ def quantize_qkv(
     config = as_config(config)
     q, k, v = checks.as_autocast(q, k, v)
     check_rounding(config, {"q": q, "k": k, "v": v}, instead="hand q, k, v to attention")
-    text, counts = (prefix_len, suffix_len, prefix_valid, suffix_valid), (prefix_valid, suffix_valid)
+    text: dict[str, Any] = {"prefix_len": prefix_len, "suffix_len": suffix_len}
+    text |= {"prefix_valid": prefix_valid, "suffix_valid": suffix_valid}
+    counts, given_grid, given_config = (prefix_valid, suffix_valid), grid, config
+    if grid is None:
+        grid, config, tensor_layout = line.placed(q, config, tensor_layout, text)
+    tensor_layout = "NHD" if tensor_layout is None else tensor_layout
     name, scale, grid, prefix_len, suffix_len = set_up(
-        q, k, v, grid, config, scale, tensor_layout, backend, *text
+        q, k, v, grid, config, scale, tensor_layout, backend, *text.values()
     )
     check_window(q, grid, config, tensor_layout, prefix_len, suffix_len)
     q, k, v = q.detach(), k.detach(), v.detach()
@@ -96,8 +102,8 @@ def quantize_qkv(
         operands = (ops.launch_quantize(call, q, k, v, *counts),)
     return QuantizedQKV.of(
         operands=operands,
-        grid=grid,
-        config=config,
+        grid=None if given_grid is None else grid,
+        config=given_config,
         scale=scale,
         tensor_layout=tensor_layout,
         dtype=q.dtype,
@@ -130,6 +136,8 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over a 3D grid of video tokens, in FP8 and under a sliding window of tiles.
 
+    Without a grid it is dense attention over L tokens of any kind, as of torch's scaled_dot_product_attention.
+
     `fpsattention.reference.emulated_attention` defines the arithmetic (arXiv 2506.04648, sections 3.1 and 3.2;
     border="clamp" is that of arXiv 2502.04507). The same call gives the same bits every time. It is differentiable
     once in q, k and v, from out and lse, straight through the roundings (`fpsattention.reference.emulated_backward`).
@@ -144,11 +152,13 @@ def attention(
             spreads to all that shares its scale: in q to the rows of its tile (or quant_tile), in k to the rows that
             attend its tile, in v to the rows that attend its key block; in k under smooth_k perhaps to the whole head.
             Or q is one `QuantizedQKV`: it brings all arguments but config, which may change window and border.
-        grid: tokens (T, H, W) after patchifying.
+        grid: tokens (T, H, W) after patchifying. None: L >= 1 tokens without one, all attended by all, with scales of
+            128 tokens; tile, window, quant_tile and text tokens need a grid.
         config: tile, window and rounding; None: FP8, dense, the planned tile.
         return_lse: also return the log-sum-exp of the scores, fp32 [B, H, L], natural logarithm.
         scale: of the scores before softmax, positive; None: D ** -0.5.
-        tensor_layout: "NHD" or "HND"; None: "NHD".
+        tensor_layout: "NHD" or "HND"; None: "NHD". Without a grid it must be given where q [B, L, H, D] would have
+            fewer tokens than heads.
         prefix_len, suffix_len: text tokens of every sample, at least 0.
         prefix_valid, suffix_valid: int32 [B] on q's device, valid tokens of the section in each sample, the first ones;
             None: all. Invalid tokens are never read; their out is 0, their lse -inf, their gradients 0. A count outside
@@ -199,15 +209,16 @@ class _Given(NamedTuple):
 
 def _attend(q: Tensor, k, v, given: _Given, with_lse: bool) -> tuple[Tensor, Tensor | None]:
     """(out, lse); without `with_lse`, lse may be None."""
-    if given.grid is None:
-        raise TypeError("grid: is missing; give the tokens (T, H, W)")
-    config = as_config(given.config)
+    grid, config, layout = given.grid, as_config(given.config), given.tensor_layout
     q, k, v = checks.as_autocast(q, k, v)
-    layout = "NHD" if given.tensor_layout is None else given.tensor_layout
     counts = given.prefix_valid, given.suffix_valid
-    text = given.prefix_len, given.suffix_len, *counts
+    text: dict[str, Any] = {"prefix_len": given.prefix_len, "suffix_len": given.suffix_len}
+    text |= {"prefix_valid": given.prefix_valid, "suffix_valid": given.suffix_valid}
+    if grid is None:
+        grid, config, layout = line.placed(q, config, layout, text)
+    layout = "NHD" if layout is None else layout
     name, scale, grid, prefix_len, suffix_len = set_up(
-        q, k, v, given.grid, config, given.scale, layout, given.backend, *text
+        q, k, v, grid, config, given.scale, layout, given.backend, *text.values()
     )
     if name == "sm90":
         if not ops.is_watched(q, k, v, *counts):
@@ -219,8 +230,7 @@ def _attend(q: Tensor, k, v, given: _Given, with_lse: bool) -> tuple[Tensor, Ten
         rest = list(grid), prefix_len, suffix_len, config.spec, scale, layout, deterministic
         return ops.attention(q, k, v, *counts, *rest)[:2]
     about: dict[str, Any] = {"grid": grid, "config": config, "scale": scale, "tensor_layout": layout}
-    about |= {"prefix_len": prefix_len, "suffix_len": suffix_len}
-    about |= {"prefix_valid": given.prefix_valid, "suffix_valid": given.suffix_valid}
+    about |= text | {"prefix_len": prefix_len, "suffix_len": suffix_len}
     if config.quant == "fp8":
         return reference.emulated_attention(q, k, v, **about)
     if name == "torch":
@@ -264,12 +274,17 @@ def _attend_quantized(x: QuantizedQKV, k, v, given: _Given, with_lse: bool) -> t
     """(out, lse) of rounded operands, under the windows of another config if one is given; as in `_attend`."""
     _check_repeated(x, k, v, given)
     _check_untouched(x)
-    config = x.config if given.config is None else _same_rounding(as_config(given.config), x)
+    grid, own = x.grid, x.config
+    config = own if given.config is None else as_config(given.config)
+    if grid is None:
+        grid, own, config = line.grid_of(x.shape, x.tensor_layout), line.on_line(own), line.on_line(config)
+    if config is not own:
+        config = _same_rounding(config, own, grid)
     lengths, counts = (x.prefix_len, x.suffix_len), (x.prefix_valid, x.suffix_valid)
     if x.backend == "reference":
         return reference.emulated_attention(
             *x.operands,
-            grid=x.grid,
+            grid=grid,
             config=config,
             scale=x.scale,
             tensor_layout=x.tensor_layout,
@@ -281,9 +296,9 @@ def _attend_quantized(x: QuantizedQKV, k, v, given: _Given, with_lse: bool) -> t
     (packed,) = x.operands
     if ops.is_watched(packed, *counts):
         batch, heads, _, head_dim = checks.heads_first(x.shape, x.tensor_layout)
-        rest = list(x.grid), *lengths, config.spec, x.scale, x.tensor_layout
+        rest = list(grid), *lengths, config.spec, x.scale, x.tensor_layout
         return ops.attend(packed, *counts, *rest, batch, heads, head_dim, x.dtype)
-    call = _call_of(x.shape, x.dtype, x.grid, config, x.scale, x.tensor_layout, *lengths)
+    call = _call_of(x.shape, x.dtype, grid, config, x.scale, x.tensor_layout, *lengths)
     return ops.launch_attend(call, packed, *counts, with_lse)
 
 
@@ -335,15 +350,14 @@ def _check_untouched(quantized: QuantizedQKV) -> None:
             )
 
 
-def _same_rounding(config: AttentionConfig, quantized: QuantizedQKV) -> AttentionConfig:
-    """The config, with the operands' tile if it has none. Raises ValueError unless it rounds as the operands were."""
-    own = quantized.config
+def _same_rounding(config: AttentionConfig, own: AttentionConfig, grid: Triple) -> AttentionConfig:
+    """The config, with the tile of the operands' `own` if it has none. Raises ValueError unless it rounds as that."""
     if config.tile is None:
         config = replace(config, tile=own.tile)
     names = ("tile", "quant", "quant_tile", "smooth_k")
     if any(getattr(config, name) != getattr(own, name) for name in names):
         # What None stands for may be the same.
-        given, expected = (replace(x, window=None).resolve(quantized.grid, 1) for x in (config, own))
+        given, expected = (replace(x, window=None).resolve(grid, 1) for x in (config, own))
         for name in names:
             if getattr(given, name) != getattr(expected, name):
                 raise ValueError(
