@@ -1,4 +1,4 @@
-"""The processors of the video transformers of diffusers: one class per model holds all that is special to it."""
+"""The processors that repeat those of diffusers, so that norms and rotary embedding can be fused with the rounding."""
 
 from __future__ import annotations
 
@@ -6,40 +6,24 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import (
-    CogVideoXTransformer3DModel,
-    HunyuanVideoTransformer3DModel,
-    LTXVideoTransformer3DModel,
-    MochiTransformer3DModel,
-    WanTransformer3DModel,
-)
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0, MochiAttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers import transformer_ltx
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
+from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...core.checks import Triple
 from ..fp8_linear import apply_all
-from ..hosts import TRAIN_TIMESTEPS, host_class, patches
-from .processor import Attn, Processor
+from .processor import Attn, Fused
 
 
-class Wan(Processor):
-    """Wan2.1 and 2.2, text or image to video. Text is attended in layers of its own."""
+class Wan(Fused):
+    """Wan2.1 and 2.2. Text is attended in layers of its own."""
 
     stock = WanAttnProcessor
     unknown = ("encoder_hidden_states", "attention_mask")
-    context_parallel = True
-
-    @staticmethod
-    def layers(transformer: Any) -> list[Attn]:
-        return [block.attn1 for block in transformer.blocks]
-
-    @staticmethod
-    def grid(config: Any, inputs: dict[str, Any]) -> Triple:
-        return patches(inputs["hidden_states"].shape[2:], config.patch_size)
 
     def self_attention(
         self, attn: Attn, hidden_states: Tensor, encoder_hidden_states: Any, image_rotary_emb: Any
@@ -60,28 +44,11 @@ class Wan(Processor):
         return _project_out(attn, out)
 
 
-class LTXVideo(Processor):
-    """LTX-Video, text or image to video. Text is attended in layers of its own. The forward gets packed tokens."""
+class LTXVideo(Fused):
+    """LTX-Video. Text is attended in layers of its own."""
 
     stock = transformer_ltx.LTXVideoAttnProcessor
-    symbolic_dims = ()  # the grid is given as numbers
     unknown = ("encoder_hidden_states", "attention_mask")
-    context_parallel = True
-
-    @staticmethod
-    def layers(transformer: Any) -> list[Attn]:
-        return [block.attn1 for block in transformer.transformer_blocks]
-
-    @staticmethod
-    def grid(config: Any, inputs: dict[str, Any]) -> Triple:
-        frames, height, width = (inputs.get(name) for name in ("num_frames", "height", "width"))
-        if frames is None or height is None or width is None:
-            raise ValueError(
-                f"num_frames, height, width: {(frames, height, width)} must all be given to "
-                f"LTXVideoTransformer3DModel; without them its packed tokens have no grid (LTXConditionPipeline gives "
-                f"coordinates instead and is not supported)"
-            )
-        return frames, height, width
 
     def self_attention(
         self, attn: Attn, hidden_states: Tensor, encoder_hidden_states: Any, image_rotary_emb: Any
@@ -92,22 +59,11 @@ class LTXVideo(Processor):
         return _project_out(attn, self.attend(*_split_heads(attn, q, k, v)))
 
 
-class CogVideoX(Processor):
-    """CogVideoX 1.0 and 1.5, text or image to video. Text comes first; the host treats none of it as padding."""
+class CogVideoX(Fused):
+    """CogVideoX 1.0 and 1.5. Text comes first."""
 
     stock = CogVideoXAttnProcessor2_0
-    symbolic_dims = (1, 3, 4)  # [B, T, C, H, W]
     unknown = ("attention_mask",)
-
-    @staticmethod
-    def layers(transformer: Any) -> list[Attn]:
-        return [block.attn1 for block in transformer.transformer_blocks]
-
-    @staticmethod
-    def grid(config: Any, inputs: dict[str, Any]) -> Triple:
-        frames, _, height, width = inputs["hidden_states"].shape[1:]
-        p = config.patch_size
-        return patches((frames, height, width), (config.patch_size_t or 1, p, p))
 
     def self_attention(
         self, attn: Attn, hidden_states: Tensor, encoder_hidden_states: Any, image_rotary_emb: Any
@@ -122,24 +78,10 @@ class CogVideoX(Processor):
         return out[:, n_text:], out[:, :n_text]
 
 
-class HunyuanVideo(Processor):
-    """HunyuanVideo, text or image to video. Text comes last, padded. Dual-stream blocks run before single-stream."""
+class HunyuanVideo(Fused):
+    """HunyuanVideo, dual-stream and single-stream blocks. Text comes last, padded."""
 
     stock = HunyuanVideoAttnProcessor2_0
-
-    @staticmethod
-    def layers(transformer: Any) -> list[Attn]:
-        return [x.attn for x in (*transformer.transformer_blocks, *transformer.single_transformer_blocks)]
-
-    @staticmethod
-    def grid(config: Any, inputs: dict[str, Any]) -> Triple:
-        p = config.patch_size
-        return patches(inputs["hidden_states"].shape[2:], (config.patch_size_t, p, p))
-
-    @staticmethod
-    def text_valid(inputs: dict[str, Any]) -> Tensor:
-        # The host reads only the sum of its mask, and takes that many tokens from the start.
-        return inputs["encoder_attention_mask"].sum(1, dtype=torch.int32)
 
     def self_attention(
         self, attn: Attn, hidden_states: Tensor, encoder_hidden_states: Any, image_rotary_emb: Any
@@ -164,33 +106,18 @@ class HunyuanVideo(Processor):
         return video, text
 
 
-class Mochi(Processor):
-    """Mochi 1. Text comes last, padded. Timesteps run from 0 (noise) to 1000 (clean)."""
+class HunyuanVideo15(HunyuanVideo):
+    """HunyuanVideo-1.5, dual-stream blocks. In each layer the host's processor writes a mask of a byte for each pair of
+    tokens; this one does without.
+    """
+
+    stock = HunyuanVideo15AttnProcessor2_0
+
+
+class Mochi(Fused):
+    """Mochi 1. Text comes last, padded."""
 
     stock = MochiAttnProcessor2_0
-    symbolic_dims = ()  # the host makes positions by torch.linspace, whose length is a constant
-
-    @staticmethod
-    def layers(transformer: Any) -> list[Attn]:
-        return [block.attn1 for block in transformer.transformer_blocks]
-
-    @staticmethod
-    def grid(config: Any, inputs: dict[str, Any]) -> Triple:
-        return patches(inputs["hidden_states"].shape[2:], (1, config.patch_size, config.patch_size))
-
-    @staticmethod
-    def text_valid(inputs: dict[str, Any]) -> Tensor:
-        mask = inputs["encoder_attention_mask"].bool()
-        if (mask[:, 1:] & ~mask[:, :-1]).any():
-            raise ValueError(
-                "encoder_attention_mask: has a real token after padding; real tokens must come first, as tokenizers "
-                "put them with padding_side='right'"
-            )
-        return mask.sum(1, dtype=torch.int32)
-
-    @staticmethod
-    def sigma(timestep: Tensor) -> Tensor:
-        return 1 - timestep / TRAIN_TIMESTEPS
 
     def self_attention(
         self, attn: Attn, hidden_states: Tensor, encoder_hidden_states: Any, image_rotary_emb: Any
@@ -207,18 +134,17 @@ class Mochi(Processor):
         return video, text
 
 
-MODELS: dict[type, type[Processor]] = {
-    CogVideoXTransformer3DModel: CogVideoX,
-    HunyuanVideoTransformer3DModel: HunyuanVideo,
-    LTXVideoTransformer3DModel: LTXVideo,
-    MochiTransformer3DModel: Mochi,
-    WanTransformer3DModel: Wan,
+FUSED: dict[str, type[Fused]] = {
+    "CogVideoXTransformer3DModel": CogVideoX,
+    "ConsisIDTransformer3DModel": CogVideoX,
+    "HunyuanVideo15Transformer3DModel": HunyuanVideo15,
+    "HunyuanVideoTransformer3DModel": HunyuanVideo,
+    "LTXVideoTransformer3DModel": LTXVideo,
+    "MochiTransformer3DModel": Mochi,
+    "WanTransformer3DModel": Wan,
+    "WanVACETransformer3DModel": Wan,
 }
-
-
-def model_of(transformer: nn.Module) -> type[Processor] | None:
-    """The processor class for a transformer; None if there is none."""
-    return MODELS.get(host_class(transformer))
+"""By the name of the transformer's class."""
 
 
 def _split_heads(attn: Attn, *xs: Tensor) -> list[Tensor]:
