@@ -461,12 +461,11 @@ def allegro(**config) -> Case:
     transformer = built(
         "AllegroTransformer3DModel",
         num_layers=2,
-        cross_attention_dim=128,
         sample_height=8,
         sample_width=12,
         sample_frames=3,
         caption_channels=TEXT_DIM,
-        **HEADS | config,
+        **HEADS | {"cross_attention_dim": 128} | config,
     )
     inputs = {"encoder_hidden_states": text()}
     return Case(transformer, latent() | inputs)

@@ -22,7 +22,7 @@ if COMPARED:
 else:  # the module may import what that version has no more
     FUSED = {}
     warnings.warn(
-        f"diffusers {_version}: FPSAttention has been compared with versions below {FIRST_UNTESTED} only; all models run "
+        f"diffusers {_version}: FPSAttention has been compared with versions below {FIRST_UNTESTED} only; models run "
         f"their own processors, in which the attention call alone is exchanged, and each forward checks what "
         f"FPSAttention takes for granted",
         stacklevel=2,

@@ -252,6 +252,8 @@ DESCRIPTIONS: dict[str, Description] = {
 REFUSED: dict[str, str] = {
     "AnyFlowFARTransformer3DModel": "its attention is causal from chunk to chunk of frames",
     "Cosmos3OmniTransformer": "its video tokens attend text that does not attend them, and its heads are grouped",
+    "JoyImageEditPlusTransformer3DModel": "it makes images",
+    "JoyImageEditTransformer3DModel": "it makes images",
     "Kandinsky6SRTransformer3DModel": "its attention is sparse itself (NABLA)",
     "LatteTransformer3DModel": "it attends space and time apart, never a 3D grid",
     "MiniMaxH3Transformer3DModel": "its forward gets packed rows, and is not told the video's grid in them",

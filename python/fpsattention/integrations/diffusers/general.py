@@ -171,6 +171,8 @@ class _Call:
         before, after = self.forward.others
         sample = None
         if self.processor.description.one_by_one:
+            if torch.compiler.is_compiling():
+                self._refuse("lengths that torch.compile does not know; leave the transformer as it is")
             if mask is not None:
                 self._refuse("a mask, though by the model's description samples come without padding")
             sample = self.count - 1

@@ -144,7 +144,14 @@ class Processor:
         if sample is not None:
             forward = forward.of_sample(sample)
         alone = forward.group is None
-        if alone and q.shape[1] != prefix_len + math.prod(forward.grid) + suffix_len:
+        total = prefix_len + math.prod(forward.grid) + suffix_len
+        if alone and torch.compiler.is_compiling():
+            # Not an `if`: the length is unknown to torch.compile where the host cuts off a text's padding.
+            torch._check(
+                q.shape[1] == total,
+                lambda: "a layer got more or fewer tokens than the grid and its text have",
+            )
+        elif alone and q.shape[1] != total:
             raise RuntimeError(
                 f"the transformer's input has the token grid {forward.grid}, but a layer got {q.shape[1]} tokens, of "
                 f"which {prefix_len + suffix_len} are text; FPSAttention cannot tell where the others are in the video"
