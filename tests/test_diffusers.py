@@ -496,7 +496,7 @@ def test_bad_arguments_of_a_transformer_alone(kwargs, error):
 def test_unknown_model():
     with pytest.raises(
         ValueError,
-        match="transformer is a Linear; it must be one of Allegro.*WanVACETransformer3DModel; for another",
+        match="transformer is a Linear; it must be one of AnyFlow.*WanVACETransformer3DModel; for another",
     ):
         enable(torch.nn.Linear(1, 1), STAGES, shift=1.0)
 

@@ -130,7 +130,9 @@ def gradient(case: tiny.Case) -> list[torch.Tensor]:
 def test_gradient(case, no_fused):
     """Of all parameters, as the host's; and by checkpoints the same as without."""
     stock = gradient(case)
-    noise = 1e-6 * max(x.abs().max().item() for x in stock)  # a key's bias has no gradient but rounding errors
+    noise = 1e-6 * max(
+        x.abs().max().item() for x in stock
+    )  # a key's bias has no gradient but rounding errors
     handle = enable(case.transformer, same(EXACT), shift=1.0)
     for ours, expected in zip(gradient(case), stock, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item() + noise)
@@ -203,18 +205,6 @@ def skyreels() -> tiny_diffusers.Tiny:
     return tiny_diffusers.Tiny(pipe, SIZE | tiny_diffusers.text(7), tiny.GRID)
 
 
-def allegro() -> tiny_diffusers.Tiny:
-    pipe = diffusers.AllegroPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=None,
-        transformer=tiny.allegro().transformer,
-        scheduler=diffusers.DPMSolverMultistepScheduler(),
-    )
-    prompt = tiny_diffusers.text(7) | tiny_diffusers.masks(7, 7, 7) | {"negative_prompt": None}
-    return tiny_diffusers.Tiny(pipe, SIZE | prompt, tiny.GRID)
-
-
 def kandinsky5() -> tiny_diffusers.Tiny:
     parts = dict.fromkeys(("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "vae"))
     pipe = diffusers.Kandinsky5T2VPipeline(
@@ -232,7 +222,7 @@ def kandinsky5() -> tiny_diffusers.Tiny:
     return tiny_diffusers.Tiny(pipe, SIZE | prompt, tiny.GRID)
 
 
-@pytest.mark.parametrize("make", [vace, skyreels, allegro, kandinsky5])
+@pytest.mark.parametrize("make", [vace, skyreels, kandinsky5])
 def test_pipeline(make):
     """Every step is found, and dense ones are the host's own."""
     model = make()
@@ -319,15 +309,6 @@ def test_a_class_of_the_same_name_elsewhere_is_not_taken_for_diffusers():
     host = type("WanTransformer3DModel", (torch.nn.Module,), {})()
     with pytest.raises(ValueError, match="for another one give its description="):
         enable(host, STAGES, shift=1.0)
-
-
-@torch.no_grad()
-def test_heads_of_other_sizes():
-    """As those of the published Allegro."""
-    case = tiny.allegro(attention_head_dim=96, cross_attention_dim=192)
-    enable(case.transformer, STAGES, shift=1.0)
-    with pytest.raises(RuntimeError, match=r"AllegroAttnProcessor2_0: .* heads of 96 channels; .* \(64, 128\)"):
-        case.run()
 
 
 @torch.no_grad()

@@ -457,24 +457,9 @@ def easyanimate() -> Case:
     return Case(transformer, latent() | inputs, before=11)
 
 
-def allegro(**config) -> Case:
-    transformer = built(
-        "AllegroTransformer3DModel",
-        num_layers=2,
-        sample_height=8,
-        sample_width=12,
-        sample_frames=3,
-        caption_channels=TEXT_DIM,
-        **HEADS | {"cross_attention_dim": 128} | config,
-    )
-    inputs = {"encoder_hidden_states": text()}
-    return Case(transformer, latent() | inputs)
-
-
 CASES: dict[str, Callable[[], Case]] = {
     x.__name__: x
     for x in (
-        allegro,
         anyflow,
         chronoedit,
         cogvideox,

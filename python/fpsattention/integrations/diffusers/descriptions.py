@@ -151,11 +151,6 @@ def _cosmos_sigma(config: Any, timestep: Tensor) -> Tensor:
 _WAN: dict[str, Any] = {"grid": _triple_patches, "symbolic_dims": (2, 3, 4)}
 
 DESCRIPTIONS: dict[str, Description] = {
-    "AllegroTransformer3DModel": Description(
-        layers=_each("transformer_blocks"),
-        grid=_square_patches,
-        note="heads of 64 or 128 channels only; the published model has 96",
-    ),
     "AnyFlowTransformer3DModel": Description(layers=_each("blocks"), grid=_frames_first),
     "ChronoEditTransformer3DModel": Description(layers=_each("blocks"), **_WAN),
     "CogVideoXTransformer3DModel": Description(
@@ -250,6 +245,7 @@ DESCRIPTIONS: dict[str, Description] = {
 """By the name of the transformer's class in diffusers."""
 
 REFUSED: dict[str, str] = {
+    "AllegroTransformer3DModel": "its heads have 96 channels; the kernels take 64 and 128",
     "AnyFlowFARTransformer3DModel": "its attention is causal from chunk to chunk of frames",
     "Cosmos3OmniTransformer": "its video tokens attend text that does not attend them, and its heads are grouped",
     "JoyImageEditPlusTransformer3DModel": "it makes images",
