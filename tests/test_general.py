@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ WINDOW = fps.AttentionConfig(tile=(1, 2, 3), window=(3, 1, 1), quant="none")
 NARROW = fps.AttentionConfig(tile=(1, 2, 2), window=(1, 1, 1), quant="none")
 STAGES = fps.StepSchedule(NARROW, EXACT, WINDOW)
 DESCRIPTIONS = descriptions.DESCRIPTIONS
+HOSTS = Path(__file__).parent.parent / "docs" / "hosts.md"
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -73,6 +75,23 @@ def test_all_video_transformers_of_diffusers_are_described_or_refused():
     hosts = {x for x in dir(diffusers) if x.endswith(("Transformer3DModel", "VideoTransformer3DModel"))}
     assert hosts <= set(DESCRIPTIONS) | set(descriptions.REFUSED)
     assert all(hasattr(diffusers, x) for x in (*DESCRIPTIONS, *descriptions.REFUSED))
+
+
+def table(header: str, rows: list[tuple[str, ...]]) -> str:
+    lines = [header, "| --- " * (header.count("|") - 1) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines)
+
+
+def test_the_tables_of_the_documentation():
+    """Made from the code: put the text that this expects into docs/hosts.md."""
+    described = [
+        (f"`{name}`", "fused" if name in transformer.FUSED else "the host's", x.others, x.note)
+        for name, x in sorted(DESCRIPTIONS.items())
+    ]
+    refused = [(f"`{name}`", reason) for name, reason in sorted(descriptions.REFUSED.items())]
+    text = HOSTS.read_text()
+    assert table("| transformer | processor | other tokens in the sequence | notes |", described) in text
+    assert table("| not in | because |", refused) in text
 
 
 @torch.no_grad()
@@ -161,6 +180,24 @@ def test_one_graph_per_stage(name, no_fused):
         for stage in range(3):
             close(case.at(stage).run(), expected[stage])
         assert counter.frame_count == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["cosmos", "motif", "skyreels"])
+def test_two_graphs_whatever_the_sizes(name, no_fused):
+    case = tiny.CASES[name]()
+    batch, channels = case.inputs["hidden_states"].shape[:2]
+    latents = [
+        tiny.randn(batch, channels, *size) for size in ((3, 8, 12), (2, 8, 12), (2, 12, 8), (3, 8, 16))
+    ]
+    enable(case.transformer, same(NARROW), shift=1.0)
+    expected = [case.run(hidden_states=latent) for latent in latents]
+    torch.compiler.reset()
+    counter = CompileCounter()
+    case.transformer.compile(backend=counter, fullgraph=True)
+    for latent, video in zip(latents, expected, strict=True):
+        close(case.run(hidden_states=latent), video)
+    assert counter.frame_count <= 2
 
 
 @torch.no_grad()

@@ -302,7 +302,7 @@ def ltx_against_one(in_pairs: bool, fused: bool = True) -> tuple[float, float]:
 def wan_against_one(compiled: str | None) -> tuple[int, float, float]:
     """(graphs, largest difference of a gradient summed over the processes, its largest value)"""
     import tiny_diffusers as tiny
-    from fpsattention.integrations.diffusers import enable, transformer
+    from fpsattention.integrations.diffusers import enable
 
     g = tiny.noise(1)
     inputs = {

@@ -151,7 +151,9 @@ def _cosmos_sigma(config: Any, timestep: Tensor) -> Tensor:
 _WAN: dict[str, Any] = {"grid": _triple_patches, "symbolic_dims": (2, 3, 4)}
 
 DESCRIPTIONS: dict[str, Description] = {
-    "AnyFlowTransformer3DModel": Description(layers=_each("blocks"), grid=_frames_first),
+    "AnyFlowTransformer3DModel": Description(
+        layers=_each("blocks"), grid=_frames_first, symbolic_dims=(1, 3, 4)
+    ),
     "ChronoEditTransformer3DModel": Description(layers=_each("blocks"), **_WAN),
     "CogVideoXTransformer3DModel": Description(
         layers=_each("transformer_blocks"),
@@ -169,6 +171,7 @@ DESCRIPTIONS: dict[str, Description] = {
         layers=_each("transformer_blocks"),
         grid=_triple_patches,
         sigma=_cosmos_sigma,
+        symbolic_dims=(2, 3, 4),
         note="in pipelines of Cosmos 2 and 2.5 enable the transformer alone",
     ),
     "EasyAnimateTransformer3DModel": Description(
@@ -231,12 +234,13 @@ DESCRIPTIONS: dict[str, Description] = {
         grid=_square_patches,
         after=_lengths("image_embeds", "encoder_hidden_states"),
         valid=_motif_valid,
+        symbolic_dims=(2, 3, 4),
         note="its decoder layers keep the host's own attention",
     ),
     "SkyReelsV2Transformer3DModel": Description(
         layers=_each("blocks"), note="not with causal blocks of frames (num_frame_per_block > 1)", **_WAN
     ),
-    "WanAnimateTransformer3DModel": Description(layers=_each("blocks"), **_WAN),
+    "WanAnimateTransformer3DModel": Description(layers=_each("blocks"), grid=_triple_patches),
     "WanTransformer3DModel": Description(layers=_each("blocks"), context_parallel=True, **_WAN),
     "WanVACETransformer3DModel": Description(
         layers=_each("vace_blocks blocks"), note="the layers of vace_blocks count first", **_WAN
