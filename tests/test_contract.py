@@ -562,10 +562,15 @@ def test_operands_of_quantize_are_checked(op, name, changes):
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("q_weight", {"q_weight": torch.ones(63)}),
-        ("k_weight", {"k_weight": torch.ones(128)}),
-        ("k_weight", {"k_weight": None}),
-        ("q_weight", {"q_weight": None}),
+        (r"weights\[0\]", {"weights": [torch.ones(63), torch.ones(64)]}),
+        (r"weights\[1\]", {"weights": [torch.ones(64), torch.ones(128)]}),
+        ("weights", {"weights": [torch.ones(64)]}),
+        (r"text_weights\[0\]", {"text_weights": [torch.ones(128), torch.ones(64)]}),
+        ("text_weights", {"text_weights": [torch.ones(64)] * 2, "weights": []}),
+        (r"biases\[1\]", {"biases": [torch.ones(64), torch.ones(63)]}),
+        (r"weights\[0\]", {"weights": [torch.ones(128)] * 2, "biases": [torch.ones(64)] * 2}),
+        (r"rope\[0\]", {"rope": [torch.ones(192, 3, 32, 2)]}),
+        ("q", {"suffix_len": 3}),
         ("config", {"config": replace(CONFIG, smooth_k=True).spec}),
         (r"rope\[1\]", {"rope": [torch.ones(n, 11, 2) for n in (4, 5, 8)]}),
         (r"rope\[0\]", {"rope": [torch.ones(4), *(torch.ones(n, 16, 2) for n in (6, 8))]}),
@@ -573,7 +578,8 @@ def test_operands_of_quantize_are_checked(op, name, changes):
     ],
 )
 def test_operands_of_norm_rope_quantize_are_checked(name, changes):
-    call = {"q_weight": torch.ones(64), "k_weight": torch.ones(64), "eps": 1e-6, "rope": []}
+    call = {"prefix_valid": None, "suffix_valid": None, "prefix_len": 0, "suffix_len": 0}
+    call |= {"weights": [torch.ones(64)] * 2, "text_weights": [], "biases": [], "eps": 1e-6, "rope": []}
     call |= {"grid": GRID, "config": CONFIG.spec, "scale": 1.0, "tensor_layout": "NHD"}
     with pytest.raises(ValueError, match=rf"^{name}: "):
         run(ops.norm_rope_quantize, dict.fromkeys("qkv", tensor()) | call | changes)

@@ -6,6 +6,7 @@ import copy
 import importlib
 import os
 import pickle
+import textwrap
 from collections import Counter
 from dataclasses import replace
 
@@ -16,12 +17,13 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import brute
 import fpsattention as fps
+from programs import run_python
 
 try:
     import diffusers
 
     import tiny_diffusers as tiny
-    from fpsattention.integrations.diffusers import enable, models, processor
+    from fpsattention.integrations.diffusers import descriptions, enable, models, processor
 except ImportError as error:  # not installed, or a version that was not compared
     if os.environ.get("CI"):
         raise
@@ -54,6 +56,10 @@ def wan() -> tiny.Tiny:
     return x
 
 
+def layers_of(transformer):
+    return descriptions.description_of(transformer, "transformer").layers(transformer)
+
+
 class Recorder:
     """Counts how often each (transformer, step, layer, config) ran. A config of None is the host's own attention."""
 
@@ -74,7 +80,7 @@ class Recorder:
         monkeypatch.setattr(processor, "attention", record)
         for name in model.names:
             transformer = getattr(model.pipe, name)
-            for i, layer in enumerate(models.MODELS[type(transformer)].layers(transformer)):
+            for i, layer in enumerate(layers_of(transformer)):
 
                 def after(*_, where=(name, i)):
                     name, i = where
@@ -286,8 +292,8 @@ def test_transformer_alone_goes_by_noise_level():
 
 
 def test_noise_level_of_mochi_runs_backwards():
-    model = models.Mochi
-    assert model.sigma(torch.tensor([0.0, 250.0, 1000.0])).tolist() == [1.0, 0.75, 0.0]
+    sigma = descriptions.DESCRIPTIONS["MochiTransformer3DModel"].sigma
+    assert sigma(None, torch.tensor([0.0, 250.0, 1000.0])).tolist() == [1.0, 0.75, 0.0]
 
 
 def test_norm_and_rotation_are_fused_where_nobody_else_needs_them(monkeypatch):
@@ -296,7 +302,7 @@ def test_norm_and_rotation_are_fused_where_nobody_else_needs_them(monkeypatch):
     when a norm has hooks (which may have to fetch its weight first).
     """
     transformer = tiny.wan_transformer()
-    for layer in models.Wan.layers(transformer):
+    for layer in layers_of(transformer):
         for norm in (layer.norm_q, layer.norm_k):
             torch.nn.init.uniform_(norm.weight, 0.5, 2.0)
     ran = []
@@ -317,17 +323,17 @@ def test_norm_and_rotation_are_fused_where_nobody_else_needs_them(monkeypatch):
         assert ran == [FP8, FP8]
         with torch.autocast("cpu", torch.bfloat16):
             forward()
-        hook = models.Wan.layers(transformer)[0].norm_q.register_forward_hook(lambda *_: None)
+        hook = layers_of(transformer)[0].norm_q.register_forward_hook(lambda *_: None)
         forward()
         assert ran == [FP8, FP8, FP8], "the other layer"
         hook.remove()
         ran.pop()
         with monkeypatch.context() as patch:
-            patch.setattr(models.Wan, "fuses", lambda *_: False)
+            patch.setattr(models.Wan, "_fuses", lambda *_: False)
             apart = forward()
     forward()
     transformer.requires_grad_(False)
-    norm = models.Wan.layers(transformer)[0].norm_q.weight.requires_grad_()
+    norm = layers_of(transformer)[0].norm_q.weight.requires_grad_()
     forward().square().sum().backward()
     assert norm.grad.abs().sum() > 0
     handle.remove()
@@ -489,7 +495,8 @@ def test_bad_arguments_of_a_transformer_alone(kwargs, error):
 
 def test_unknown_model():
     with pytest.raises(
-        ValueError, match="transformer is a Linear; it must be one of CogVideoXTransformer3DModel"
+        ValueError,
+        match="transformer is a Linear; it must be one of AnyFlow.*WanVACETransformer3DModel; for another",
     ):
         enable(torch.nn.Linear(1, 1), STAGES, shift=1.0)
 
@@ -569,7 +576,9 @@ def test_report_of_two_transformers():
 
 def test_enabled_twice(wan):
     handle = enable(wan.pipe, STAGES)
-    with pytest.raises(RuntimeError, match="layer 0 of transformer has a Wan, .*remove"):
+    with pytest.raises(
+        RuntimeError, match="layer 0 of transformer has a Wan of FPSAttention already; .*remove"
+    ):
         enable(wan.pipe, STAGES)
     handle.remove()
     handle.remove()
@@ -675,8 +684,10 @@ def test_call_that_skips_the_hooks(wan):
 
 def test_tokens_that_are_no_grid(wan, monkeypatch):
     """As if the host cut its patches in another way."""
+    known = descriptions.DESCRIPTIONS["WanTransformer3DModel"]
+    other = replace(known, grid=lambda config, inputs: (3, 4, 5))
+    monkeypatch.setitem(descriptions.DESCRIPTIONS, "WanTransformer3DModel", other)
     enable(wan.pipe, STAGES)
-    monkeypatch.setattr(models.Wan, "grid", staticmethod(lambda config, inputs: (3, 4, 5)))
     with pytest.raises(RuntimeError, match=r"grid \(3, 4, 5\), but a layer got 72 tokens"):
         wan.run()
 
@@ -752,10 +763,42 @@ def test_attention_backend_of_the_host_holds_for_dense_steps(wan):
     assert processor.replaced._attention_backend is None
 
 
-def test_untested_version_of_the_host(monkeypatch):
-    module = importlib.import_module("fpsattention.integrations.diffusers")
-    monkeypatch.setattr(diffusers, "__version__", "0.99.0")
-    with pytest.raises(ImportError, match="diffusers 0.99.0: .*install a version from"):
+def test_version_of_the_host_that_is_too_old(monkeypatch):
+    module = importlib.import_module("fpsattention.integrations.diffusers.compared")
+    monkeypatch.setattr(diffusers, "__version__", "0.40.1")
+    with pytest.raises(ImportError, match=r"diffusers 0.40.1: .*install a version from 0\.41 to below"):
         importlib.reload(module)
     monkeypatch.undo()
     importlib.reload(module)
+
+
+def test_version_of_the_host_that_is_newer():
+    """The models run their own processors; ours, which repeat those of other versions, are not even imported."""
+    done = run_python(
+        "-c",
+        textwrap.dedent(
+            """
+            import sys, warnings
+            import diffusers
+            diffusers.__version__ = "0.99.0"
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                import fpsattention as fps
+                enable = fps.integrations.diffusers.enable
+            assert [str(x.message) for x in caught if "diffusers 0.99.0: FPSAttention has been comp" in str(x.message)]
+            assert "fpsattention.integrations.diffusers.models" not in sys.modules
+            config = fps.AttentionConfig()
+            import tiny_diffusers as tiny
+            transformer = tiny.wan_transformer()
+            enable(transformer, fps.StepSchedule(config, config, config), shift=1.0)
+            assert type(transformer.blocks[0].attn1.processor).__name__ == "GeneralWanAttnProcessor"
+            try:
+                fps.integrations.diffusers.use_fp8_linears(transformer)
+            except ValueError as error:
+                assert "one of those of diffusers below 0.43" in str(error)
+            else:
+                raise AssertionError
+            """
+        ),
+    )
+    assert done.returncode == 0, done.stderr

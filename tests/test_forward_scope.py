@@ -26,7 +26,7 @@ from fpsattention.integrations.scope import Scope
 
 try:
     import tiny_diffusers as tiny
-    from fpsattention.integrations.diffusers import enable
+    from fpsattention.integrations.diffusers import enable, transformer
 except ImportError as error:  # not installed, or a version that was not compared
     if os.environ.get("CI"):
         raise
@@ -53,19 +53,23 @@ def fastvideo_step(model: nn.Module, timestep: float, hidden: torch.Tensor) -> t
     return model(hidden[:, :4], None, torch.tensor([timestep]))
 
 
-@pytest.fixture(params=["diffusers", "fastvideo"])
+@pytest.fixture(params=["diffusers", "diffusers, general", "fastvideo"])
 def host(request, monkeypatch):
     """(a new transformer, its `enable` with the stages, a forward of it at a timestep)."""
-    if request.param == "diffusers":
+    if request.param == "diffusers, general":
+        monkeypatch.setattr(
+            transformer, "FUSED", {}
+        )  # the host's own processors, as in a newer version of it
+    if request.param != "fastvideo":
         return tiny.wan_transformer, partial(enable, schedule=STAGES, shift=1.0), diffusers_step
     stub_fastvideo.install(monkeypatch)
     fastvideo = importlib.import_module("fpsattention.integrations.fastvideo")
 
-    def transformer():
+    def new():
         torch.manual_seed(0)
         return stub_fastvideo.WanTransformer3DModel()
 
-    return transformer, partial(fastvideo.enable, schedule=STAGES, shift=1.0), fastvideo_step
+    return new, partial(fastvideo.enable, schedule=STAGES, shift=1.0), fastvideo_step
 
 
 def latents() -> torch.Tensor:

@@ -126,10 +126,16 @@ CALLS = {
         (*QKV, *TEXT, "grid", "config", "scale", "tensor_layout", "dtype"),
     ),
     "emulated_backward": (backward, (*QKV, *TEXT, "out", "lse", "dout", "dlse", "grid", "config", "scale")),
-    "norm_rope": (norm_rope, ("x", "weight", "grid", "eps", "rope", "tensor_layout")),
+    "norm_rope": (
+        norm_rope,
+        ("x", "weight", "bias", "text_weight", "grid", "eps", "rope", "tensor_layout", *TEXT[:2]),
+    ),
     "norm_rope_quantize": (
         norm_rope_quantize,
-        (*QKV, "q_weight", "k_weight", "eps", "rope", "grid", "config", "scale", "tensor_layout", "backend"),
+        (
+            *(*QKV, *TEXT, *(f"{x}_{name}" for x in "qk" for name in ("weight", "bias", "text_weight"))),
+            *("eps", "rope", "grid", "config", "scale", "tensor_layout", "backend"),
+        ),
     ),
     "AttentionConfig": (
         fps.AttentionConfig,

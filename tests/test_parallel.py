@@ -306,12 +306,12 @@ def pipeline_against_one(first: str, height: int) -> tuple[float, float, int]:
     return difference, expected.abs().max().item(), ulysses.call_count // model.passes
 
 
-def ltx_against_one(in_pairs: bool) -> tuple[float, float]:
+def ltx_against_one(in_pairs: bool, fused: bool = True) -> tuple[float, float]:
     """(largest difference, largest value) of a forward whose tokens all processes or each pair of them share. Without
     pipeline and backward: there the host's own parallel cross-attention fails, over the text's mask and length.
     """
     import tiny_diffusers as tiny
-    from fpsattention.integrations.diffusers import enable
+    from fpsattention.integrations.diffusers import enable, transformer
 
     g = tiny.noise(1)
     inputs = {
@@ -329,7 +329,10 @@ def ltx_against_one(in_pairs: bool) -> tuple[float, float]:
     outs = []
     for shared in (False, True):
         model = tiny.ltx(HEADS).pipe.transformer
-        enable(model, fps.StepSchedule(config, config, config), shift=3.0)
+        with pytest.MonkeyPatch.context() as patch:
+            if not fused:  # the host's own processors, as in a newer version of it
+                patch.setattr(transformer, "FUSED", {})
+            enable(model, fps.StepSchedule(config, config, config), shift=3.0)
         if shared:
             share_tokens(model, **options)
         with torch.no_grad():
@@ -669,8 +672,9 @@ def test_diffusers_pipeline(processes, first, height):
         assert steps == 4  # of 5, in one layer
 
 
-def test_ltx_in_diffusers(processes):
-    for error, size in processes.run(ltx_against_one, False):
+@pytest.mark.parametrize("fused", [True, False])
+def test_ltx_in_diffusers(processes, fused):
+    for error, size in processes.run(ltx_against_one, False, fused):
         assert error < 1e-4 * size
 
 

@@ -182,7 +182,7 @@ def test_tables_of_any_iterable():
             r"x: has 12 tokens in layout NHD, but grid \(2, 3, 4\) has 24",
         ),
         ({"x": torch.ones(1, 1, 2, 64), "rope": None}, ValueError, "x: has 1 tokens"),
-        ({"prefix_len": 2}, ValueError, "x: has 24 tokens .* has 24 and 2 are text"),
+        ({"prefix_len": 2}, ValueError, "x: has 24 tokens .* has 24, prefix_len is 2"),
         ({"prefix_len": -1}, ValueError, "prefix_len: -1 must be"),
         ({"x": torch.ones(24, 2, 64)}, ValueError, r"x: must have 4 dimensions \[B, L, H, D\]"),
         ({"x": torch.ones(1, 24, 2, 64).int()}, TypeError, "x: must be a tensor of torch.bfloat16, .*int32"),

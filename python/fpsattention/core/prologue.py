@@ -157,9 +157,10 @@ def norm_rope(
     prefix_len = checks.as_int("prefix_len", prefix_len, 0)
     suffix_len = checks.as_int("suffix_len", suffix_len, 0)
     if tokens != prefix_len + video + suffix_len:
-        text = f" and {prefix_len + suffix_len} are text" if prefix_len or suffix_len else ""
+        lengths = {"prefix_len": prefix_len, "suffix_len": suffix_len}
+        with_text = "".join(f", {name} is {n}" for name, n in lengths.items() if n)
         raise ValueError(
-            f"x: has {tokens} tokens in layout {tensor_layout}, but grid {tuple(grid)} has {video}{text}"
+            f"x: has {tokens} tokens in layout {tensor_layout}, but grid {tuple(grid)} has {video}{with_text}"
         )
     _check(x, weight, bias, text_weight, eps, tables, grid, tensor_layout)
     values = checks.to_heads_first(x, tensor_layout).transpose(1, 2).float()  # [B, L, H, D]

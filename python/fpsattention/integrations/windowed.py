@@ -57,6 +57,7 @@ def _op(
     prefix_len: int = 0,
     suffix_len: int = 0,
     suffix_valid: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     config = AttentionConfig(
         tile=_triple(tile),
@@ -75,6 +76,7 @@ def _op(
         prefix_len=prefix_len,
         suffix_len=suffix_len,
         suffix_valid=suffix_valid,
+        scale=scale,
     )
     return cast(Tensor, out).contiguous()
 

@@ -13,6 +13,7 @@ from ...schedules.schedule import StepSchedule
 from ...schedules.windows import WindowTable
 from ..hosts import as_dense_steps, check_schedule
 from .clocks import Clock, NoiseClock, SchedulerClock
+from .description import Description
 from .report import Report, Row, rows_of
 from .transformer import PatchedTransformer
 
@@ -25,11 +26,13 @@ def enable(
     dense_steps: int | Collection[int] = 0,
     shift: float | None = None,
     backend: str = "auto",
+    description: Description | None = None,
 ) -> Handle:
     """Let the self-attention layers of a pipeline, or of a transformer, run FPSAttention.
 
-    The transformers are those of Wan2.1 and 2.2, HunyuanVideo, CogVideoX, LTX-Video and Mochi. Cross-attention, text
-    encoders and the VAE stay as they are. The token grid is read from the input of each forward.
+    The transformers are the video transformers of diffusers that `docs/hosts.md` lists; any other one needs its
+    `description`. Cross-attention, text encoders and the VAE stay as they are. The token grid is read from the input of
+    each forward.
 
     All transformers of a pipeline are changed (Wan2.2 has two). The step is the place of the forward's timestep in
     `pipe.scheduler.timesteps`. Calls are not counted, so guidance may make any number of them, and a sampler may enter
@@ -56,6 +59,7 @@ def enable(
         shift: as in `StepSchedule.for_sigma`; required with a transformer, not allowed with a pipeline. 1.0 for
             CogVideoX: its timestep is no sigma, but falls evenly, as progress rises.
         backend: as in `fpsattention.attention`.
+        description: of the transformers, if they are of a class that this package does not know, or not as you want.
 
     Returns the `Handle` that reports what runs and removes FPSAttention again.
     Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value; RuntimeError
@@ -71,7 +75,10 @@ def enable(
         clock, transformers = _scheduler_clock(model, schedule, steps, shift), _transformers_of(model)
     else:
         clock, transformers = _noise_clock(model, schedule, steps, shift), {"transformer": model}
-    patched = [PatchedTransformer(name, x, clock, dense_layers, backend) for name, x in transformers.items()]
+    patched = [
+        PatchedTransformer(name, x, clock, dense_layers, backend, description)
+        for name, x in transformers.items()
+    ]
     for x in patched:  # all are checked by now, so either all are changed or none
         x.install()
     return Handle(patched, clock)

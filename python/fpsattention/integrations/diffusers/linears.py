@@ -10,7 +10,9 @@ from diffusers.models.activations import GELU
 from torch import Tensor, nn
 
 from ..fp8_linear import FP8Linear, FP8LinearThenElementwise
-from .models import MODELS, model_of
+from ..hosts import host_class
+from .compared import COMPARED, FIRST_UNTESTED, FUSED
+from .descriptions import description_of
 
 
 def use_fp8_linears(transformer: nn.Module) -> None:
@@ -33,10 +35,11 @@ def use_fp8_linears(transformer: nn.Module) -> None:
     bfloat16 tensor (rounded already, or sharded) or its size no multiple of 16; RuntimeError without FP8 tensor cores.
     """
     host = getattr(transformer, "_orig_mod", transformer)
-    model = model_of(host)
-    if model is None:
-        known = ", ".join(sorted(x.__name__ for x in MODELS))
-        raise ValueError(f"transformer: is a {type(host).__name__}; it must be one of {known}")
+    kind = host_class(host).__name__
+    if kind not in FUSED:
+        known = ", ".join(FUSED) if COMPARED else f"those of diffusers below {FIRST_UNTESTED}"
+        raise ValueError(f"transformer: is a {kind}; it must be one of {known}")
+    description = description_of(host, "transformer")
     blocks = {name: x for name, x in host.named_children() if isinstance(x, nn.ModuleList)}
     linears = {
         f"{start}.{name}": x
@@ -49,7 +52,10 @@ def use_fp8_linears(transformer: nn.Module) -> None:
     _round(host, linears.values())
     # Projections go to attention as they are: no elementwise operation follows that could apply scales and bias.
     projections = {
-        id(x) for attn in model.layers(host) for name, x in attn.named_children() if name != "to_add_out"
+        id(x)
+        for attn in description.layers(host)
+        for name, x in attn.named_children()
+        if name != "to_add_out"
     }
     for linear in linears.values():
         linear.__class__ = FP8Linear if id(linear) in projections else FP8LinearThenElementwise

@@ -1,20 +1,20 @@
 """`Processor`, the base of our attention processors, and `Forward`, what they need to know of a transformer's forward.
 
-A processor takes the place of the host's in a self-attention layer. It projects, normalises and rotates Q, K and V as
-the host's does and hands them to `fpsattention.attention`. Steps that stay dense go to the host's own processor.
+A processor takes the place of the host's in a self-attention layer. A `fused.Fused` one projects, normalises and
+rotates Q, K and V as the host's does and hands them to `fpsattention.attention`; `general.General` lets the host's do
+that. Steps that stay dense go to the host's own processor.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ...core.api import attention
@@ -22,8 +22,6 @@ from ...core.checks import Triple
 from ...core.config import AttentionConfig
 from ...core.prologue import norm_rope_quantize
 from ...parallel import ulysses_attention
-from ..fp8_linear import has_hooks
-from ..hosts import TRAIN_TIMESTEPS
 from ..scope import Scope
 from ..windowed import attention_in_windows, in_windows
 
@@ -39,8 +37,8 @@ class Forward:
     """What the self-attention layers run in one forward of a transformer.
 
     Attributes:
-        extent: an empty tensor [T, H, W, 0] whose shape is the token grid: torch.compile makes symbols of the sizes of
-            a tensor, but constants of numbers.
+        extent: an empty tensor [T, H, W, before, after, 0] whose shape is the token grid and the number of other tokens
+            around it: torch.compile makes symbols of the sizes of a tensor, but constants of numbers.
         parts: the configs to run, and for which samples. None: the host's own attention.
         order: int64 [B], the place of each sample in the concatenated parts; None with a single part.
         windows: int64 [layers, H, 3] on the CPU, the windows of all layers, if the schedule is a `WindowTable`.
@@ -59,80 +57,29 @@ class Forward:
     @property
     def grid(self) -> Triple:
         """Tokens (T, H, W)."""
-        t, h, w, _ = self.extent.shape
+        t, h, w, *_ = self.extent.shape
         return t, h, w
 
+    @property
+    def others(self) -> tuple[int, int]:
+        """Tokens that share the sequence with the video's, before them and after them."""
+        before, after, _ = self.extent.shape[3:]
+        return before, after
 
-class Processor(ABC):
-    """Self-attention of one layer. A subclass tells what is special to its model.
+    def of_sample(self, i: int) -> Forward:
+        """The forward of sample i alone, without its padding."""
+        config = next(config for config, rows in self.parts or () if rows is None or i in rows.tolist())
+        return replace(self, parts=((config, None),), order=None, text_valid=None)
 
-    Attributes:
-        stock: the host's processor class that it replaces.
-        symbolic_dims: the dimensions of the transformer's hidden_states that the grid depends on. Empty where the host
-            makes constants of them, so that torch.compile has one graph for each size.
-        unknown: arguments of `__call__` that the model never gives to its self-attention layers.
-        context_parallel: whether the host can split the tokens of self-attention among processes.
-    """
 
-    stock: type
-    symbolic_dims: tuple[int, ...] = (2, 3, 4)  # [B, C, T, H, W]
-    unknown: tuple[str, ...] = ()
-    context_parallel = False
+class Processor:
+    """Self-attention of one layer, in place of the host's processor `replaced`."""
 
     def __init__(self, replaced: Any, scope: Scope, layer: int, backend: str):
         self.replaced = replaced
         self.scope = scope
         self.layer = torch.tensor(layer, device="cpu")  # torch.compile would make a constant of a number
         self.backend = backend
-
-    @staticmethod
-    @abstractmethod
-    def layers(transformer: Any) -> list[Attn]:
-        """The self-attention modules of a transformer, in the order they run in."""
-
-    @staticmethod
-    @abstractmethod
-    def grid(config: Any, inputs: dict[str, Any]) -> Triple:
-        """Tokens (T, H, W), from the transformer's configuration and the arguments of its forward."""
-
-    @staticmethod
-    def text_valid(inputs: dict[str, Any]) -> Tensor | None:
-        """`Forward.text_valid`, from the arguments of the transformer's forward."""
-        return None
-
-    @staticmethod
-    def sigma(timestep: Tensor) -> Tensor:
-        """The noise level, 1 at pure noise, of a timestep that the transformer's forward gets."""
-        return timestep / TRAIN_TIMESTEPS
-
-    @abstractmethod
-    def self_attention(
-        self,
-        attn: Attn,
-        hidden_states: Tensor,
-        encoder_hidden_states: Any,
-        image_rotary_emb: Any,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """What the layer returns, from the arguments of `__call__`."""
-
-    # The host passes on by keyword only what this signature names.
-    def __call__(
-        self,
-        attn: Attn,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: Any = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        if self.scope.current().parts is None:
-            return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        given = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": attention_mask}
-        for name in self.unknown:
-            if given[name] is not None:
-                raise ValueError(
-                    f"{name}: was given to a self-attention layer, where FPSAttention has no place for it"
-                )
-        return self.self_attention(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
 
     @property
     def _attention_backend(self) -> Any:
@@ -152,22 +99,6 @@ class Processor(ABC):
     def _parallel_config(self, value: Any) -> None:
         self.replaced._parallel_config = value
 
-    def fuses(self, norms: Sequence[nn.Module], *qkv: Tensor) -> bool:
-        """Whether `attend` can take projections before norm and rotary embedding, with a prologue that applies both."""
-        forward: Forward = self.scope.current()
-        if forward.group is not None or qkv[0].shape[1] != math.prod(forward.grid):
-            return False
-        if forward.windows is not None and torch.compiler.is_compiling():
-            return False
-        if torch.is_autocast_enabled(qkv[0].device.type):
-            return False
-        weights = [norm.weight for norm in norms]
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (*qkv, *weights)):
-            return False
-        if any(map(has_hooks, norms)):
-            return False
-        return all(config.quant == "fp8" and not config.smooth_k for config, _ in forward.parts or ())
-
     def attend(
         self,
         q: Tensor,
@@ -176,6 +107,8 @@ class Processor(ABC):
         *,
         prefix_len: int = 0,
         suffix_len: int = 0,
+        scale: float | None = None,
+        sample: int | None = None,
         prologue: dict[str, Any] | None = None,
     ) -> Tensor:
         """Attention as this forward's parts and windows say.
@@ -183,13 +116,24 @@ class Processor(ABC):
         Args:
             q, k, v: [B, L, H, D], the video's tokens with prefix_len text tokens before or suffix_len after them; or
                 this process's share of all these.
+            scale: of the scores; None: D ** -0.5.
+            sample: which one q, k, v are, without its padding; None: all samples.
             prologue: norm and rotary embedding that are still to be applied, as `norm_rope_quantize` takes them.
 
         Returns [B, L, H * D].
         """
         forward: Forward = self.scope.current()
+        if sample is not None:
+            forward = forward.of_sample(sample)
         alone = forward.group is None
-        if alone and q.shape[1] != prefix_len + math.prod(forward.grid) + suffix_len:
+        total = prefix_len + math.prod(forward.grid) + suffix_len
+        if alone and torch.compiler.is_compiling():
+            # Not an `if`: the length is unknown to torch.compile where the host cuts off a text's padding.
+            torch._check(
+                q.shape[1] == total,
+                lambda: "a layer got more or fewer tokens than the grid and its text have",
+            )
+        elif alone and q.shape[1] != total:
             raise RuntimeError(
                 f"the transformer's input has the token grid {forward.grid}, but a layer got {q.shape[1]} tokens, of "
                 f"which {prefix_len + suffix_len} are text; FPSAttention cannot tell where the others are in the video"
@@ -199,6 +143,8 @@ class Processor(ABC):
             kwargs["group"] = forward.group
         if prefix_len or suffix_len:
             kwargs |= {"prefix_len": prefix_len, "suffix_len": suffix_len}
+        if scale is not None:
+            kwargs["scale"] = scale
         outs = [self._attend_part(part, forward, (q, k, v), kwargs, prologue) for part in forward.parts or ()]
         out = outs[0] if forward.order is None else torch.cat(outs)[forward.order.to(q.device)]
         return out.flatten(2)
@@ -234,7 +180,6 @@ class Processor(ABC):
         elif forward.windows is not None:
             config = in_windows(config, forward.windows, self.layer)
         if prologue is not None:
-            return run(
-                norm_rope_quantize(q, k, v, config=config, **kwargs, **prologue), config=config, **kwargs
-            )
+            quantized = norm_rope_quantize(q, k, v, config=config, **kwargs, **prologue)
+            return cast(Tensor, attention(quantized, grid=forward.grid, config=config))
         return run(q, k, v, config=config, **kwargs)

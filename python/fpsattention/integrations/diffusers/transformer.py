@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Collection, Hashable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,14 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ...core.checks import Triple
-from ..hosts import as_dense_layers, check_schedule
+from ..hosts import as_dense_layers, check_schedule, host_class
 from ..scope import Hooks, Scope
 from .clocks import Clock
-from .models import MODELS, model_of
-from .processor import Forward, Parts, Processor
+from .compared import FUSED
+from .description import Description, Inputs
+from .descriptions import DESCRIPTIONS, description_of
+from .general import general
+from .processor import Attn, Forward, Parts, Processor
 
 
 class PatchedTransformer:
@@ -24,6 +28,7 @@ class PatchedTransformer:
 
     Attributes:
         name: of the transformer in its pipeline.
+        description: of its class.
         heads: of each self-attention layer.
         processors: ours, by the index of their layer.
         dense_layers: the layers that keep the host's own.
@@ -33,20 +38,23 @@ class PatchedTransformer:
     """
 
     def __init__(
-        self, name: str, transformer: nn.Module, clock: Clock, dense_layers: Collection[int], backend: str
+        self,
+        name: str,
+        transformer: nn.Module,
+        clock: Clock,
+        dense_layers: Collection[int],
+        backend: str,
+        description: Description | None,
     ):
         self.compiled = hasattr(transformer, "_orig_mod")  # by torch.compile(transformer)
         transformer = getattr(transformer, "_orig_mod", transformer)
         self.name = name
         self.transformer = transformer
         self.clock = clock
-        model = model_of(transformer)
-        if model is None:
-            known = ", ".join(sorted(x.__name__ for x in MODELS))
-            raise ValueError(f"model: {name} is a {type(transformer).__name__}; it must be one of {known}")
-        self.model = model
-        self.layers = model.layers(transformer)
-        self.heads: int = self.layers[0].heads
+        self.description = description_of(transformer, name) if description is None else description
+        self.fused = FUSED.get(host_class(transformer).__name__) if description is None else None
+        self.layers = list(self.description.layers(transformer))
+        self.heads = _heads_of(self.layers[0])
         check_schedule(clock.schedule, name, num_layers=len(self.layers), heads=self.heads)
         self.dense_layers = as_dense_layers(dense_layers, len(self.layers))
         self.signature = inspect.signature(type(transformer).forward)
@@ -58,16 +66,26 @@ class PatchedTransformer:
         self.around = _modules_around(transformer, self.layers)
         self.processors: dict[int, Processor] = {}
         for i, layer in enumerate(self.layers):
-            if type(layer.processor) is not model.stock:
-                advice = (
-                    "; call remove() of the handle first" if isinstance(layer.processor, Processor) else ""
-                )
-                raise RuntimeError(
-                    f"model: layer {i} of {name} has a {type(layer.processor).__name__}, where FPSAttention can only "
-                    f"take the place of {model.stock.__name__}{advice}"
-                )
             if i not in self.dense_layers:
-                self.processors[i] = model(layer.processor, self.scope, i, backend)
+                self.processors[i] = self._processor(i, layer, backend)
+
+    def _processor(self, i: int, layer: Attn, backend: str) -> Processor:
+        """Ours for a layer: one that fuses, if it repeats the one that the layer has."""
+        stock = layer.processor
+        if isinstance(stock, Processor):
+            raise RuntimeError(
+                f"model: layer {i} of {self.name} has a {type(stock).__name__} of FPSAttention already; call remove() "
+                f"of the handle first"
+            )
+        if self.fused is not None and type(stock) is self.fused.stock:
+            return self.fused(stock, self.scope, i, backend)
+        try:
+            kind = general(type(stock))
+        except ValueError as error:
+            raise RuntimeError(
+                f"model: layer {i} of {self.name} has a {type(stock).__name__}, where FPSAttention cannot run: {error}"
+            ) from None
+        return kind(stock, self.scope, i, backend, self.description, first=not self.processors)
 
     def install(self) -> None:
         """Put our processors in the layers."""
@@ -92,17 +110,19 @@ class PatchedTransformer:
                     f"so FPSAttention would not run; call remove() of the handle, and enable() again"
                 )
         inputs = self.signature.bind(module, *args, **kwargs).arguments
-        grid = self.model.grid(module.config, inputs)
+        config, description = getattr(module, "config", None), self.description
+        grid = description.grid(config, inputs)
         check_schedule(self.clock.schedule, f"{self.name}'s input", grid=grid)
-        parts, order, windows = self.clock.parts(inputs["timestep"], self.model.sigma)
-        extent = torch.empty(*grid, 0, device="cpu")
+        parts, order, windows = self.clock.parts(inputs["timestep"], partial(description.sigma, config))
+        others = description.before(config, inputs), description.after(config, inputs)
+        extent = torch.empty(*grid, *others, 0, device="cpu")
         if self.last_grid not in (None, grid):
             self.sizes_change = True
-        if self.sizes_change and self.model.symbolic_dims:
+        if self.sizes_change and self.description.symbolic_dims:
             # Mark all sizes at once. torch.compile would discover them one by one, each time with another graph for
             # each stage.
             torch._dynamo.maybe_mark_dynamic(extent, [0, 1, 2])
-            torch._dynamo.maybe_mark_dynamic(inputs["hidden_states"], list(self.model.symbolic_dims))
+            torch._dynamo.maybe_mark_dynamic(inputs["hidden_states"], list(self.description.symbolic_dims))
         self.last_grid = grid
         if self.compiled or any(x._compiled_call_impl is not None for x in self.around):
             self._count_graphs(grid, parts)
@@ -111,13 +131,13 @@ class PatchedTransformer:
             parts,
             order,
             None if windows is None else torch.tensor(windows, device="cpu"),
-            self._text_valid(inputs),
+            self._text_valid(config, inputs),
             self._group(module),
         )
 
     def _count_graphs(self, grid: Triple, parts: Parts | None) -> None:
         """Warn once when torch.compile needs more graphs than it keeps."""
-        size = self.sizes_change if self.model.symbolic_dims else grid
+        size = self.sizes_change if self.description.symbolic_dims else grid
         configs = None if parts is None else tuple(config for config, _ in parts)
         graph = (size, configs, torch.is_grad_enabled())
         limit = torch._dynamo.config.recompile_limit
@@ -130,9 +150,9 @@ class PatchedTransformer:
             )
         self.graphs.add(graph)
 
-    def _text_valid(self, inputs: dict[str, Any]) -> Tensor | None:
+    def _text_valid(self, config: Any, inputs: Inputs) -> Tensor | None:
         """The model's, for each sample. The mask of a single sample holds for all, as the host broadcasts it."""
-        valid, batch = self.model.text_valid(inputs), len(inputs["hidden_states"])
+        valid, batch = self.description.valid(config, inputs), len(inputs["hidden_states"])
         if valid is None or len(valid) == batch:
             return valid
         if len(valid) != 1:
@@ -144,16 +164,17 @@ class PatchedTransformer:
 
     def _group(self, module: Any) -> ProcessGroup | None:
         """The processes among which the host has split the tokens; None if it has not."""
-        if module._parallel_config is None:
+        parallel = getattr(module, "_parallel_config", None)
+        if parallel is None:
             return None
-        config = module._parallel_config.context_parallel_config
+        config = parallel.context_parallel_config
         if config is None:
             raise RuntimeError(
                 f"{self.name}: tensor parallelism is switched on, which hands a layer a part of the heads only; "
                 f"FPSAttention knows context parallelism: ContextParallelConfig(ulysses_degree=...)"
             )
-        if not self.model.context_parallel:
-            known = ", ".join(sorted(x.__name__ for x, model in MODELS.items() if model.context_parallel))
+        if not self.description.context_parallel:
+            known = ", ".join(name for name, x in DESCRIPTIONS.items() if x.context_parallel)
             raise RuntimeError(
                 f"{self.name}: context parallelism is switched on, but how it splits the text of a "
                 f"{type(self.transformer).__name__} is unknown to FPSAttention; it can be on in {known}"
@@ -164,6 +185,11 @@ class PatchedTransformer:
                 f"ContextParallelConfig(ulysses_degree={config.ring_degree * config.ulysses_degree})"
             )
         return config._ulysses_mesh.get_group()
+
+
+def _heads_of(layer: Attn) -> int:
+    """The number of heads of a self-attention module, by either of the names it has in diffusers."""
+    return layer.heads if hasattr(layer, "heads") else layer.num_heads
 
 
 def _modules_around(transformer: nn.Module, layers: list[nn.Module]) -> list[nn.Module]:
