@@ -132,7 +132,7 @@ __device__ __forceinline__ Int3 angles_of(const NormRope &norm, int token, int h
 // Data that normalises and rotates the rows of a tile, in shared memory.
 template <int kRows, int kLanes, bool kPerHead>
 struct Prologue {
-    static constexpr int kPairs = kVec / 2, kChannels = kLanes * kVec;
+    static constexpr int kPairs = kVec / 2;
     Int3 angles[kRows];
     float inverse[kRows], shift[kPerHead ? kRows : 1];  // 1 / RMS, and what a LayerNorm adds then: -mean / RMS
     // [pair of a vector][vector of a row], so that lanes have no bank conflicts
@@ -157,7 +157,7 @@ struct Prologue {
         const float *of_text = norm.text_weights[is_k];
         const float *from = is_text && of_text != nullptr ? of_text : norm.weights[is_k];
         for (int i = threadIdx.x; i < kPairs * kLanes; i += blockDim.x) {
-            const int at = 2 * i + (kPerHead ? 0 : head * kChannels);
+            const int at = 2 * i + (kPerHead ? 0 : head * kLanes * kVec);
             weights[i % kPairs][i / kPairs] = weighs ? float2{from[at], from[at + 1]} : float2{1, 1};
             if constexpr (kPerHead) {
                 const float *bias = norm.biases[is_k];
@@ -169,6 +169,7 @@ struct Prologue {
     // Works out 1 / RMS and shift of a row, of which this lane has vector `vec`. All lanes of a warp must call it.
     template <class T>
     __device__ __forceinline__ void measure(uint4 raw, const NormRope &norm, int row, int vec) {
+        constexpr int kChannels = kLanes * kVec;
         float x[kVec], mean = 0, squares = 0;
         upcast_vec<T>(raw, x);
         if (norm.biases[0] != nullptr) {
