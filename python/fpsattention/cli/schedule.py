@@ -180,7 +180,7 @@ def _step_schedule(
     }
     for config in configs.values():
         shape.resolve(config)
-    return StepSchedule(**configs, alpha=alpha)
+    return StepSchedule(configs["early"], configs["mid"], configs["late"], alpha)
 
 
 def _of_stages(

@@ -22,8 +22,9 @@ if not Version(OLDEST) <= Version(diffusers.__version__) < Version(FIRST_UNTESTE
     )
 
 # Below the check, as these import what only the compared versions are sure to have.
+from .folder import load, save  # noqa: E402
 from .handle import Handle, enable  # noqa: E402
 from .linears import use_fp8_linears  # noqa: E402
 from .report import Report, Row  # noqa: E402
 
-__all__ = ["Handle", "Report", "Row", "enable", "use_fp8_linears"]
+__all__ = ["Handle", "Report", "Row", "enable", "load", "save", "use_fp8_linears"]

@@ -94,7 +94,9 @@ class PatchedTransformer:
         inputs = self.signature.bind(module, *args, **kwargs).arguments
         grid = self.model.grid(module.config, inputs)
         check_schedule(self.clock.schedule, f"{self.name}'s input", grid=grid)
-        parts, order, windows = self.clock.parts(inputs["timestep"], self.model.sigma)
+        parts, order, windows = None, None, None
+        if not self.scope.asked_dense:
+            parts, order, windows = self.clock.parts(inputs["timestep"], self.model.sigma)
         extent = torch.empty(*grid, 0, device="cpu")
         if self.last_grid not in (None, grid):
             self.sizes_change = True
