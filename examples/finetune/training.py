@@ -182,7 +182,7 @@ class Run:
         found = (
             json.loads((self.folder / VALIDATION).read_text()) if (self.folder / VALIDATION).exists() else {}
         )
-        if when in found:
+        if when == "before" and when in found:  # a resumed run's student is no longer what it was before
             return found[when]
         sums = torch.zeros(len(STAGES), 2, dtype=torch.float64)
         samples = list(self._validation_samples())
