@@ -35,7 +35,7 @@ from finetune import samples, training, videos
 from finetune.machine import Machine
 from finetune.student import Make, Student, load_pipeline, load_transformer
 from fpsattention.cli import options
-from fpsattention.cli.errors import MachineError, UserError
+from fpsattention.cli.errors import MachineError, UserError, asked
 from fpsattention.schedules.files import config_to_json
 from fpsattention.schedules.schedule import STAGES
 
@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
     cache = samples.Cache(args.cache or args.out / "cache", request)
     scheduler = _scheduler(args.model)
     shift = _shift(args.shift, scheduler)
+    settings = _settings(args, schedule, shift, machine)
     _prepare(cache, machine, console)
     files = cache.split(args.held_out)
     make = Make(
@@ -79,10 +80,9 @@ def run(args: argparse.Namespace) -> None:
     )
     transformer = load_transformer(args.model, args.transformer, DTYPES[args.dtype])
     torch.manual_seed(args.seed)  # of the adapter's first weights
-    student = Student(transformer, make, machine, with_teacher=args.data is not None)
-    fit = training.Run(
-        args.out / args.transformer, _settings(args, schedule, shift, machine), student, scheduler, files
-    )
+    with asked():
+        student = Student(transformer, make, machine, with_teacher=args.data is not None)
+    fit = training.Run(args.out / args.transformer, settings, student, scheduler, files)
     weights = sum(p.numel() for p in student.parameters.values())
     console.print(
         f"{type(transformer).__name__}: {weights / 1e6:.1f} M weights to train ({args.method}), {machine.world} "
@@ -91,7 +91,8 @@ def run(args: argparse.Namespace) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    before = fit.validate("before")
+    with asked():  # the first forward tells the grid, which tile and windows must fit
+        before = fit.validate("before")
     fit.train(args.save_every, console)
     after = fit.finish()
     fit.write_model(args.out / "model")
@@ -164,8 +165,10 @@ def _shift(given: float | None, scheduler: Any) -> float:
 
 
 def _request(args: argparse.Namespace) -> samples.Request:
-    if args.data is not None and args.size is None:
-        raise UserError("--size: must be given with --data")
+    if args.data is not None:
+        videos.find(args.data)  # raises if there are none
+        if args.size is None:
+            raise UserError("--size: must be given with --data")
     return samples.Request(
         model=args.model,
         transformer=args.transformer,

@@ -1,11 +1,14 @@
-"""examples/finetune_diffusers.py, by its own main: samples, training that resumes exactly, processes, what it writes."""
+"""examples/finetune_diffusers.py by its own main: samples, training that resumes exactly, processes, the result."""
 
 from __future__ import annotations
 
 import csv
 import itertools
 import json
+import math
 import os
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from processes import Processes
 try:
     import diffusers
     import peft  # noqa: F401 (an adapter needs it)
+    from safetensors.torch import load_file
 
     import finetune_diffusers
     import tiny_diffusers as tiny
@@ -72,7 +76,15 @@ def options(model: Path, out: Path, cache: Path | None = None, **changes) -> lis
     """A command line. An option of None is left out; one of "" has no value."""
     values = {"model": model, "out": out, "cache": cache, "size": SIZE, "tile": (1, 2, 2), "early": (1, 1, 1)}
     values |= {"late": (1, 3, 3), "alpha": (0.4, 0.8), "videos": 4, "points": 4, "sampler_steps": STEPS}
-    values |= {"held_out": 2, "steps": 4, "rank": 4, "warmup": 1, "lr": 1e-2, "dtype": "fp32", "save_every": 2}
+    values |= {
+        "held_out": 2,
+        "steps": 4,
+        "rank": 4,
+        "warmup": 1,
+        "lr": 1e-2,
+        "dtype": "fp32",
+        "save_every": 2,
+    }
     words: list[str] = []
     for name, value in (values | changes).items():
         if value is not None:
@@ -93,8 +105,6 @@ def log_of(run: Path) -> list[list[str]]:
 
 def weights_of(run: Path) -> dict[str, torch.Tensor]:
     (file,) = (run / "model" / "transformer").glob("*.safetensors")
-    from safetensors.torch import load_file
-
     return load_file(file)
 
 
@@ -136,8 +146,9 @@ def test_what_is_written_is_what_was_trained(model, cache, tmp_path):
         assert distance(zip(outputs(dense, taken), teacher, strict=True)) > 1e-6  # the adapter is on
     for when, found in (("before", untrained), ("after", trained)):
         by_stage = {"early": [], "mid": [], "late": []}
-        for x, y, taken_at in zip(found, teacher, taken, strict=True):
-            by_stage["early" if taken_at.progress < 0.4 else "mid" if taken_at.progress < 0.8 else "late"].append((x, y))
+        for x, y, at in zip(found, teacher, taken, strict=True):
+            stage = "early" if at.progress < 0.4 else "mid" if at.progress < 0.8 else "late"
+            by_stage[stage].append((x, y))
         expected = {stage: distance(pairs) for stage, pairs in by_stage.items() if pairs}
         expected["all"] = distance(itertools.chain.from_iterable(by_stage.values()))
         assert reported[when] == pytest.approx(expected, rel=1e-4)
@@ -222,7 +233,14 @@ def two_processes(tmp_path_factory):
 @pytest.mark.parametrize("method", ["lora", "weights"])
 def test_two_processes_equal_one(model, tmp_path, two_processes, method):
     """With one sample to train with, both processes see what one alone sees; FSDP2 averages their gradients."""
-    changes = {"cache": tmp_path / "cache", "videos": 2, "points": 1, "held_out": 1, "method": method, "lr": 1e-3}
+    changes = {
+        "cache": tmp_path / "cache",
+        "videos": 2,
+        "points": 1,
+        "held_out": 1,
+        "method": method,
+        "lr": 1e-3,
+    }
     finetune(model, tmp_path / "one", **changes)
     words = options(model, tmp_path / "two", **changes)
     assert two_processes.run(in_a_process, words) == [0, 0]
@@ -232,6 +250,200 @@ def test_two_processes_equal_one(model, tmp_path, two_processes, method):
     assert ours.keys() == expected.keys()
     for name, x in expected.items():
         torch.testing.assert_close(ours[name], x, atol=1e-5, rtol=1e-3)
-    read = [json.loads((tmp_path / x / "transformer" / training.VALIDATION).read_text()) for x in ("one", "two")]
+    read = [
+        json.loads((tmp_path / x / "transformer" / training.VALIDATION).read_text()) for x in ("one", "two")
+    ]
     for when in ("before", "after"):
         assert read[1][when] == pytest.approx(read[0][when], rel=1e-3)
+
+
+# Samples
+
+
+def arguments_of(model: tiny.Tiny) -> dict:
+    return model.kwargs | {"generator": tiny.noise(), "num_inference_steps": STEPS, "output_type": "latent"}
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_calls_of_every_model_can_be_repeated(name):
+    """The teacher returns for a sample what the pipeline's transformer did; the student learns from it."""
+    model = tiny.MODELS[name]()
+    model.pipe.set_progress_bar_config(disable=True)
+    which, taken = model.names[-1], []
+    transformer = getattr(model.pipe, which)
+    samples.follow(model.pipe, transformer, arguments_of(model), taken.append)
+    first = model.switch % STEPS  # of Wan2.2's second transformer
+    assert [x.progress for x in taken] == [
+        i / STEPS for i in range(first, STEPS) for _ in range(model.passes)
+    ]
+    schedule = fps.StepSchedule(*[fps.AttentionConfig((1, 2, 2), (1, 1, 1))] * 3)
+    make = student.Make(schedule, 3.0, (), 4, ("to_q", "to_k", "to_v"), True, False, "auto")
+    pupil = student.Student(transformer, make, CPU, with_teacher=True)
+    for parameter in pupil.parameters.values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    for x in (taken[0], taken[-1]):
+        assert torch.equal(pupil.teach(x.arguments), x.output)
+        loss = (pupil.forward(x.arguments) - x.output).square().mean()
+        loss.backward()
+        assert loss > 0
+    assert len(pupil.parameters) >= 12 and all(p.requires_grad for p in pupil.parameters.values())
+    assert any(grad is not None and grad.abs().max() > 0 for grad in pupil.gradients())
+
+
+def test_kept_calls_are_a_random_choice(tmp_path, model):
+    pipe = student.load_pipeline(str(model), torch.float32, torch.device("cpu"))
+    request = samples.Request(str(model), "transformer", SIZE, None, STEPS, 5.0, 3, 10, None, "fp32", 0)
+    whole = samples.Cache(tmp_path / "whole", request)
+    some = samples.Cache(tmp_path / "some", samples.Request(**vars(request) | {"points": 3}))
+    for cache in (whole, some):
+        cache.claim()
+        samples.sample(pipe, cache, CPU, lambda: None)
+    places = []
+    for video in range(3):
+        calls = [samples.read(whole.path(video, i)) for i in range(10)]
+        assert [x.progress for x in calls] == [i / STEPS for i in range(STEPS) for _ in range(2)]
+        kept = [samples.read(some.path(video, i)) for i in range(3)]
+        found = [[i for i, call in enumerate(calls) if torch.equal(call.output, x.output)] for x in kept]
+        assert all(len(x) == 1 for x in found)
+        places.append(tuple(sorted(x for (x,) in found)))
+        assert len(set(places[-1])) == 3
+    assert len(set(places)) > 1
+    prompts = [samples.prompts_of(None, seed)(video) for seed in (0, 1) for video in range(20)]
+    assert len(set(prompts)) == 40
+
+
+def test_two_processes_share_the_videos(tmp_path, model):
+    pipe = student.load_pipeline(str(model), torch.float32, torch.device("cpu"))
+    request = samples.Request(str(model), "transformer", SIZE, None, 2, 1.0, 3, 1, None, "fp32", 0)
+    cache = samples.Cache(tmp_path, request)
+    cache.claim()
+    samples.sample(pipe, cache, Machine(torch.device("cpu"), 1, 2), lambda: None)
+    assert [cache.has(video) for video in range(3)] == [False, True, False]
+    first = samples.read(cache.path(1, 0))
+    samples.sample(pipe, cache, CPU, lambda: None)  # what is there stays
+    assert [cache.has(video) for video in range(3)] == [True] * 3
+    assert torch.equal(samples.read(cache.path(1, 0)).output, first.output)
+    assert not torch.equal(samples.read(cache.path(0, 0)).output, first.output)
+
+
+def test_a_wan_latent_is_the_hosts(model, clips):
+    """That of the host's video-to-video pipeline, before it adds noise."""
+    pipe = student.load_pipeline(str(model), torch.float32, torch.device("cpu"))
+    pixels = videos._frames(pipe, clips / "a.pt", SIZE)
+    assert pixels.shape == (1, 3, *SIZE) and pixels.min() < -0.5 and pixels.max() > 0.5
+    parts = {name: x for name, x in pipe.components.items() if name != "transformer_2"}
+    host = diffusers.WanVideoToVideoPipeline(**parts)
+    host.scheduler.scale_noise = lambda clean, timestep, noise: clean
+    expected = host.prepare_latents(pixels, dtype=torch.float32, timestep=torch.tensor([500.0]))
+    ours = videos.LATENTS["WanTransformer3DModel"](pipe, videos._vae_latent(pipe.vae, pixels))
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("patch", [None, 2])
+def test_a_cogvideox_latent_is_the_hosts(patch):
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLCogVideoX(
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        scaling_factor=0.7,
+    ).eval()
+    model = tiny.cogvideox15() if patch else tiny.cogvideox()
+    model.pipe.register_modules(vae=vae)
+    host = diffusers.CogVideoXVideoToVideoPipeline(**model.pipe.components)
+    host.scheduler.add_noise = lambda clean, noise, timestep: clean
+    pixels = torch.rand(1, 3, 9, 64, 96, generator=tiny.noise()) * 2 - 1
+    torch.manual_seed(0)
+    latent = videos._vae_latent(vae, pixels)
+    host.vae.encode = lambda x: type("Encoded", (), {"latents": latent})()
+    expected = host.prepare_latents(pixels, height=64, width=96, dtype=torch.float32)
+    ours = videos.LATENTS["CogVideoXTransformer3DModel"](model.pipe, latent)
+    missing = 1 if patch else 0  # 3 latent frames in patches of two
+    assert torch.equal(ours[:, missing:], expected) and torch.equal(ours[:, :missing], expected[:, :missing])
+    taken = []
+    samples.follow(model.pipe, model.pipe.transformer, arguments_of(model), taken.append)
+    assert ours.shape == taken[0].arguments["hidden_states"][:1].shape
+
+
+@pytest.mark.parametrize("u", [0.9, 0.3])
+def test_a_noised_video_is_at_its_noise_level(u):
+    """From the target and the noisy latent the clean one follows, by the host's own step to the end."""
+    clean, noise = torch.randn(2, 1, 3, 4, 8, 12, generator=tiny.noise())
+    taken = samples.Sample({"timestep": torch.zeros(1), "hidden_states": clean}, 0.0, clean=clean)
+    made, target = videos.noised(tiny.flow(), taken, u, 3.0, noise)
+    sigma = 3 * u / (1 + 2 * u)
+    assert made.progress == pytest.approx(1 - u)
+    torch.testing.assert_close(made.arguments["timestep"], torch.tensor([1000 * sigma]))
+    torch.testing.assert_close(made.arguments["hidden_states"] - sigma * target, clean)
+    torch.testing.assert_close(made.arguments["hidden_states"] + (1 - sigma) * target, noise)
+
+    scheduler = diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction")  # as the real models'
+    made, target = videos.noised(scheduler, taken, u, 1.0, noise)
+    assert made.arguments["timestep"].item() == round(999 * u)
+    scheduler.set_timesteps(1)
+    step = scheduler.step(target, made.arguments["timestep"].long().item(), made.arguments["hidden_states"])
+    torch.testing.assert_close(step.pred_original_sample, clean, atol=1e-4, rtol=1e-4)
+
+
+# Requests that cannot be met
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tile": None}, "--tile: must be given"),
+        ({"schedule": "x.json"}, "--schedule: .* leave --early out"),
+        ({"tile": (9, 9, 9)}, "tile: .* at most 512"),
+        ({"early": (2, 1, 1)}, "window: .* nearest legal"),
+        ({"alpha": (0.8, 0.2)}, "alpha: .* nearest legal value"),
+        ({"flow": 1}, "--flow 1: needs videos"),
+        ({"data": "nowhere", "size": SIZE}, "--data nowhere: is not a folder"),
+        ({"data": "clips", "size": None}, "--size: must be given with --data"),
+        ({"data": "clips", "size": (13, 64, 96)}, "--size 13 64 96: a.pt has 11 frames only"),
+        ({"transformer": "unet"}, "--transformer unet: the WanPipeline has none"),
+        ({"targets": "to_z"}, "--targets to_z: "),
+        ({"held_out": 4}, "--held-out 4: leaves 0 samples .* 4 videos"),
+        ({"model": "clips"}, "--model .*clips.*: is no pipeline of diffusers"),
+        ({"prompts": "nowhere"}, "--prompts nowhere: cannot be read"),
+        ({"dense_layers": (7,)}, "dense_layers: 7 must be from -2 to 1"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_errors_name_the_option(model, clips, tmp_path, capsys, changes, words):
+    changes = {name: clips if value == "clips" else value for name, value in changes.items()}
+    changes = {"sampler_steps": 2, "points": 1} | changes
+    assert finetune_diffusers.main(options(changes.pop("model", model), tmp_path, **changes)) == 2
+    message = capsys.readouterr().err
+    (message,) = re.findall("finetune_diffusers.py: error: (.*)", message)
+    assert re.search(words, message), message
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"points": 2}, "--cache .* holds samples for points 4, this run has 2"),
+        ({"lr": 1e-4}, "--out .* holds a run with lr 0.01, this one has 0.0001"),
+        ({"late": (1, 1, 1)}, "--out .* holds a run with schedule"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_a_run_is_resumed_as_it_was(model, cache, tmp_path, capsys, changes, words):
+    finetune(model, tmp_path, cache, steps=1)
+    capsys.readouterr()
+    assert finetune_diffusers.main(options(model, tmp_path, cache, steps=1, **changes)) == 2
+    assert re.search(words, capsys.readouterr().err)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(model, cache, tmp_path, capsys):
+    finetune(model, tmp_path, cache, steps=1)  # fills the cache, whichever test runs first
+    spoilt = shutil.copytree(cache, tmp_path / "cache")
+    for path in spoilt.glob("00000[01]-*.pt"):
+        taken = samples.read(path)
+        taken.output[0, 0, 0, 0, 0] = math.nan
+        torch.save(vars(taken), path)
+    assert finetune_diffusers.main(options(model, tmp_path / "run", spoilt)) == 2
+    assert "loss or gradient is not finite at step 1" in capsys.readouterr().err

@@ -98,6 +98,7 @@ class Cache:
 
     def __init__(self, folder: Path, request: Request):
         self.folder, self.request = folder, request
+        self.prompt_of = prompts_of(request.prompts, request.seed)
 
     def claim(self) -> None:
         """Take the folder for this request. Raises UserError when it holds samples of another."""
@@ -203,8 +204,7 @@ def sample(pipe: Any, cache: Cache, machine: Machine, tick: Callable[[], None]) 
 
     Every call is as likely: those with the negative prompt, which guidance makes, belong to inference too.
     """
-    request = cache.request
-    prompt_of = prompts_of(request.prompts, request.seed)
+    request, prompt_of = cache.request, cache.prompt_of
     for video in range(machine.rank, request.videos, machine.world):
         if not cache.has(video):
             kept = _Reservoir(request.points, random.Random(f"points {request.seed} {video}"))

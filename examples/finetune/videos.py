@@ -136,7 +136,7 @@ def noised(scheduler: Any, taken: Sample, u: float, shift: float, noise: Tensor)
     """
     clean, arguments = taken.clean, dict(taken.arguments)
     timestep = arguments["timestep"]
-    if hasattr(scheduler, "get_velocity"):  # CogVideoX: a discrete variance-preserving process
+    if scheduler.config.get("prediction_type") == "v_prediction":  # CogVideoX: no rectified flow
         index = torch.full((len(clean),), round(u * (TRAIN_TIMESTEPS - 1)), device=clean.device)
         hidden, target = (f(clean, noise, index) for f in (scheduler.add_noise, scheduler.get_velocity))
         arguments["timestep"] = index.to(timestep.dtype).expand(timestep.shape)

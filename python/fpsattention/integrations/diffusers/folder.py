@@ -10,6 +10,7 @@ Wan2.2 has transformer_2/ beside transformer/.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
@@ -75,8 +76,8 @@ def save(
                 f"has one for all its transformers; give the same, or another folder"
             )
         data["transformers"] = others
-    kind = "lora" if adapters else "weights"
-    data["transformers"] |= {name: {"class": host_class(transformer).__name__, "kind": kind}}
+    entry = {"class": host_class(transformer).__name__, "kind": "lora" if adapters else "weights"}
+    data["transformers"] |= {name: entry | {"config": _sizes(transformer)}}
     (folder / name).mkdir(parents=True, exist_ok=True)
     (_save_adapter if adapters else _save_weights)(folder / name, transformer, weights)
     schedule.save(folder / SCHEDULE)
@@ -144,7 +145,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], StepSchedule]:
         check_object("", data, {"shift", "dense_layers", "transformers", "versions"}, FORMAT)
         check_object('"transformers": ', data["transformers"], set(data["transformers"]))
         for name, entry in data["transformers"].items():
-            check_object(f'"transformers": {shown(name)}: ', entry, {"class", "kind"})
+            check_object(f'"transformers": {shown(name)}: ', entry, {"class", "kind", "config"})
             if entry["kind"] not in KINDS:
                 raise ValueError(f'"kind": {shown(entry["kind"])} must be one of {", ".join(KINDS)}')
     except (TypeError, ValueError) as error:
@@ -161,7 +162,12 @@ def _only_name(data: dict[str, Any], name: str | None) -> str:
     return name
 
 
-def _check_fits(folder: Path, entries: dict[str, dict[str, str]], name: str, transformer: nn.Module) -> None:
+def _sizes(transformer: Any) -> dict[str, Any]:
+    """The host's configuration of a transformer, as it comes back from JSON."""
+    return json.loads(json.dumps({name: x for name, x in transformer.config.items() if name[0] != "_"}))
+
+
+def _check_fits(folder: Path, entries: dict[str, dict[str, Any]], name: str, transformer: nn.Module) -> None:
     if name not in entries:
         raise ValueError(
             f"folder: {folder} has {', '.join(entries)}, but the pipeline has {name} too; fine-tune it with the same "
@@ -170,6 +176,10 @@ def _check_fits(folder: Path, entries: dict[str, dict[str, str]], name: str, tra
     own, kind = host_class(transformer).__name__, entries[name]["kind"]
     if entries[name]["class"] != own:
         raise ValueError(f"folder: {folder} is of a {entries[name]['class']}, but {name} is a {own}")
+    for key, value in _sizes(transformer).items():
+        before = entries[name]["config"].get(key, value)  # another version of diffusers may have another key
+        if before != value:
+            raise ValueError(f"folder: {folder} is of a {own} with {key} {before}, but {name} has {value}")
     if kind == "lora" and not is_peft_available():
         raise ModuleNotFoundError(f"{folder} holds an adapter, but peft is not installed: pip install peft")
     if kind == "lora" and ADAPTER in getattr(transformer, "peft_config", {}):
