@@ -79,13 +79,14 @@ def run(args: argparse.Namespace) -> None:
         backend=args.backend,
     )
     transformer = load_transformer(args.model, args.transformer, DTYPES[args.dtype])
+    kind = type(transformer).__name__  # FSDP2 changes it
     torch.manual_seed(args.seed)  # of the adapter's first weights
     with asked():
         student = Student(transformer, make, machine, with_teacher=args.data is not None)
     fit = training.Run(args.out / args.transformer, settings, student, scheduler, files)
     weights = sum(p.numel() for p in student.parameters.values())
     console.print(
-        f"{type(transformer).__name__}: {weights / 1e6:.1f} M weights to train ({args.method}), {machine.world} "
+        f"{kind}: {weights / 1e6:.1f} M weights to train ({args.method}), {machine.world} "
         f"processes on {machine.device.type}\n{len(files[0])} samples to train with, {len(files[1])} held out\n"
         f"{fit.folder}: {fit.step} of {args.steps} steps done",
         highlight=False,

@@ -230,31 +230,29 @@ def two_processes(tmp_path_factory):
     made.stop()
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-3), ("bf16", 1e-2)])
 @pytest.mark.parametrize("method", ["lora", "weights"])
-def test_two_processes_equal_one(model, tmp_path, two_processes, method):
-    """With one sample to train with, both processes see what one alone sees; FSDP2 averages their gradients."""
-    changes = {
-        "cache": tmp_path / "cache",
-        "videos": 2,
-        "points": 1,
-        "held_out": 1,
-        "method": method,
-        "lr": 1e-3,
-    }
-    finetune(model, tmp_path / "one", **changes)
-    words = options(model, tmp_path / "two", **changes)
-    assert two_processes.run(in_a_process, words) == [0, 0]
-    for ours, one in zip(log_of(tmp_path / "two")[1:], log_of(tmp_path / "one")[1:], strict=True):
-        assert [float(x or 0) for x in ours] == pytest.approx([float(x or 0) for x in one], rel=1e-3)
-    ours, expected = weights_of(tmp_path / "two"), weights_of(tmp_path / "one")
+def test_two_processes_equal_one(model, tmp_path, two_processes, method, dtype, tolerance):
+    """With one sample to train with, both processes see what one alone sees; their gradients are averaged.
+
+    In bf16 diffusers keeps a few weights in fp32.
+    """
+    one, two = tmp_path / "one", tmp_path / "two"
+    changes = {"cache": tmp_path / "cache", "videos": 2, "points": 1, "held_out": 1, "method": method}
+    changes |= {"lr": 1e-3, "dtype": dtype}
+    finetune(model, one, **changes)
+    assert two_processes.run(in_a_process, options(model, two, **changes)) == [0, 0]
+    for ours, expected in zip(log_of(two)[1:], log_of(one)[1:], strict=True):
+        numbers = ([float(x or 0) for x in row] for row in (ours, expected))
+        assert next(numbers) == pytest.approx(next(numbers), rel=tolerance)
+    ours, expected = weights_of(two), weights_of(one)
     assert ours.keys() == expected.keys()
     for name, x in expected.items():
-        torch.testing.assert_close(ours[name], x, atol=1e-5, rtol=1e-3)
-    read = [
-        json.loads((tmp_path / x / "transformer" / training.VALIDATION).read_text()) for x in ("one", "two")
-    ]
+        assert ours[name].dtype == x.dtype
+        assert (ours[name] - x).norm() <= tolerance * x.norm(), name
+    found, wanted = (json.loads((x / "transformer" / training.VALIDATION).read_text()) for x in (two, one))
     for when in ("before", "after"):
-        assert read[1][when] == pytest.approx(read[0][when], rel=1e-3)
+        assert found[when] == pytest.approx(wanted[when], rel=tolerance)
 
 
 # Samples

@@ -121,9 +121,21 @@ class Student:
         return [_share(p.detach()) for p in self.parameters.values()]
 
     def gradients(self) -> list[Tensor | None]:
-        """The gradients of `shares`, in float32; None where nothing depended on one."""
+        """The gradients of `shares`, means over the processes, in float32; None where nothing depended on one."""
         grads = [p.grad for p in self.parameters.values()]
-        return [None if grad is None else _share(grad).float() for grad in grads]
+        shares = [None if grad is None else _share(grad).float() for grad in grads]
+        for grad, share in zip(grads, shares, strict=True):
+            if grad is not None and not isinstance(grad, DTensor):  # FSDP2 has not averaged it
+                self.machine.sum(share).div_(self.machine.world)
+        return shares
+
+    def norm(self, shares: list[Tensor | None]) -> float:
+        """The norm over all processes of tensors that are shared out as the parameters are."""
+        squares = torch.zeros(2, device=self.machine.device)
+        for parameter, share in zip(self.parameters.values(), shares, strict=True):
+            if share is not None:
+                squares[int(isinstance(parameter, DTensor))] += share.square().sum()
+        return (squares[0] + self.machine.sum(squares[1])).sqrt().item()
 
     def whole(self) -> dict[str, Tensor]:
         """All weights that are saved, whole, on the CPU of the first process; empty elsewhere. All must call it."""
@@ -161,11 +173,16 @@ def blocks_of(transformer: nn.Module) -> list[nn.Module]:
 
 
 def _shard(transformer: nn.Module, machine: Machine) -> None:
-    mesh = init_device_mesh(machine.device.type, (machine.world,))
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    """Share out the weights, but for the few that diffusers keeps in float32: FSDP2 wants one dtype in a block."""
+    odd = {p for p in transformer.parameters() if p.dtype != transformer.dtype}
+    how = {
+        "mesh": init_device_mesh(machine.device.type, (machine.world,)),
+        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
+        "ignored_params": odd,
+    }
     for block in blocks_of(transformer):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(transformer, mesh=mesh, mp_policy=policy)
+        fully_shard(block, **how)
+    fully_shard(transformer, **how)
 
 
 def _share(x: Tensor) -> Tensor:

@@ -115,13 +115,10 @@ class Run:
             loss, row = self._loss(read(chooser.choice(self.train_files)), chooser.random(), chooser)
             (loss / settings.batch).backward()
             rows.append(row)
-        norm = self._clip(grads := self.student.gradients())
-        for master, grad in zip(self.masters, grads, strict=True):
-            master.grad = grad
+        norm = self._take_gradients()
         lr = self.rates.get_last_lr()[0]
         self.optimizer.step()
         self.rates.step()
-        self.student.transformer.zero_grad(set_to_none=True)
         decay = min(settings.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(self.ema, self.masters, 1 - decay)
         self._put(self.masters)
@@ -162,12 +159,13 @@ class Run:
         schedule = dataclasses.replace(self.student.make.schedule, num_steps=None)
         return schedule.stage_for_sigma(1 - progress, shift=1.0)
 
-    def _clip(self, grads: list[Tensor | None]) -> float:
-        """Scale the gradients so that their norm over all processes is at most `CLIP_NORM`. Returns the norm before."""
-        there = [x for x in grads if x is not None]
-        squares = torch.stack([x.square().sum() for x in there]).sum()
-        norm = self.machine.sum(squares).sqrt().item()
-        torch._foreach_mul_(there, min(1.0, CLIP_NORM / (norm + 1e-6)))
+    def _take_gradients(self) -> float:
+        """Give the optimizer the student's gradients, of a norm of at most `CLIP_NORM`. Returns the norm before."""
+        grads = self.student.gradients()
+        norm = self.student.norm(grads)
+        for master, grad in zip(self.masters, grads, strict=True):
+            master.grad = None if grad is None else grad * min(1.0, CLIP_NORM / (norm + 1e-6))
+        self.student.transformer.zero_grad(set_to_none=True)
         return norm
 
     def _put(self, weights: list[Tensor]) -> None:
