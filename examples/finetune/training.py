@@ -118,6 +118,7 @@ class Run:
         norm = self._take_gradients()
         lr = self.rates.get_last_lr()[0]
         self.optimizer.step()
+        self.optimizer.zero_grad()
         self.rates.step()
         decay = min(settings.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(self.ema, self.masters, 1 - decay)
@@ -163,9 +164,10 @@ class Run:
         """Give the optimizer the student's gradients, of a norm of at most `CLIP_NORM`. Returns the norm before."""
         grads = self.student.gradients()
         norm = self.student.norm(grads)
-        for master, grad in zip(self.masters, grads, strict=True):
-            master.grad = None if grad is None else grad * min(1.0, CLIP_NORM / (norm + 1e-6))
         self.student.transformer.zero_grad(set_to_none=True)
+        torch._foreach_mul_([x for x in grads if x is not None], min(1.0, CLIP_NORM / (norm + 1e-6)))
+        for master, grad in zip(self.masters, grads, strict=True):
+            master.grad = grad
         return norm
 
     def _put(self, weights: list[Tensor]) -> None:
