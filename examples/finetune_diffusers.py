@@ -41,6 +41,7 @@ from fpsattention.schedules.schedule import STAGES
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+MOST_APART = 0.1  # of 50 steps, the two beside a boundary may be
 LR = {"lora": 1e-4, "weights": 1e-5}
 
 
@@ -48,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return the exit status: 0 done, 1 out of GPU memory, 2 the request was wrong."""
     args = _parser().parse_args(argv)
     try:
-        run(args)
+        with machines.started(args.device) as machine:
+            run(args, machine)
     except (UserError, MachineError) as error:
         return _fail(str(error), 2)
     except torch.OutOfMemoryError as error:
@@ -56,10 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, machine: Machine) -> None:
     """Prepare samples, train, validate, write the model."""
     schedule = _schedule(args)
-    machine = machines.start(args.device)
     console = Console(quiet=not machine.is_first)
     request = _request(args)
     cache = samples.Cache(args.cache or args.out / "cache", request)
@@ -92,6 +93,13 @@ def run(args: argparse.Namespace) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if (apart := fit.stages_apart()) > MOST_APART:
+        console.print(
+            f"{apart:.0%} of the samples are trained in another stage than the pipeline ran them in: --shift {shift:g} "
+            f"is not that of the sampler, or it has few steps",
+            style="yellow",
+            soft_wrap=True,
+        )
     with asked():  # the first forward tells the grid, which tile and windows must fit
         before = fit.validate("before")
     fit.train(args.save_every, console)

@@ -254,7 +254,11 @@ def test_two_processes_equal_one(model, tmp_path, two_processes, method):
 
 def gradients_of(model: Path, files: list[Path], rank: int | None) -> tuple[float, dict[str, torch.Tensor]]:
     """Norm and gradients, whole, of the mean loss on the samples. `rank` trains an adapter of it, else all weights."""
-    machine = machines.start("cpu")
+    with machines.started("cpu") as machine:
+        return _gradients_of(model, files, rank, machine)
+
+
+def _gradients_of(model, files, rank, machine):
     make = student.Make(SCHEDULE, 3.0, (), rank, ("to_q", "ffn.net.2"), True, False, "auto")
     torch.manual_seed(0)
     transformer = student.load_transformer(str(model), "transformer", torch.bfloat16)
@@ -416,6 +420,15 @@ def test_a_noised_video_is_at_its_noise_level(u):
     scheduler.set_timesteps(1)
     step = scheduler.step(target, made.arguments["timestep"].long().item(), made.arguments["hidden_states"])
     torch.testing.assert_close(step.pred_original_sample, clean, atol=1e-4, rtol=1e-4)
+
+
+def test_a_shift_that_is_not_the_samplers_is_noticed(model, cache, tmp_path, capsys):
+    finetune(model, tmp_path / "right", cache, steps=1)
+    assert "another stage" not in capsys.readouterr().out
+    finetune(model, tmp_path / "wrong", cache, steps=1, shift=9)
+    assert re.search(
+        r"\d\d% of the samples are trained in another stage .* --shift 9 is not", capsys.readouterr().out
+    )
 
 
 # Requests that cannot be met

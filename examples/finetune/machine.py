@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fpsattention.cli.errors import chosen_device
+
+PATIENCE = timedelta(hours=12)  # a process may wait while another one samples a whole video
 
 
 @dataclass(frozen=True)
@@ -48,14 +53,24 @@ class Machine:
         return values
 
 
-def start(device: str) -> Machine:
-    """The machine of this process, in its group if there is one. Raises MachineError for a GPU that is not there."""
+@contextmanager
+def started(device: str) -> Iterator[Machine]:
+    """The machine of this process, among those of torchrun or of a group that is there already.
+
+    Raises MachineError for a GPU that is not there.
+    """
     chosen = chosen_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():  # torchrun sets it
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "cpu:gloo")
-    if not dist.is_initialized():
-        return Machine(chosen)
-    if chosen.type == "cuda":
-        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(chosen)
-    return Machine(chosen, dist.get_rank(), dist.get_world_size())
+    own_group = "RANK" in os.environ and not dist.is_initialized()  # torchrun sets RANK
+    if own_group:
+        if chosen.type == "cuda":
+            chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(chosen)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "cpu:gloo", timeout=PATIENCE
+        )
+    try:
+        is_alone = not dist.is_initialized()
+        yield Machine(chosen) if is_alone else Machine(chosen, dist.get_rank(), dist.get_world_size())
+    finally:
+        if own_group:
+            dist.destroy_process_group()

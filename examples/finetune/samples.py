@@ -174,8 +174,12 @@ def prompts_of(path: str | None, seed: int) -> Callable[[int], str]:
     return lambda video: lines[video % len(lines)]
 
 
+class Enough(Exception):
+    """Raised by `note` of `follow` to stop the pipeline."""
+
+
 def follow(pipe: Any, transformer: nn.Module, call: dict[str, Any], note: Callable[[Sample], None]) -> None:
-    """Call the pipeline. `note` gets every call of the transformer, and may stop the pipeline with StopIteration."""
+    """Call the pipeline. `note` gets every call of the transformer."""
     signature = inspect.signature(type(transformer).forward)
     step = 0
 
@@ -193,7 +197,7 @@ def follow(pipe: Any, transformer: nn.Module, call: dict[str, Any], note: Callab
     hook = transformer.register_forward_hook(after, with_kwargs=True)
     try:
         pipe(**call, callback_on_step_end=next_step)
-    except StopIteration:
+    except Enough:
         pass
     finally:
         hook.remove()

@@ -24,6 +24,8 @@ from torch import Tensor
 
 import fpsattention as fps
 from fpsattention.cli.errors import UserError
+from fpsattention.integrations.diffusers.models import model_of
+from fpsattention.integrations.hosts import noisiest
 from fpsattention.schedules.files import write_json
 from fpsattention.schedules.schedule import STAGES
 
@@ -94,6 +96,7 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             for name in (LOG, VALIDATION):  # of a run that ended before its first checkpoint
                 (folder / name).unlink(missing_ok=True)
+        self.machine.wait()
 
     def train(self, save_every: int, console: Console) -> None:
         """Train to the last step. Raises UserError when the loss is not finite; the last checkpoint stays."""
@@ -202,6 +205,18 @@ class Run:
         if self.machine.is_first:
             write_json(self.folder / VALIDATION, found)
         return found[when]
+
+    def stages_apart(self) -> float:
+        """The share of held-out calls that the pipeline made in another stage than their noise level says."""
+        model, schedule = model_of(self.student.transformer), self.student.make.schedule
+        apart = []
+        for taken in map(read, self.held_out_files):
+            if taken.clean is None:
+                sigma = model.sigma(noisiest(taken.arguments["timestep"]).float()).max().item()
+                apart.append(
+                    schedule.stage_for_sigma(sigma, shift=self.settings.shift) != self._stage(taken.progress)
+                )
+        return mean(apart) if apart else 0.0
 
     def _validation_samples(self) -> Iterator[Any]:
         """Functions that make the held-out samples. A video is seen at noise levels evenly spread over the steps."""

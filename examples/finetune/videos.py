@@ -17,7 +17,7 @@ from fpsattention.cli import video
 from fpsattention.cli.errors import UserError
 
 from .machine import Machine
-from .samples import Cache, Sample, follow
+from .samples import Cache, Enough, Sample, follow
 
 SUFFIXES = {".avi", ".mkv", ".mov", ".mp4", ".pt", ".webm"}
 TRAIN_TIMESTEPS = 1000
@@ -107,7 +107,7 @@ def _first_call(pipe: Any, transformer: Any, call: dict[str, Any]) -> Sample:
 
     def note(taken: Sample) -> None:
         calls.append(taken)
-        raise StopIteration
+        raise Enough
 
     follow(pipe, transformer, call, note)
     return calls[0]
