@@ -63,7 +63,7 @@ def run(args: argparse.Namespace, machine: Machine) -> None:
     schedule = _schedule(args)
     console = Console(quiet=not machine.is_first)
     request = _request(args)
-    cache = samples.Cache(args.cache or args.out / "cache", request)
+    cache = samples.Cache(args.cache or args.out / "cache" / args.transformer, request)
     scheduler = _scheduler(args.model)
     shift = _shift(args.shift, scheduler)
     settings = _settings(args, schedule, shift, machine)
@@ -268,7 +268,7 @@ def _add_schedule(group: Any) -> None:
 def _add_data(group: Any) -> None:
     data = "folder of videos, each with its caption in a .txt file (default: the dense model samples)"
     group.add_argument("--data", metavar="DIR", help=data)
-    cache = "folder of samples, which runs with the same request share (default: RUN/cache)"
+    cache = "folder of samples, which runs with the same request share (default: RUN/cache/NAME)"
     group.add_argument("--cache", type=Path, metavar="DIR", help=cache)
     size = {"type": options.positive, "nargs": 3, "metavar": ("FRAMES", "H", "W")}
     group.add_argument("--size", help="frames and pixels of a video (default: the pipeline's)", **size)

@@ -120,6 +120,12 @@ def test_both_transformers_of_wan22(tmp_path):
         load(tiny.wan_transformer(), tmp_path)
     with pytest.raises(ValueError, match="folder: .* has transformer_2, but the WanPipeline has none"):
         load(tiny.wan(vae=None).pipe, tmp_path)
+    (tmp_path / "transformer_2" / Path(LORA).name).write_bytes(b"no")
+    model = tiny.wan22()
+    with pytest.raises(ValueError, match="transformer_2 cannot be put on"):
+        load(model.pipe, tmp_path)
+    assert not getattr(model.pipe.transformer, "peft_config", {})
+    enable(model.pipe, SCHEDULE)
     # The only one may be replaced under another schedule.
     save(tmp_path / "one", with_adapter(0), SCHEDULE, shift=3.0)
     save(tmp_path / "one", with_adapter(0), replace(SCHEDULE, alpha=(0, 1)), shift=5.0)

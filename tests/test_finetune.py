@@ -50,6 +50,7 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:fpsattention runs its reference"),
     pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated"),
+    pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),  # Mochi's, of float32
     pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor"),
 ]
 
@@ -218,7 +219,22 @@ def test_videos(model, clips, tmp_path, method):
     assert set(reported["after"]) == {"all", "early", "mid", "late"}
     transformer = tiny_pipeline.transformer()
     load(transformer, tmp_path / "model")
-    assert len(samples.read(tmp_path / "cache" / "000000-00.pt").clean) == 1
+    assert len(samples.read(tmp_path / "cache" / "transformer" / "000000-00.pt").clean) == 1
+
+
+def test_both_transformers_of_wan22(tmp_path):
+    """A run for each, into one folder. Samples are calls of that transformer alone."""
+    parts = {"transformer_2": tiny.wan_transformer(1), "boundary_ratio": 0.7}
+    model = tiny_pipeline.save_wan(tmp_path / "model22", **parts)
+    for name, steps in (("transformer", {0, 0.2, 0.4}), ("transformer_2", {0.6, 0.8})):
+        finetune(model, tmp_path / "run", transformer=name, points=10, videos=2, held_out=1, steps=1)
+        taken = map(samples.read, (tmp_path / "run" / "cache" / name).glob("*.pt"))
+        assert {x.progress for x in taken} == steps
+    pipe = diffusers.DiffusionPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    handle = load(pipe, tmp_path / "run" / "model")
+    pipe("a red fox", num_frames=9, height=64, width=96, num_inference_steps=STEPS, output_type="latent")
+    assert {row.transformer for row in handle.report().rows} == {"transformer", "transformer_2"}
 
 
 def in_a_process(words: list[str]) -> int:
@@ -281,7 +297,7 @@ def _gradients_of(model, files, rank, machine):
 def test_gradients_are_means_over_the_processes(model, tmp_path, two_processes, rank):
     """In bf16, in which diffusers keeps a few weights in fp32."""
     finetune(model, tmp_path, dtype="bf16", sampler_steps=2, videos=2, points=1, held_out=1, steps=1)
-    files = sorted((tmp_path / "cache").glob("*.pt"))
+    files = sorted((tmp_path / "cache" / "transformer").glob("*.pt"))
     norm, expected = gradients_of(model, files, rank)
     assert norm == pytest.approx(torch.cat([x.flatten() for x in expected.values()]).norm().item(), rel=1e-4)
     for ours_norm, ours in two_processes.run(gradients_of, model, files, rank):

@@ -26,18 +26,19 @@ def transformer() -> diffusers.WanTransformer3DModel:
     return made
 
 
-def save_wan(folder: Path) -> Path:
+def save_wan(folder: Path, **parts) -> Path:
+    """Save the pipeline, with these parts in place of its own or beside them."""
     vocabulary = {word: i for i, word in enumerate(("<pad>", "<unk>", *WORDS))}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     torch.manual_seed(0)
     sizes = {"d_model": tiny.TEXT_DIM, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2}
-    pipe = diffusers.WanPipeline(
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>"),
-        text_encoder=UMT5EncoderModel(UMT5Config(vocab_size=len(vocabulary), **sizes)).eval(),
-        vae=tiny.wan_vae(),
-        scheduler=tiny.flow(),
-        transformer=transformer(),
-    )
-    pipe.save_pretrained(folder)
+    own = {
+        "tokenizer": PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>"),
+        "text_encoder": UMT5EncoderModel(UMT5Config(vocab_size=len(vocabulary), **sizes)).eval(),
+        "vae": tiny.wan_vae(),
+        "scheduler": tiny.flow(),
+        "transformer": transformer(),
+    }
+    diffusers.WanPipeline(**own | parts).save_pretrained(folder)
     return folder

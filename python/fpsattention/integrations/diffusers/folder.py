@@ -104,7 +104,7 @@ def load(
     Returns the `Handle` of `enable`. Its `remove()` leaves the weights; `transformer.delete_adapters("fpsattention")`
     takes an adapter out.
     Raises ValueError, with the path, when the folder is incomplete, holds something else, or does not fit the model;
-    otherwise as `enable`. The model is as before then, but for weights of which only some could be read.
+    otherwise as `enable`. FPSAttention and adapters are off again then, as before.
     """
     folder = Path(folder)
     data, schedule = _read(folder)
@@ -121,12 +121,18 @@ def load(
         _check_fits(folder, data["transformers"], target, transformer)
     given: dict[str, Any] = {} if is_pipeline else {"shift": data["shift"]}
     handle = enable(model, schedule, dense_layers=data["dense_layers"], backend=backend, **given)
+    added: list[Any] = []
     try:
         for target, transformer in targets.items():
-            kind = data["transformers"][target]["kind"]
-            (_load_adapter if kind == "lora" else _load_weights)(folder / target, transformer)
+            if data["transformers"][target]["kind"] == "lora":
+                _load_adapter(folder / target, transformer)
+                added.append(transformer)
+            else:
+                _load_weights(folder / target, transformer)
     except BaseException:
         handle.remove()
+        for transformer in added:
+            transformer.delete_adapters(ADAPTER)
         raise
     return handle
 
