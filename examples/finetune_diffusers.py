@@ -142,7 +142,10 @@ def _schedule(args: argparse.Namespace) -> fps.StepSchedule:
             for name, value in (windows | {"tile": args.tile, "alpha": args.alpha}).items():
                 if value is not None:
                     raise UserError(f"--schedule: the file holds tile and windows; leave --{name} out")
-            return fps.StepSchedule.load(args.schedule)
+            schedule = fps.StepSchedule.load(args.schedule)
+            if args.data is None:
+                schedule.at(step=0, num_steps=args.sampler_steps)  # raises if it is for another number
+            return schedule
         if args.tile is None:
             raise UserError("--tile: must be given, or a --schedule")
         configs = {stage: fps.AttentionConfig(args.tile, window) for stage, window in windows.items()}

@@ -9,7 +9,9 @@ import math
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,8 +210,11 @@ def test_a_killed_run_resumes_exactly(model, cache, tmp_path, monkeypatch, metho
 
 @pytest.mark.parametrize("method", ["lora", "weights"])
 def test_videos(model, clips, tmp_path, method):
-    """The teacher runs beside the student; flow matching joins it."""
-    finetune(model, tmp_path, data=clips, method=method, held_out=1, lr=1e-3)
+    """The teacher runs beside the student; flow matching joins it. The schedule is a file's."""
+    file = tmp_path / "schedule.json"
+    replace(SCHEDULE, num_steps=4).save(file)
+    of_file = dict.fromkeys(("tile", "early", "late", "alpha")) | {"schedule": file}
+    finetune(model, tmp_path, data=clips, method=method, held_out=1, lr=1e-3, **of_file)
     rows = [dict(zip(training.COLUMNS, row, strict=False)) for row in log_of(tmp_path)[1:]]
     for row in rows:
         distilled = float(row["early"] or row["mid"] or row["late"])
@@ -217,8 +222,8 @@ def test_videos(model, clips, tmp_path, method):
         assert 0.5 < float(row["flow"]) < 5 and distilled < 1
     reported = json.loads((tmp_path / "transformer" / training.VALIDATION).read_text())
     assert set(reported["after"]) == {"all", "early", "mid", "late"}
-    transformer = tiny_pipeline.transformer()
-    load(transformer, tmp_path / "model")
+    load(tiny_pipeline.transformer(), tmp_path / "model")
+    assert fps.StepSchedule.load(tmp_path / "model" / "schedule.json") == replace(SCHEDULE, num_steps=4)
     assert len(samples.read(tmp_path / "cache" / "transformer" / "000000-00.pt").clean) == 1
 
 
@@ -418,6 +423,28 @@ def test_a_cogvideox_latent_is_the_hosts(patch):
     assert ours.shape == taken[0].arguments["hidden_states"][:1].shape
 
 
+def test_an_ltx_latent_is_the_hosts():
+    """The host's way from latents to its VAE leads back."""
+    model = tiny.ltx()
+    g = tiny.noise()
+    mean, std = torch.randn(8, generator=g), torch.rand(8, generator=g) + 0.5
+    vae = SimpleNamespace(latents_mean=mean, latents_std=std, config=SimpleNamespace(scaling_factor=0.8))
+    pipe = SimpleNamespace(
+        vae=vae,
+        transformer_spatial_patch_size=1,
+        transformer_temporal_patch_size=1,
+        _pack_latents=model.pipe._pack_latents,
+        _normalize_latents=model.pipe._normalize_latents,
+    )
+    latent = torch.randn(1, 8, *model.grid, generator=g)
+    ours = videos.LATENTS["LTXVideoTransformer3DModel"](pipe, latent)
+    taken: list[samples.Sample] = []
+    samples.follow(model.pipe, model.pipe.transformer, arguments_of(model), taken.append)
+    assert ours.shape == taken[0].arguments["hidden_states"][:1].shape
+    back = model.pipe._denormalize_latents(model.pipe._unpack_latents(ours, *model.grid), mean, std, 0.8)
+    torch.testing.assert_close(back, latent)
+
+
 @pytest.mark.parametrize("u", [0.9, 0.3])
 def test_a_noised_video_is_at_its_noise_level(u):
     """From the target and the noisy latent the clean one follows, by the host's own step to the end."""
@@ -464,6 +491,10 @@ def test_a_shift_that_is_not_the_samplers_is_noticed(model, cache, tmp_path, cap
         ({"data": "clips", "size": (13, 64, 96)}, "--size 13 64 96: a.pt has 11 frames only"),
         ({"transformer": "unet"}, "--transformer unet: the WanPipeline has none"),
         ({"targets": "to_z"}, "--targets to_z: "),
+        (
+            dict.fromkeys(("tile", "early", "late", "alpha")) | {"schedule": "of 4 steps"},
+            "schedule: num_steps: 2 is not the schedule's, 4",
+        ),
         ({"held_out": 4}, "--held-out 4: leaves 0 samples .* 4 videos"),
         ({"model": "clips"}, "--model .*clips.*: is no pipeline of diffusers"),
         ({"prompts": "nowhere"}, "--prompts nowhere: cannot be read"),
@@ -472,7 +503,9 @@ def test_a_shift_that_is_not_the_samplers_is_noticed(model, cache, tmp_path, cap
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
 def test_errors_name_the_option(model, clips, tmp_path, capsys, changes, words):
-    changes = {name: clips if value == "clips" else value for name, value in changes.items()}
+    replace(SCHEDULE, num_steps=4).save(tmp_path / "schedule.json")
+    known = {"clips": clips, "of 4 steps": tmp_path / "schedule.json"}
+    changes = {name: known.get(value, value) for name, value in changes.items()}
     changes = {"sampler_steps": 2, "points": 1} | changes
     assert finetune_diffusers.main(options(changes.pop("model", model), tmp_path, **changes)) == 2
     message = capsys.readouterr().err

@@ -160,8 +160,7 @@ class Run:
         return noised(self.scheduler, taken, u, self.settings.shift, noise)
 
     def _stage(self, progress: float) -> str:
-        schedule = dataclasses.replace(self.student.make.schedule, num_steps=None)
-        return schedule.stage_for_sigma(1 - progress, shift=1.0)
+        return self.student.make.schedule.stage_for_sigma(1 - progress, shift=1.0)
 
     def _take_gradients(self) -> float:
         """Give the optimizer the student's gradients, of a norm of at most `CLIP_NORM`. Returns the norm before."""
@@ -244,7 +243,8 @@ class Run:
         `fpsattention.integrations.diffusers.load` reads it.
         """
         make, weights = self.student.make, self.student.whole()
-        (row, *_) = (row for row in self.student.handle.report(num_steps=1).rows if row.configs)
+        report = self.student.handle.report(num_steps=make.schedule.num_steps or 1)
+        (row, *_) = (row for row in report.rows if row.configs)
         if self.machine.is_first:
             fps.integrations.diffusers.save(
                 folder,
