@@ -63,7 +63,7 @@ def run(args: argparse.Namespace, machine: Machine) -> None:
     schedule = _schedule(args)
     console = Console(quiet=not machine.is_first)
     request = _request(args)
-    cache = samples.Cache(args.cache or args.out / "cache" / args.transformer, request)
+    cache = samples.Cache(args.cache or args.out / "cache" / args.transformer, request, _videos(args))
     scheduler = _scheduler(args.model)
     shift = _shift(args.shift, scheduler)
     settings = _settings(args, schedule, shift, machine)
@@ -117,15 +117,14 @@ def _prepare(cache: samples.Cache, machine: Machine, console: Console) -> None:
     if machine.is_first:
         cache.claim()
     machine.wait()
-    total = request.videos if request.source is None else len(videos.find(request.source))
-    if not all(map(cache.has, range(total))):
+    if not all(map(cache.has, cache.videos)):
         pipe = load_pipeline(request.model, DTYPES[request.dtype], machine.device)
         if getattr(pipe, request.transformer, None) is None:
             raise UserError(
                 f"--transformer {request.transformer}: the {type(pipe).__name__} has none of this name"
             )
         with Progress(console=console, disable=not machine.is_first) as progress:
-            task = progress.add_task("samples", total=len(range(machine.rank, total, machine.world)))
+            task = progress.add_task("samples", total=len(cache.videos[machine.rank :: machine.world]))
             fill = samples.sample if request.source is None else videos.encode
             fill(pipe, cache, machine, lambda: progress.advance(task))
         del pipe
@@ -177,10 +176,8 @@ def _shift(given: float | None, scheduler: Any) -> float:
 
 
 def _request(args: argparse.Namespace) -> samples.Request:
-    if args.data is not None:
-        videos.find(args.data)  # raises if there are none
-        if args.size is None:
-            raise UserError("--size: must be given with --data")
+    if args.data is not None and args.size is None:
+        raise UserError("--size: must be given with --data")
     return samples.Request(
         model=args.model,
         transformer=args.transformer,
@@ -188,12 +185,17 @@ def _request(args: argparse.Namespace) -> samples.Request:
         source=args.data,
         steps=args.sampler_steps,
         guidance=args.guidance,
-        videos=args.videos,
         points=args.points,
         prompts=args.prompts,
         dtype=args.dtype,
         seed=args.seed,
     )
+
+
+def _videos(args: argparse.Namespace) -> list[str]:
+    if args.data is None:
+        return [f"{number:06}" for number in range(args.videos)]
+    return [path.name for path in videos.find(args.data)]
 
 
 def _settings(

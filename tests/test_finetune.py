@@ -224,7 +224,7 @@ def test_videos(model, clips, tmp_path, method):
     assert set(reported["after"]) == {"all", "early", "mid", "late"}
     load(tiny_pipeline.transformer(), tmp_path / "model")
     assert fps.StepSchedule.load(tmp_path / "model" / "schedule.json") == replace(SCHEDULE, num_steps=4)
-    assert len(samples.read(tmp_path / "cache" / "transformer" / "000000-00.pt").clean) == 1
+    assert len(samples.read(tmp_path / "cache" / "transformer" / "a.pt-00.pt").clean) == 1
 
 
 def test_both_transformers_of_wan22(tmp_path):
@@ -347,14 +347,14 @@ def test_calls_of_every_model_can_be_repeated(name):
 
 def test_kept_calls_are_a_random_choice(tmp_path, model):
     pipe = student.load_pipeline(str(model), torch.float32, torch.device("cpu"))
-    request = samples.Request(str(model), "transformer", SIZE, None, STEPS, 5.0, 3, 10, None, "fp32", 0)
-    whole = samples.Cache(tmp_path / "whole", request)
-    some = samples.Cache(tmp_path / "some", samples.Request(**vars(request) | {"points": 3}))
+    request = samples.Request(str(model), "transformer", SIZE, None, STEPS, 5.0, 10, None, "fp32", 0)
+    whole = samples.Cache(tmp_path / "whole", request, ["0", "1", "2"])
+    some = samples.Cache(tmp_path / "some", replace(request, points=3), ["0", "1", "2"])
     for cache in (whole, some):
         cache.claim()
         samples.sample(pipe, cache, CPU, lambda: None)
     places = []
-    for video in range(3):
+    for video in whole.videos:
         calls = [samples.read(whole.path(video, i)) for i in range(10)]
         assert [x.progress for x in calls] == [i / STEPS for i in range(STEPS) for _ in range(2)]
         kept = [samples.read(some.path(video, i)) for i in range(3)]
@@ -367,18 +367,32 @@ def test_kept_calls_are_a_random_choice(tmp_path, model):
     assert len(set(prompts)) == 40
 
 
+def test_more_videos_join_those_of_the_cache(model, cache, tmp_path):
+    finetune(model, tmp_path / "first", cache, steps=1)
+    before = {path.name: path.stat().st_mtime_ns for path in cache.glob("*.pt")}
+    finetune(model, tmp_path / "second", cache, steps=1, videos=5)
+    after = {path.name: path.stat().st_mtime_ns for path in cache.glob("*.pt")}
+    assert before.items() <= after.items() and len(after) == len(before) + 4
+    request = samples.Request(**json.loads((cache / samples.SETTINGS).read_text()))
+    train, rest = samples.Cache(cache, request, ["000001", "000003"]).split(1)
+    assert [path.name for path in train + rest] == [
+        f"{v}-0{i}.pt" for v in ("000001", "000003") for i in range(4)
+    ]
+    assert len(train) == len(rest) == 4
+
+
 def test_two_processes_share_the_videos(tmp_path, model):
     pipe = student.load_pipeline(str(model), torch.float32, torch.device("cpu"))
-    request = samples.Request(str(model), "transformer", SIZE, None, 2, 1.0, 3, 1, None, "fp32", 0)
-    cache = samples.Cache(tmp_path, request)
+    request = samples.Request(str(model), "transformer", SIZE, None, 2, 1.0, 1, None, "fp32", 0)
+    cache = samples.Cache(tmp_path, request, ["0", "1", "2"])
     cache.claim()
     samples.sample(pipe, cache, Machine(torch.device("cpu"), 1, 2), lambda: None)
-    assert [cache.has(video) for video in range(3)] == [False, True, False]
-    first = samples.read(cache.path(1, 0))
+    assert [cache.has(video) for video in cache.videos] == [False, True, False]
+    first = samples.read(cache.path("1", 0))
     samples.sample(pipe, cache, CPU, lambda: None)  # what is there stays
-    assert [cache.has(video) for video in range(3)] == [True] * 3
-    assert torch.equal(samples.read(cache.path(1, 0)).output, first.output)
-    assert not torch.equal(samples.read(cache.path(0, 0)).output, first.output)
+    assert [cache.has(video) for video in cache.videos] == [True] * 3
+    assert torch.equal(samples.read(cache.path("1", 0)).output, first.output)
+    assert not torch.equal(samples.read(cache.path("0", 0)).output, first.output)
 
 
 def test_a_wan_latent_is_the_hosts(model, clips):

@@ -48,8 +48,7 @@ class Request:
         source: folder of videos, or None: the model samples.
         steps: of the sampler.
         guidance: guidance scale; None: the pipeline's default.
-        videos: how many the model samples.
-        points: calls of the transformer that are kept of each.
+        points: calls of the transformer that are kept of each sampled video.
         prompts: file of prompts; None: made of `PARTS`.
     """
 
@@ -59,7 +58,6 @@ class Request:
     source: str | None
     steps: int
     guidance: float | None
-    videos: int
     points: int
     prompts: str | None
     dtype: str
@@ -94,10 +92,15 @@ class Sample:
 
 
 class Cache:
-    """The samples in a folder, a file each: VIDEO-POINT.pt. The last of them is written last."""
+    """The samples in a folder, a file each: VIDEO-POINT.pt. Point 0 of a video is written last.
 
-    def __init__(self, folder: Path, request: Request):
-        self.folder, self.request = folder, request
+    Attributes:
+        videos: names of the videos that are wanted: numbers of those that the model samples, or names of files. The
+            folder may have others.
+    """
+
+    def __init__(self, folder: Path, request: Request, videos: list[str]):
+        self.folder, self.request, self.videos = folder, request, videos
         self.prompt_of = prompts_of(request.prompts, request.seed)
 
     def claim(self) -> None:
@@ -115,13 +118,13 @@ class Cache:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(path, settings)
 
-    def path(self, video: int, point: int) -> Path:
-        return self.folder / f"{video:06}-{point:02}.pt"
+    def path(self, video: str, point: int) -> Path:
+        return self.folder / f"{video}-{point:02}.pt"
 
-    def has(self, video: int) -> bool:
+    def has(self, video: str) -> bool:
         return self.path(video, 0).exists()
 
-    def write(self, video: int, samples: list[Sample]) -> None:
+    def write(self, video: str, samples: list[Sample]) -> None:
         for point, sample in reversed(list(enumerate(samples))):
             part = self.path(video, point).with_suffix(".part")
             torch.save(vars(sample), part)
@@ -129,18 +132,18 @@ class Cache:
 
     def split(self, held_out: int) -> tuple[list[Path], list[Path]]:
         """Files for training, and those of the last `held_out` videos. Raises UserError when one has none."""
-        files = sorted(self.folder.glob("*-*.pt"))
-        videos = sorted({path.name.split("-")[0] for path in files})
-        last = set(videos[len(videos) - held_out :])
-        train, rest = (
-            [x for x in files if (x.name.split("-")[0] in last) is of_last] for of_last in (False, True)
-        )
+        first = max(0, len(self.videos) - held_out)
+        train, rest = map(self._files_of, (self.videos[:first], self.videos[first:]))
         if not (train and rest):
             raise UserError(
                 f"--held-out {held_out}: leaves {len(train)} samples to train with and {len(rest)} to validate "
-                f"with, of {len(videos)} videos in {self.folder}; give more --videos"
+                f"with, of {len(self.videos)} videos; give more of them"
             )
         return train, rest
+
+    def _files_of(self, videos: list[str]) -> list[Path]:
+        paths = [self.path(video, point) for video in videos for point in range(self.request.points)]
+        return [path for path in paths if path.exists()]
 
 
 def read(path: Path) -> Sample:
@@ -208,12 +211,13 @@ def sample(pipe: Any, cache: Cache, machine: Machine, tick: Callable[[], None]) 
 
     Every call is as likely: those with the negative prompt, which guidance makes, belong to inference too.
     """
-    request, prompt_of = cache.request, cache.prompt_of
-    for video in range(machine.rank, request.videos, machine.world):
+    request = cache.request
+    for number, video in list(enumerate(cache.videos))[machine.rank :: machine.world]:
         if not cache.has(video):
-            kept = _Reservoir(request.points, random.Random(f"points {request.seed} {video}"))
-            generator = torch.Generator().manual_seed(request.seed * request.videos + video)
-            call = request.call() | {"prompt": prompt_of(video), "generator": generator}
+            chooser = random.Random(f"sample {request.seed} {number}")
+            kept = _Reservoir(request.points, chooser)
+            generator = torch.Generator().manual_seed(chooser.getrandbits(63))
+            call = request.call() | {"prompt": cache.prompt_of(number), "generator": generator}
             follow(pipe, getattr(pipe, request.transformer), call, kept.add)
             if not kept.samples:
                 raise UserError(

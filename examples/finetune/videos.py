@@ -79,8 +79,9 @@ def encode(pipe: Any, cache: Cache, machine: Machine, tick: Callable[[], None]) 
             f"--data {request.source}: how the latents of a {kind} are laid out is unknown here; known are "
             f"{', '.join(sorted(LATENTS))}; leave --data out to train on what the model samples"
         )
-    for number, path in list(enumerate(find(request.source)))[machine.rank :: machine.world]:
-        if not cache.has(number):
+    for name in cache.videos[machine.rank :: machine.world]:
+        path = Path(request.source, name)
+        if not cache.has(name):
             # Without guidance a batch has no half of negative prompts.
             call = request.call() | {"prompt": _caption(path), "guidance_scale": 1.0}
             taken = _first_call(pipe, transformer, call)
@@ -91,7 +92,7 @@ def encode(pipe: Any, cache: Cache, machine: Machine, tick: Callable[[], None]) 
                     f"--data {request.source}: the latent of {path.name} has shape {tuple(clean.shape)}, but the "
                     f"transformer gets {tuple(hidden.shape)}; if it takes an image too, leave --data out"
                 )
-            cache.write(number, [Sample(taken.arguments, 0.0, clean=clean.to(hidden))])
+            cache.write(name, [Sample(taken.arguments, 0.0, clean=clean.to(hidden))])
         tick()
 
 
