@@ -201,6 +201,25 @@ def test_another_model_is_refused(tmp_path, make):
     assert not getattr(transformer, "peft_config", {})
 
 
+def test_other_adapters_stay_active(saved):
+    """As if the loaded adapter were part of the model's own weights."""
+    fused = with_adapter()
+    fused.fuse_lora()
+    fused.unload_lora()
+    transformer = tiny.wan_transformer()
+    for x in (fused, transformer):
+        torch.manual_seed(3)
+        x.add_adapter(LoraConfig(r=4, target_modules=["to_k", "to_out.0"], init_lora_weights=False), "style")
+        x.set_adapters("style", 0.5)
+    handle = load(transformer, saved)
+    assert transformer.active_adapters() == ["style", "fpsattention"]
+    with handle.dense():
+        torch.testing.assert_close(output(transformer), output(fused))
+    fused.disable_adapters()
+    with handle.dense():
+        assert not torch.allclose(output(transformer), output(fused), atol=1e-3)
+
+
 def test_an_adapter_is_loaded_once(saved):
     transformer = tiny.wan_transformer()
     handle = load(transformer, saved)
@@ -211,7 +230,11 @@ def test_an_adapter_is_loaded_once(saved):
     load(transformer, saved)
 
 
-def test_an_adapter_of_another_name_is_not_saved(tmp_path):
+def test_what_is_not_saved(tmp_path):
+    with pytest.raises(TypeError, match="schedule: .* must be a StepSchedule"):
+        save(tmp_path, with_adapter(), fps.AttentionConfig(), shift=3.0)
+    with pytest.raises(ValueError, match="shift: 0 must be a positive"):
+        save(tmp_path, with_adapter(), SCHEDULE, shift=0)
     with pytest.raises(ValueError, match="has the adapters .*'mine'.*, but none is named 'fpsattention'"):
         save(tmp_path, with_adapter(name="mine"), SCHEDULE, shift=3.0)
     assert not any(tmp_path.iterdir())

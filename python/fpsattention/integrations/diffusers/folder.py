@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from importlib.metadata import version
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,14 @@ def save(
         name: of the transformer in its pipeline.
         weights: its whole state dict, where the transformer holds a part of it (FSDP); None: its own.
 
-    Raises ValueError when the transformer has adapters of other names only, or when the folder has another transformer
-    with another schedule, shift or dense_layers.
+    Raises TypeError when schedule is no StepSchedule; ValueError when shift is not legal, when the transformer has
+    adapters of other names only, or when the folder has another transformer with another schedule, shift or
+    dense_layers.
     """
-    folder, layers = Path(folder), list(dense_layers)
+    if not isinstance(schedule, StepSchedule):
+        raise TypeError(f"schedule: {shown(schedule)} must be a StepSchedule")
+    schedule.for_sigma(1.0, shift=shift)  # raises if shift is not legal
+    folder, layers = Path(folder), [index(layer) for layer in dense_layers]
     adapters = getattr(transformer, "peft_config", {})
     if adapters and ADAPTER not in adapters:
         raise ValueError(f"transformer: has the adapters {sorted(adapters)}, but none is named {ADAPTER!r}")
@@ -93,7 +98,7 @@ def load(
 ) -> Handle:
     """Put what `save` wrote on a pipeline or a transformer: adapter or weights, and FPSAttention with its schedule.
 
-    An adapter is added beside those that are there, as "fpsattention"; weights take the place of the model's own. Call
+    An adapter is added to those that are active, as "fpsattention"; weights take the place of the model's own. Call
     it before `compile()`.
 
     Args:
@@ -217,6 +222,7 @@ def _save_weights(folder: Path, transformer: Any, weights: dict[str, Tensor] | N
 def _load_adapter(folder: Path, transformer: Any) -> None:
     from peft import get_peft_model_state_dict
 
+    others = transformer.active_adapters() if getattr(transformer, "peft_config", {}) else []
     try:
         with safe_open(folder / LORA_WEIGHT_NAME_SAFE, framework="pt") as file:
             names = {name.removeprefix(f"{PREFIX}.") for name in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -233,6 +239,7 @@ def _load_adapter(folder: Path, transformer: Any) -> None:
         raise ValueError(
             f"folder: {folder} does not fit the {type(transformer).__name__}: {min(odd)} is in one of the two only"
         )
+    transformer.set_adapter([*others, ADAPTER])  # loading has switched the others off
 
 
 def _load_weights(folder: Path, transformer: Any) -> None:
