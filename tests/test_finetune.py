@@ -345,6 +345,35 @@ def test_calls_of_every_model_can_be_repeated(name):
     assert any(grad is not None and grad.abs().max() > 0 for grad in pupil.gradients())
 
 
+def test_a_compiled_student_equals_another(monkeypatch):
+    """Blocks compiled, checkpointed, with an adapter: as student and as teacher, one after the other."""
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda x: compile_(x, backend="aot_eager", fullgraph=True)
+    )
+    arguments = {
+        "hidden_states": torch.randn(1, 16, 3, 8, 12, generator=tiny.noise()),
+        "encoder_hidden_states": tiny.embeds(8, 1),
+        "timestep": torch.tensor([990.0]),
+    }
+    results = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        make = student.Make(SCHEDULE, 3.0, (), 4, ("to_q", "to_out.0"), True, compiled, "auto")
+        pupil = student.Student(tiny_pipeline.transformer(), make, CPU, with_teacher=True)
+        for parameter in pupil.parameters.values():
+            torch.nn.init.normal_(parameter, std=0.1)
+        for _ in range(2):
+            target = pupil.teach(arguments)
+            out = pupil.forward(arguments)
+            (out - target).square().mean().backward()
+        results.append([target, out, *pupil.gradients()])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+    assert (results[0][0] - results[0][1]).abs().max() > 0.1
+
+
 def test_kept_calls_are_a_random_choice(tmp_path, model):
     pipe = student.load_pipeline(str(model), torch.float32, torch.device("cpu"))
     request = samples.Request(str(model), "transformer", SIZE, None, STEPS, 5.0, 10, None, "fp32", 0)
