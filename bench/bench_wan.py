@@ -108,18 +108,18 @@ def sigma_of_stage() -> dict[str, float]:
     return found
 
 
-def build(layers: int, seed: int) -> nn.Module:
-    """The transformer on the GPU, in BF16 except where diffusers keeps FP32.
+def build(layers: int, seed: int, sizes: dict = WAN_14B) -> nn.Module:
+    """A transformer of these sizes on the GPU, in BF16 except where diffusers keeps FP32.
 
     Weights of norms are 1, biases 0, all else N(0, 0.02).
     """
     with torch.device("meta"):
-        model = WanTransformer3DModel(num_layers=layers, **WAN_14B)
+        model = WanTransformer3DModel(num_layers=layers, **sizes)
     for name, x in model.named_parameters():
         if not set(name.split(".")) & set(model._keep_in_fp32_modules):
             x.data = x.data.to(torch.bfloat16)
     # The meta device has not computed the buffers.
-    rope = type(model.rope)(WAN_14B["attention_head_dim"], (1, 2, 2), WAN_14B["rope_max_seq_len"])
+    rope = type(model.rope)(sizes["attention_head_dim"], (1, 2, 2), sizes["rope_max_seq_len"])
     model = model.to_empty(device="cuda")
     model.rope = rope.to("cuda")
     generator = torch.Generator("cuda").manual_seed(seed)

@@ -9,6 +9,8 @@ with them is as good as before. Five commands test the claim (S is examples/trai
     python S evaluate --base runs/dense --tuned runs/fps --dense-tuned runs/dense-more --out runs/report
     python S export   runs/fps tiny_dit.safetensors
 
+`finetune --loss distill` needs no clips: the start model samples, and the run learns to return what it does when dense.
+
 The defaults are for one Hopper GPU. Without one a reduced size takes minutes:
 train --size tiny --grid 4 16 16 --batch 4 --steps 300. Needs pip install 'fpsattention[train]'.
 """
@@ -28,9 +30,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from fpsattention.cli.errors import MachineError, UserError, chosen_device
-from tiny_dit import clips, evaluation, export, flow, model, training
+from tiny_dit import clips, distillation, evaluation, export, flow, model, training
 
 WINDOWS = {"early": (1, 3, 3), "mid": (1, 5, 5), "late": (1, 3, 5)}
+LATENTS = 512
 SCHEDULE = ("tile", "early", "mid", "late", "alpha", "shift")  # options that a fine-tuning may change
 
 
@@ -56,13 +59,20 @@ def train(*, out, data, device, backend, minutes, save_every, size, grid, alpha,
     _fit(out, data, device, backend, minutes, save_every, settings, None)
 
 
-def finetune(*, start, attention, out, data, device, backend, minutes, save_every, **options) -> None:
+def finetune(
+    *, start, attention, loss, latents, out, data, device, backend, minutes, save_every, **options
+) -> None:
     """The `finetune` command: train a trained model further, under any attention mode."""
+    given = {"--latents": latents} if loss == "flow" else {"--data": data}
+    for option, value in given.items():
+        if value is not None:
+            raise UserError(f"{option} {value}: --loss {loss} has no use for it; leave it out")
     weights = _weights(start, chosen_device(device))
     changes = {name: value for name in SCHEDULE if (value := options.pop(name)) is not None}
     size, plan = weights.settings.size, weights.settings.plan
     plan = _plan(size, **vars(plan) | changes)
     settings = {"size": size, "plan": plan, "mode": attention, "start": str(start), **options}
+    settings["latents"] = 0 if loss == "flow" else latents or LATENTS
     _fit(out, data, device, backend, minutes, save_every, settings, weights)
 
 
@@ -70,17 +80,22 @@ def _fit(
     out, data, device, backend, minutes, save_every, settings: dict, start: training.Weights | None
 ) -> None:
     console, device, plan = Console(), chosen_device(device), settings["plan"]
-    loaded = _clips(data, plan, device)
-    settings = training.Settings(**settings, clips=tuple(loaded.names))
-    run = training.Run(out, settings, start, loaded, device)
+    if count := settings.get("latents"):
+        source = distillation.Teacher(start.model, plan, backend, count, settings["seed"], device)
+        names, what = (), f"{count} latents sampled by {settings['start']}"
+    else:
+        source = _clips(data, plan, device)
+        names = tuple(source.names)
+        counts = ", ".join(f"{len(source.windows[split])} {split}" for split in clips.SPLITS)
+        what = f"clips: {', '.join(names)}; possible first frames of a crop: {counts}"
+    settings = training.Settings(**settings, clips=names)
+    run = training.Run(out, settings, start, source, device)
     parameters = sum(p.numel() for p in run.model.parameters())
     densities = ", ".join(f"{stage} {plan.density(stage):.2f}" for stage in flow.STAGES)
-    counts = ", ".join(f"{len(loaded.windows[split])} {split}" for split in clips.SPLITS)
     console.print(
         f"{parameters / 1e6:.1f} M parameters, {math.prod(plan.grid):,} tokens a sample, attention "
         f"{settings.mode} ({flow.MODES[settings.mode]})\nschedule: tile {plan.tile}, density {densities}\n"
-        f"clips: {', '.join(loaded.names)}; possible first frames of a crop: {counts}\n"
-        f"{out}: {run.step} of {settings.steps} steps done",
+        f"{what}\n{out}: {run.step} of {settings.steps} steps done",
         highlight=False,
         soft_wrap=True,
     )
@@ -99,14 +114,16 @@ def evaluate(*, base, tuned, dense_tuned, out, data, device, backend, **effort) 
             f"--sampler-start {effort.start}: must be below --sampler-steps {effort.steps}; nearest legal value "
             f"{effort.steps - 1}"
         )
-    base, tuned, dense_tuned = (_weights(path, device) for path in (base, tuned, dense_tuned))
+    base, tuned = (_weights(path, device) for path in (base, tuned))
+    dense_tuned = None if dense_tuned is None else _weights(dense_tuned, device)
     plan, mode = tuned.settings.plan, tuned.settings.mode
-    if mode == "dense" or dense_tuned.settings.mode != "dense":
+    if mode == "dense" or (dense_tuned and dense_tuned.settings.mode != "dense"):
+        other = f" and {dense_tuned.settings.mode}" if dense_tuned else ""
         raise UserError(
-            f"--tuned, --dense-tuned: were fine-tuned with --attention {mode} and {dense_tuned.settings.mode}; the "
-            f"first must not be dense, the second must be dense"
+            f"--tuned, --dense-tuned: were fine-tuned with --attention {mode}{other}; the first must not be dense, the "
+            f"second must be dense"
         )
-    if dense_tuned.step != tuned.step:
+    if dense_tuned and dense_tuned.step != tuned.step:
         raise UserError(
             f"--dense-tuned: has {dense_tuned.step} steps, --tuned has {tuned.step}; they must be equal"
         )
@@ -245,6 +262,12 @@ def _parser() -> argparse.ArgumentParser:
     option("--start", required=True, help="folder of a run, or a file that export wrote", **RUN)
     modes = "; ".join(f"{mode}: {text}" for mode, text in flow.MODES.items())
     option("--attention", choices=flow.MODES, required=True, help=modes)
+    losses = (
+        "flow (default): flow matching, on clips; distill: what --start predicts when dense, without clips"
+    )
+    option("--loss", choices=("flow", "distill"), default="flow", help=losses)
+    latents = f"latents that --start samples to be distilled (default: {LATENTS})"
+    option("--latents", type=COUNT, metavar="N", help=latents)
     _add_optimisation(option, steps=1000, lr=2e-4, warmup=50)
     _add_schedule(option, {})
     _add_machine(option)
@@ -256,12 +279,8 @@ def _parser() -> argparse.ArgumentParser:
         "--base", required=True, help="the dense model: folder of a run, or a file that export wrote", **RUN
     )
     option("--tuned", required=True, help="the same, fine-tuned with --attention fps", **RUN)
-    option(
-        "--dense-tuned",
-        required=True,
-        help="the same, fine-tuned with --attention dense for as many steps",
-        **RUN,
-    )
+    text = "the same, fine-tuned with --attention dense for as many steps (default: compare with --base)"
+    option("--dense-tuned", help=text, **RUN)
     option("--out", type=Path, required=True, metavar="DIR", help="folder of report.json and samples.png")
     option(
         "--seeds",

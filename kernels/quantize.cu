@@ -271,6 +271,35 @@ __device__ __forceinline__ float dot_with_mean(const float (&q)[kVec], const flo
     return sum_of_lanes<kLanes>(dot);
 }
 
+// The largest magnitude of K less its mean, in this thread's vectors: `raw[i]` is of a row whose token is
+// token_of_row[i * rows_per_pass]. Rounding is monotone, so the extremes of a channel decide.
+template <class T>
+__device__ __forceinline__ float largest_smoothed(const uint4 (&raw)[kVecsPerThread], const int *token_of_row,
+                                                  int rows_per_pass, const float *mean) {
+    if (token_of_row[0] < 0) {
+        return 0;
+    }
+    uint32_t high[] = {raw[0].x, raw[0].y, raw[0].z, raw[0].w}, low[] = {high[0], high[1], high[2], high[3]};
+#pragma unroll
+    for (int i = 1; i < kVecsPerThread; ++i) {
+        if (token_of_row[i * rows_per_pass] >= 0) {
+            const uint32_t words[] = {raw[i].x, raw[i].y, raw[i].z, raw[i].w};
+#pragma unroll
+            for (int w = 0; w < 4; ++w) {
+                high[w] = larger_halves<T>(high[w], words[w]), low[w] = smaller_halves<T>(low[w], words[w]);
+            }
+        }
+    }
+    float largest = 0;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+        const float2 most = upcast<T>(high[w]), least = upcast<T>(low[w]), of_word{mean[2 * w], mean[2 * w + 1]};
+        largest = larger_magnitude(largest, larger_magnitude(most.x - of_word.x, least.x - of_word.x));
+        largest = larger_magnitude(largest, larger_magnitude(most.y - of_word.y, least.y - of_word.y));
+    }
+    return largest;
+}
+
 // Writes the metas of a tile's blocks, 16 bytes a thread: all of each, because a copy of the block reads all of it. Of
 // a key block it writes the first 16 bytes; quantize_v writes the others.
 template <bool kIsK, int kBlockBytes>
@@ -359,28 +388,9 @@ __device__ void quantize_tile(const QuantizeParams &p, QuantizeSmem<kHeadDim, kR
             }
         }
     };
-    float largest = 0;
-    if constexpr (kIsK && kRows == Rows::kSmoothed) {  // rounding is monotone: the extremes of a channel decide
-        if (smem.rows.token[first_row] >= 0) {
-            uint32_t high[] = {raw[0].x, raw[0].y, raw[0].z, raw[0].w}, low[] = {high[0], high[1], high[2], high[3]};
-#pragma unroll
-            for (int i = 1; i < kVecsPerThread; ++i) {
-                if (smem.rows.token[first_row + i * rows_per_pass] >= 0) {
-                    const uint32_t words[] = {raw[i].x, raw[i].y, raw[i].z, raw[i].w};
-#pragma unroll
-                    for (int w = 0; w < 4; ++w) {
-                        high[w] = larger_halves<T>(high[w], words[w]), low[w] = smaller_halves<T>(low[w], words[w]);
-                    }
-                }
-            }
-#pragma unroll
-            for (int w = 0; w < 4; ++w) {
-                const float2 most = upcast<T>(high[w]), least = upcast<T>(low[w]);
-                const float *mean = smem.k_mean + channel + 2 * w;
-                largest = larger_magnitude(largest, larger_magnitude(most.x - mean[0], least.x - mean[0]));
-                largest = larger_magnitude(largest, larger_magnitude(most.y - mean[1], least.y - mean[1]));
-            }
-        }
+    float largest;
+    if constexpr (kIsK && kRows == Rows::kSmoothed) {
+        largest = largest_smoothed<T>(raw, smem.rows.token + first_row, rows_per_pass, smem.k_mean + channel);
     } else {
         uint32_t magnitudes = 0;
 #pragma unroll

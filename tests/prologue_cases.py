@@ -6,10 +6,12 @@ import math
 
 import torch
 
+import fpsattention as fps
 from fpsattention.core import ops
 
 PAIRS = {64: (12, 10, 10), 128: (22, 21, 21)}  # of the axes, by head_dim; the latter are Wan's
 NORMS = (None, "all heads", "each head", "layer")
+EPS = 1e-2
 ROPES = (None, "axes", "tokens", "heads")  # tables of axes; one of tokens, alike for all heads or not
 
 
@@ -41,11 +43,13 @@ def inputs(
     tokens = math.prod(grid)
     q, k, v = (normal(batch, tokens + sum(text), heads, head_dim) for _ in range(3))
     q, k = 3 * q + normal(head_dim), k / 5 + normal(heads, 1)
-    given = {"eps": 1e-2}
+    given = {}
     if norm:
         channels = heads * head_dim if norm == "all heads" else head_dim
-        names = ["weight"] + ["bias"] * (norm == "layer") + ["text_weight"] * text_norm
-        given |= {f"{x}_{name}": (name != "bias") + normal(channels) / 4 for name in names for x in "qk"}
+        names = ["weight"] + ["bias"] * (norm == "layer") + ["text_weight"] * (text_norm and norm != "layer")
+        for x in "qk":
+            tensors = {name: (name != "bias") + normal(channels) / 4 for name in names}
+            given[f"{x}_norm"] = fps.Norm(**tensors, eps=EPS)
 
     def rotations(*shape):
         angles = 3 * normal(*shape)
@@ -62,36 +66,36 @@ def inputs(
 
 def of_one(given, name):
     """The arguments of `norm_rope`, of q or of k, in those of `norm_rope_quantize`."""
-    other = "k_" if name == "q" else "q_"
-    return {x.removeprefix(f"{name}_"): value for x, value in given.items() if not x.startswith(other)}
+    rest = {x: value for x, value in given.items() if not x.endswith("_norm")}
+    return rest | {"norm": given.get(f"{name}_norm")}
 
 
 def as_norm_rope(given) -> ops.NormRope:
     """The same as the ops take it."""
+    norms = [given[x] for x in ("q_norm", "k_norm") if x in given]
     of_both = (
-        [given[f"{x}_{n}"] for x in "qk" if f"{x}_{n}" in given] for n in ("weight", "text_weight", "bias")
+        [x for norm in norms if (x := getattr(norm, name)) is not None]
+        for name in ("weight", "text_weight", "bias")
     )
     rope = given.get("rope", [])
-    return ops.NormRope(*of_both, given["eps"], [rope] if isinstance(rope, torch.Tensor) else rope)
+    return ops.NormRope(*of_both, EPS, [rope] if isinstance(rope, torch.Tensor) else rope)
 
 
-def expected(
-    x, grid, *, eps, weight=None, bias=None, text_weight=None, rope=None, prefix_len=0, suffix_len=0
-):
+def expected(x, grid, *, norm=None, rope=None, prefix_len=0, suffix_len=0):
     """Norm and rotation of x [B, L, H, D] in fp64, token by token, with complex numbers for pairs."""
     x = x.double().clone()
     places = [(t, h, w) for t in range(grid[0]) for h in range(grid[1]) for w in range(grid[2])]
     assert x.shape[1] == prefix_len + len(places) + suffix_len
     for i in range(x.shape[1]):
         is_text = not prefix_len <= i < prefix_len + len(places)
-        weights = text_weight if is_text and text_weight is not None else weight
-        for row in x[:, i] if weight is not None else ():  # [H, D], a view
+        for row in x[:, i] if norm is not None else ():  # [H, D], a view
+            weight = norm.text_weight if is_text and norm.text_weight is not None else norm.weight
             for group in row if weight.numel() == x.shape[3] else row.view(1, -1):
-                if bias is not None:
+                if norm.bias is not None:
                     group.sub_(group.mean())
-                group.mul_(weights.double() / (group.square().mean() + eps).sqrt())
-                if bias is not None:
-                    group.add_(bias.double())
+                group.mul_(weight.double() / (group.square().mean() + norm.eps).sqrt())
+                if norm.bias is not None:
+                    group.add_(norm.bias.double())
         if rope is None or is_text:
             continue
         if isinstance(rope, torch.Tensor):

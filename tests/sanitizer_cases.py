@@ -81,16 +81,15 @@ def main(names: list[str]) -> None:
 
 
 def check_prologue(about, q, k, v) -> None:
-    """The same call with norm and rotation before the quantisation: over all heads and on axes, and of each head."""
+    """The same call with norms over all heads or of each, and both forms of rotation, before the quantisation."""
     head_dim, grid = q.shape[3], about["grid"]
     pairs = (head_dim // 2 - 20, 10, 10)
     axes = [torch.ones(n, p, 2, device="cuda") for n, p in zip(grid, pairs, strict=True)]
     tokens = torch.ones(math.prod(grid), 2, head_dim // 2, 2, device="cuda")
-    names = ("weight", "text_weight", "bias")
-    norms = {name: torch.ones(head_dim, device="cuda") for name in names}
-    for norm, rope in (({"weight": torch.ones(2 * head_dim, device="cuda")}, axes), (norms, tokens)):
-        of_both = {f"{x}_{name}": value for name, value in norm.items() for x in "qk"}
-        packed = fps.norm_rope_quantize(q, k, v, **about, **of_both, rope=rope, backend="sm90")
+    one, all_heads = torch.ones(head_dim, device="cuda"), torch.ones(2 * head_dim, device="cuda")
+    norms = fps.Norm(all_heads), fps.Norm(one, text_weight=one), fps.Norm(one, bias=one)
+    for norm, rope in zip(norms, (axes, tokens, tokens), strict=True):
+        packed = fps.norm_rope_quantize(q, k, v, **about, q_norm=norm, k_norm=norm, rope=rope, backend="sm90")
         out = fps.attention(packed)
         assert out.isfinite().all(), f"out is not finite after a prologue: {about}"
 

@@ -65,6 +65,33 @@ def rounded(x, data, name):
     return (x * data[f"scale_{name}"]).to(torch.float8_e4m3fn).float() * data[f"descale_{name}"]
 
 
+def scores(data, scale):
+    """(scores, q, k, v) in fp32."""
+    q, k, v = (data[name].float() * data[f"descale_{name}"] for name in "qkv")
+    return q @ k.mT * scale, q, k, v
+
+
+def attend(data, scale):
+    s, _, _, v = scores(data, scale)
+    out = rounded(s.softmax(-1), data, "s") @ v
+    data["amax_o"].fill_(out.abs().max())
+    data["o"].copy_((out * data["scale_o"]).to(torch.float8_e4m3fn))
+    if "stats" in data:
+        data["stats"].copy_(s.logsumexp(-1, keepdim=True))
+
+
+def differentiate(data, scale):
+    s, q, k, v = scores(data, scale)
+    o, dout = (data[name].float() * data[f"descale_{name}"] for name in ("o", "dO"))
+    p = (s - data["stats"]).exp()
+    dp = p * (dout @ v.mT - (o * dout).sum(-1, keepdim=True))
+    data["amax_dP"].fill_(dp.abs().max())
+    dp, p = rounded(dp, data, "dP"), rounded(p, data, "s")
+    for name, x in zip(GRADIENTS, (dp @ k * scale, dp.mT @ q * scale, p.mT @ dout), strict=True):
+        data[f"amax_{name}"].fill_(x.abs().max())
+        data[name].copy_((x * data[f"scale_{name}"]).to(torch.float8_e4m3fn))
+
+
 def stand_in(state):
     """A module `cudnn`."""
 
@@ -132,25 +159,7 @@ def stand_in(state):
                 assert x.output == x.name.startswith(made)
             if state.spoil:
                 return
-            q, k, v = (data[name].float() * data[f"descale_{name}"] for name in "qkv")
-            s = q @ k.mT * self.scale
-            if not self.differentiates:
-                p = rounded(s.softmax(-1), data, "s")
-                out = p @ v
-                data["amax_o"].fill_(out.abs().max())
-                data["o"].copy_((out * data["scale_o"]).to(torch.float8_e4m3fn))
-                if "stats" in data:
-                    data["stats"].copy_(s.logsumexp(-1, keepdim=True))
-                return
-            o, dout = (data[name].float() * data[f"descale_{name}"] for name in ("o", "dO"))
-            p = (s - data["stats"]).exp()
-            dp = p * (dout @ v.mT - (o * dout).sum(-1, keepdim=True))
-            data["amax_dP"].fill_(dp.abs().max())
-            dp, p = rounded(dp, data, "dP"), rounded(p, data, "s")
-            gradients = dp @ k * self.scale, dp.mT @ q * self.scale, p.mT @ dout
-            for name, x in zip(GRADIENTS, gradients, strict=True):
-                data[f"amax_{name}"].fill_(x.abs().max())
-                data[name].copy_((x * data[f"scale_{name}"]).to(torch.float8_e4m3fn))
+            (differentiate if self.differentiates else attend)(data, self.scale)
 
     module = types.ModuleType("cudnn")
     module.__spec__ = importlib.machinery.ModuleSpec("cudnn", None)

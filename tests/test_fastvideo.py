@@ -181,6 +181,12 @@ def test_no_silent_fallback(fastvideo, model):
         run(model, MID)
 
 
+def test_a_schedule_for_another_grid(fastvideo, model):
+    fastvideo.enable(model, replace(STAGES, grid=(3, 4, 8)), shift=1.0)
+    with pytest.raises(ValueError, match=r"schedule: is for the grid \(3, 4, 8\), but .* has \(3, 4, 6\)"):
+        run(model, MID)
+
+
 def test_a_version_that_was_not_compared(monkeypatch):
     stub.install(monkeypatch, "0.3.0")
     with pytest.raises(ImportError, match="fastvideo 0.3.0: .* compared with 0.2.1 only"):

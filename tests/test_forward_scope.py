@@ -7,6 +7,7 @@ import importlib
 import os
 import pickle
 import threading
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -342,3 +343,80 @@ def test_scope_of_a_thread():
     scope.leave()  # once too often is no error: a forward can fail before it is entered
     with pytest.raises(RuntimeError, match="outside of its transformer's forward"):
         scope.current()
+
+
+# Handle.dense
+
+
+def test_dense_forwards_are_the_hosts():
+    """At any timestep, in this thread alone, nested or not; afterwards FPSAttention runs again."""
+    model = tiny.wan_transformer()
+    stock = diffusers_step(model, EARLY, latents())
+    handle = enable(model, STAGES, shift=1.0)
+    ours = diffusers_step(model, EARLY, latents())
+    assert not torch.allclose(ours, stock, atol=1e-3)
+    in_a_thread = []
+    with handle.dense():
+        with handle.dense():
+            assert torch.equal(diffusers_step(model, EARLY, latents()), stock)
+        assert torch.equal(diffusers_step(model, EARLY, latents()), stock)
+        copied = copy.deepcopy(model)
+        assert torch.equal(diffusers_step(copied, EARLY, latents()), ours)
+        thread = threading.Thread(target=lambda: in_a_thread.append(diffusers_step(model, EARLY, latents())))
+        thread.start()
+        thread.join()
+    assert torch.equal(in_a_thread[0], ours)
+    assert torch.equal(diffusers_step(model, EARLY, latents()), ours)
+    with pytest.raises(ZeroDivisionError), handle.dense():
+        1 / 0  # noqa: B018
+    assert torch.equal(diffusers_step(model, EARLY, latents()), ours)
+
+
+def test_dense_steps_of_a_pipeline():
+    """No timestep is looked up: a teacher may run at one that the scheduler does not have."""
+    model = tiny.wan(vae=None)
+    handle = enable(model.pipe, STAGES)
+    with handle.dense():
+        diffusers_step(model.pipe.transformer, 123.0, latents())
+    with pytest.raises(RuntimeError, match="none of the .* timesteps"):
+        diffusers_step(model.pipe.transformer, 123.0, latents())
+
+
+@pytest.mark.parametrize("how", WAYS_TO_CHECKPOINT)
+def test_dense_forwards_are_recomputed_dense(how):
+    """Their backward may run outside of `dense`, and that of others inside of it."""
+    model = tiny.wan_transformer().train()
+    stock = gradient(diffusers_step, model, (EARLY,))
+    handle = enable(model, STAGES, shift=1.0)
+    ours = gradient(diffusers_step, model, (EARLY,))
+    WAYS_TO_CHECKPOINT[how](model)
+
+    def gradient_of(forward, backward):
+        hidden = latents().requires_grad_()
+        with forward:
+            loss = diffusers_step(model, EARLY, hidden).square().sum()
+        with backward:
+            loss.backward()
+        return hidden.grad
+
+    assert (stock - ours).norm() > 1e-3 * stock.norm()
+    assert_same(gradient_of(handle.dense(), nullcontext()), stock)
+    assert_same(gradient_of(nullcontext(), handle.dense()), ours)
+
+
+@pytest.mark.parametrize("what", COMPILED)
+def test_dense_forwards_compiled(what):
+    plain = tiny.wan_transformer().train()
+    stock = gradient(diffusers_step, plain, (EARLY,))
+    enable(plain, STAGES, shift=1.0)
+    ours = gradient(diffusers_step, plain, (EARLY,))
+    torch.compiler.reset()
+    model = tiny.wan_transformer().train()
+    handle = enable(model, STAGES, shift=1.0)
+    COMPILED[what](model, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        torch.testing.assert_close(gradient(diffusers_step, model, (EARLY,)), ours, rtol=1e-4, atol=1e-4)
+        with handle.dense():
+            compiled = gradient(diffusers_step, model, (EARLY,))
+        torch.testing.assert_close(compiled, stock, rtol=1e-4, atol=1e-4)
+    assert (stock - ours).abs().max() > 1e-2

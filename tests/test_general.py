@@ -142,7 +142,7 @@ def test_norms_and_rotation_are_fused_with_the_rounding(name, batch, monkeypatch
     monkeypatch.setattr(processor, "norm_rope_quantize", record)
     handle = enable(case.transformer, same(fps.AttentionConfig(tile=(1, 2, 3), window=(3, 3, 3))), shift=1.0)
     together = case.run()
-    assert len(ran) == case.layers and all("rope" in x and "q_weight" in x for x in ran)
+    assert len(ran) == case.layers and all("rope" in x and "q_norm" in x for x in ran)
     monkeypatch.setattr(fused.Fused, "_fuses", lambda *_: False)
     apart = case.run()
     assert len(ran) == case.layers

@@ -87,7 +87,7 @@ def backward(**change):
 
 
 def norm_rope(**change):
-    return fps.norm_rope(**{"x": tensor(), "weight": torch.ones(64), "grid": GRID} | change)
+    return fps.norm_rope(**{"x": tensor(), "norm": fps.Norm(torch.ones(64)), "grid": GRID} | change)
 
 
 def norm_rope_quantize(**change):
@@ -128,14 +128,11 @@ CALLS = {
     "emulated_backward": (backward, (*QKV, *TEXT, "out", "lse", "dout", "dlse", "grid", "config", "scale")),
     "norm_rope": (
         norm_rope,
-        ("x", "weight", "bias", "text_weight", "grid", "eps", "rope", "tensor_layout", *TEXT[:2]),
+        ("x", "norm", "grid", "rope", "tensor_layout", *TEXT[:2]),
     ),
     "norm_rope_quantize": (
         norm_rope_quantize,
-        (
-            *(*QKV, *TEXT, *(f"{x}_{name}" for x in "qk" for name in ("weight", "bias", "text_weight"))),
-            *("eps", "rope", "grid", "config", "scale", "tensor_layout", "backend"),
-        ),
+        (*QKV, *TEXT, "q_norm", "k_norm", "rope", "grid", "config", "scale", "tensor_layout", "backend"),
     ),
     "AttentionConfig": (
         fps.AttentionConfig,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -9,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fpsattention as fps
 from fpsattention import AttentionConfig
 from fpsattention.core import ops
-from prologue_cases import NORMS, ROPES, expected, inputs, of_one
+from prologue_cases import EPS, NORMS, ROPES, expected, inputs, of_one
 
 GRID = (2, 3, 4)
 CONFIG = fps.AttentionConfig(tile=(2, 2, 2), window=(1, 1, 1))
@@ -35,32 +37,33 @@ def test_norm_rope(head_dim, norm, rope, text, seed):
 def test_mutations_of_the_definition_show(seed):
     """The test above would notice swapped signs, a shifted table, the other kind of norm, or a weight left out."""
     (q, _, _), given = inputs(GRID, 3, 64, seed=seed)
-    weight, eps, rope = given["q_weight"], given["eps"], given["rope"]
-    want = expected(q, GRID, weight=weight, eps=eps, rope=rope)
+    norm, rope = given["q_norm"], given["rope"]
+    want = expected(q, GRID, norm=norm, rope=rope)
     flipped = [x * torch.tensor([1.0, -1.0]) for x in rope]
     moved = [rope[0], rope[1], rope[2].roll(1, dims=0)]
     for mutation in (
-        fps.norm_rope(q, weight, grid=GRID, eps=eps, rope=flipped),
-        fps.norm_rope(q, weight, grid=GRID, eps=eps, rope=moved),
-        fps.norm_rope(q, weight[:64], grid=GRID, eps=eps, rope=rope),
-        fps.norm_rope(q, torch.ones_like(weight), grid=GRID, eps=eps, rope=rope),
-        fps.norm_rope(q, weight, grid=GRID, eps=10 * eps, rope=rope),
-        fps.norm_rope(q, None, grid=GRID, eps=eps, rope=rope),
+        fps.norm_rope(q, norm, grid=GRID, rope=flipped),
+        fps.norm_rope(q, norm, grid=GRID, rope=moved),
+        fps.norm_rope(q, replace(norm, weight=norm.weight[:64]), grid=GRID, rope=rope),
+        fps.norm_rope(q, replace(norm, weight=torch.ones_like(norm.weight)), grid=GRID, rope=rope),
+        fps.norm_rope(q, replace(norm, eps=10 * norm.eps), grid=GRID, rope=rope),
+        fps.norm_rope(q, None, grid=GRID, rope=rope),
     ):
         assert (mutation - want).norm() > 1e-3 * want.norm()
-    (q, _, _), given = inputs(GRID, 3, 64, norm="layer", rope="heads", text=(2, 3), text_norm=True, seed=seed)
-    call = of_one(given, "q")
-    want = expected(q, GRID, **call)
-    for mutation in (
-        {"text_weight": None},
-        {"bias": None},
-        {"rope": None},
-        {"rope": call["rope"].roll(1, dims=1)},
-        {"rope": call["rope"][:, :1]},
-        {"prefix_len": 3, "suffix_len": 2},
-    ):
-        got = fps.norm_rope(q, grid=GRID, **call | mutation)
-        assert (got - want).norm() > 1e-3 * want.norm(), mutation
+    for norm, of_norm in (("each head", "text_weight"), ("layer", "bias")):
+        about = {"norm": norm, "rope": "heads", "text": (2, 3), "text_norm": True, "seed": seed}
+        (q, _, _), given = inputs(GRID, 3, 64, **about)
+        call = of_one(given, "q")
+        want = expected(q, GRID, **call)
+        for mutation in (
+            {"norm": replace(call["norm"], **{of_norm: None})},
+            {"rope": None},
+            {"rope": call["rope"].roll(1, dims=1)},
+            {"rope": call["rope"][:, :1]},
+            {"prefix_len": 3, "suffix_len": 2},
+        ):
+            got = fps.norm_rope(q, grid=GRID, **call | mutation)
+            assert (got - want).norm() > 1e-3 * want.norm(), mutation
 
 
 @pytest.mark.parametrize("text", [(0, 0), (2, 5)], ids=str)
@@ -92,6 +95,11 @@ def test_fake(seed):
         assert packed.shape == ops.quantize(q, q, q, None, None, list(GRID), 0, 0, *rest).shape
 
 
+def both(weight, eps=EPS, **tensors):
+    """Of q and k."""
+    return dict.fromkeys(("q_norm", "k_norm"), fps.Norm(weight, eps=eps, **tensors))
+
+
 def wrong(**kwargs):
     (q, k, v), given = inputs(GRID, 2, 64)
     return {"q": q, "k": k, "v": v, "grid": GRID, "backend": "reference"} | given | kwargs
@@ -100,16 +108,26 @@ def wrong(**kwargs):
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"q_weight": None}, ValueError, "q_weight: is missing"),
-        ({"k_weight": torch.ones(64)}, ValueError, "k_weight: has 64 elements, q_weight 128"),
-        ({"q_weight": torch.ones(65)}, ValueError, r"q_weight: shape \[65\] must be \[64\].*or \[128\]"),
+        ({"q_norm": None}, ValueError, "q_norm: is missing"),
         (
-            {"q_weight": torch.ones(128).int()},
+            {"k_norm": fps.Norm(torch.ones(64), eps=EPS)},
             ValueError,
-            "q_weight: torch.int32 on cpu must be floating-point",
+            r"k_norm.weight: shape \[64\] must be that of q_norm, \[128\]",
         ),
-        ({"eps": -1.0}, ValueError, "eps: -1.0 must be a float of at least 0"),
-        ({"eps": None}, ValueError, "eps: None must be"),
+        (both(torch.ones(65)), ValueError, r"q_norm.weight: shape \[65\] must be \[64\].*or \[128\]"),
+        (
+            both(torch.ones(128).int()),
+            ValueError,
+            "q_norm.weight: torch.int32 on cpu must be floating-point",
+        ),
+        (both(torch.ones(64), eps=-1.0), ValueError, "q_norm.eps: -1.0 must be a float of at least 0"),
+        (both(torch.ones(64), eps=None), ValueError, "q_norm.eps: None must be"),
+        (
+            {"k_norm": fps.Norm(torch.ones(128), eps=0.1)},
+            ValueError,
+            "k_norm: has eps 0.1, but must have .* 0.01",
+        ),
+        ({"q_norm": torch.ones(128)}, TypeError, "q_norm: a torch.float32 tensor .* must be a Norm or None"),
         ({"rope": [torch.ones(2, 32, 2)]}, ValueError, "rope: 1 tables must be three"),
         (
             {"rope": [torch.ones(n, 10, 2) for n in GRID]},
@@ -130,31 +148,32 @@ def wrong(**kwargs):
         ({"grid": (2, 3, 5)}, ValueError, "grid"),
         ({"q": torch.ones(1, 24, 2, 64, requires_grad=True)}, RuntimeError, "q: a gradient is required"),
         (
-            {"k_weight": torch.ones(128, requires_grad=True)},
+            both(torch.ones(128, requires_grad=True)),
             RuntimeError,
-            "k_weight: a gradient is required",
+            "q_norm.weight, k_norm.weight: a gradient is required",
         ),
-        ({"q_weight": [1.0] * 128}, TypeError, "q_weight: must be a tensor, got list"),
+        (both([1.0] * 128), TypeError, "q_norm.weight: must be a tensor, got list"),
         ({"rope": 5}, TypeError, "rope: must be a floating-point tensor, or three of them .*, got int"),
         ({"rope": torch.ones(23, 1, 32, 2)}, ValueError, r"rope: shape .* must be \[24, 1 or 2, 32, 2\]"),
-        ({"q_bias": torch.ones(64)}, ValueError, "k_bias: is missing"),
         (
-            {n: torch.ones(64) for n in ("q_bias", "k_bias")},
+            {"k_norm": fps.Norm(torch.ones(128), text_weight=torch.ones(128), eps=EPS)},
             ValueError,
-            r"q_bias: shape \[64\] .* of each head",
+            "k_norm.text_weight: only one of the norms has it",
         ),
         (
-            {n: torch.ones(64) for n in ("q_text_weight", "k_text_weight")},
+            both(torch.ones(128), bias=torch.ones(128)),
             ValueError,
-            r"q_text_weight: shape \[64\] must be that of q_weight, \[128\]",
+            r"q_norm.bias: shape \[128\] must be \[64\]",
         ),
         (
-            {
-                n: torch.ones(64) if "bias" in n else None
-                for n in ("q_weight", "k_weight", "q_bias", "k_bias")
-            },
+            both(torch.ones(128), text_weight=torch.ones(64)),
             ValueError,
-            "q_bias: is given without q_weight",
+            r"q_norm.text_weight: shape \[64\] must be that of q_norm.weight, \[128\]",
+        ),
+        (
+            both(torch.ones(64), bias=torch.ones(64), text_weight=torch.ones(64)),
+            ValueError,
+            "q_norm must have no bias",
         ),
         ({"suffix_len": 3}, ValueError, "q: has 24 tokens .* suffix_len is 3"),
         ({"rope": [torch.ones(n, 10, 2).int() for n in GRID]}, TypeError, "rope: .*; one is torch.int32"),
@@ -195,6 +214,6 @@ def test_tables_of_any_iterable():
 )
 def test_errors_of_norm_rope(change, error, message):
     (x, _, _), given = inputs(GRID, 2, 64)
-    call = {"x": x, "grid": GRID, "weight": given["q_weight"], "rope": given["rope"]} | change
+    call = {"x": x, "grid": GRID, "norm": given["q_norm"], "rope": given["rope"]} | change
     with pytest.raises(error, match=message):
-        fps.norm_rope(call.pop("x"), call.pop("weight"), **call)
+        fps.norm_rope(**call)

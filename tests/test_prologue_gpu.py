@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -72,9 +74,12 @@ def test_layouts_and_strides(seed):
     together = torch.stack((q, k, v), dim=2).unbind(2)
     strided = fps.norm_rope_quantize(*together, **call)
     of_want = values(want)
-    # The kernel loads weights in pairs; these do not start on 8 bytes.
-    weights = {x: torch.cat([given[x].float()[:1], given[x].float()])[1:] for x in ("q_weight", "k_weight")}
-    shifted = fps.norm_rope_quantize(q, k, v, **call | weights)
+    # Weights that do not start on 8 bytes.
+    norms = {x: given[x] for x in ("q_norm", "k_norm")}
+    norms = {
+        x: replace(norm, weight=torch.cat([norm.weight[:1], norm.weight])[1:]) for x, norm in norms.items()
+    }
+    shifted = fps.norm_rope_quantize(q, k, v, **call | norms)
     for got in (hnd, strided, shifted):
         of_got = values(got)
         assert all(torch.equal(a, b) for a, b in zip(of_got, of_want, strict=True))
@@ -94,7 +99,7 @@ def test_compiled(seed):
 
 def test_opcheck(seed):
     (q, k, v), given = inputs(GRID, 3, 128, seed=seed, device="cuda", dtype=torch.bfloat16)
-    norm = [given["q_weight"], given["k_weight"]], [], [], 1e-6, given["rope"]
+    norm = [given["q_norm"].weight, given["k_norm"].weight], [], [], 1e-6, given["rope"]
     args = q, k, v, None, None, *norm, list(GRID), 0, 0, CONFIGS["tile"].spec, 0.1, "NHD"
     torch.library.opcheck(
         torch.ops.fpsattention.norm_rope_quantize.default, args, test_utils=("test_schema", "test_faketensor")

@@ -1,6 +1,7 @@
 """StepSchedule: which config at which step and noise level, and that training and inference agree on it."""
 
 import dataclasses
+import json
 import math
 import re
 from fractions import Fraction
@@ -395,3 +396,76 @@ def test_results_of_stages_are_alike(of_mid):
             torch.zeros(2, 2),
             shift=1,
         )
+
+
+# The file, and what the schedule is for
+
+
+SAVED = fps.StepSchedule(
+    early=fps.AttentionConfig(
+        tile=(2, 2, 4), window=((1, 1, 1), (1, 3, 1)), quant_tile=(2, 4, 4), smooth_k=True
+    ),
+    mid=MID,
+    late=fps.AttentionConfig(border="truncate"),
+    alpha=(0.25, 1),
+    grid=GRID,
+    num_steps=4,
+)
+
+
+@pytest.mark.parametrize("sched", [SAVED, schedule()], ids=["all", "least"])
+def test_saved_and_loaded(tmp_path, sched):
+    sched.save(tmp_path / "schedule.json")
+    again = fps.StepSchedule.load(tmp_path / "schedule.json")
+    assert again == sched and hash(again) == hash(sched)
+    assert [path.name for path in tmp_path.iterdir()] == ["schedule.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda data: data.update(format="fpsattention-windows-1"),
+            "\"format\": 'fpsattention-windows-1' must be",
+        ),
+        (lambda data: data.update(later=1), "unknown key 'later'"),
+        (lambda data: data.pop("mid"), "missing key 'mid'"),
+        (lambda data: data["late"].pop("quant"), "\"late\": missing key 'quant'"),
+        (lambda data: data["early"].update(tile=[9, 9, 9]), '"early": tile: .* at most 512'),
+        (lambda data: data.update(early=None), '"early": None must be an object'),
+        (lambda data: data.update(alpha=[0.8, 0.2]), "alpha: .* nearest legal value"),
+        (lambda data: data.update(grid=[1, 2]), "grid: "),
+        (lambda data: data.update(num_steps=0), "num_steps: 0"),
+    ],
+)
+def test_another_file_is_refused(tmp_path, change, words):
+    path = tmp_path / "schedule.json"
+    SAVED.save(path)
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=f"{path}: {words}"):
+        fps.StepSchedule.load(path)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="must hold a JSON object, holds list"):
+        fps.StepSchedule.load(path)
+
+
+def test_another_number_of_steps_is_refused():
+    assert stages(SAVED, 4) == ["early", "mid", "mid", "mid"]
+    for call in (SAVED.at, SAVED.stage):
+        with pytest.raises(ValueError, match="num_steps: 50 is not the schedule's, 4; nearest legal value 4"):
+            call(step=0, num_steps=50)
+    with pytest.raises(ValueError, match="num_steps: 50 is not the schedule's"):
+        SAVED.explain(50, GRID)
+    assert dataclasses.replace(SAVED, num_steps=None).stage(step=49, num_steps=50) == "mid"
+    assert SAVED.stage_for_sigma(0.5, shift=1.0) == "mid"  # a noise level has no number of steps
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [("grid", (1, 2), "grid: "), ("grid", (1, -1, 1), "grid: "), ("num_steps", 0, "0"), ("num_steps", 2.5, "2.5")],
+)  # fmt: skip
+def test_an_illegal_grid_or_number_of_steps(field, value, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        dataclasses.replace(SAVED, **{field: value})

@@ -58,7 +58,7 @@ def test_fake_tensors_elsewhere():
         quantized = fps.quantize_qkv(q, k, v, config=CONFIG, **CALL)
         assert fps.attention(quantized).shape == q.shape
         fused = fps.norm_rope_quantize(
-            q, k, v, config=CONFIG, **CALL, q_weight=q[0, 0, 0], k_weight=q[0, 0, 0]
+            q, k, v, config=CONFIG, **CALL, q_norm=fps.Norm(q[0, 0, 0]), k_norm=fps.Norm(q[0, 0, 0])
         )
         assert fps.attention(fused).dtype == q.dtype
         for function in (reference.exact_attention, reference.emulated_attention):
@@ -187,7 +187,7 @@ def test_quantised_operands_under_compile(monkeypatch, fused):
 
     def call(q, k, v):
         if fused:
-            norms = {"q_weight": weight, "k_weight": weight}
+            norms = {"q_norm": fps.Norm(weight), "k_norm": fps.Norm(weight)}
             quantized = fps.norm_rope_quantize(q, k, v, grid=GRID, config=CONFIG, **norms)
         else:
             quantized = fps.quantize_qkv(q, k, v, grid=GRID, config=CONFIG)
@@ -263,7 +263,7 @@ def test_transforms_are_refused_by_name(monkeypatch, backend, run):
 def test_norm_rope_is_transformed():
     """norm_rope consists of torch's own ops, so it can be transformed."""
     x, weight = qkv()[0], torch.linspace(1, 2, 64)
-    norm = lambda x: fps.norm_rope(x, weight, grid=GRID)  # noqa: E731
+    norm = lambda x: fps.norm_rope(x, fps.Norm(weight), grid=GRID)  # noqa: E731
     _, tangent = torch.func.jvp(norm, (x,), (x,))
     step = 1e-3
     difference = (norm(x.double() * (1 + step)) - norm(x.double() * (1 - step))) / (2 * step)
@@ -295,12 +295,12 @@ def test_autocast_leaves_fp64_as_sdpa_does():
 
 
 def test_autocast_of_quantised_operands():
-    inputs, weight = qkv(), torch.linspace(1, 2, 64)
-    norm = lambda x: fps.norm_rope(x, weight, grid=GRID).bfloat16()  # noqa: E731
-    want = fps.attention(norm(inputs[0]), norm(inputs[1]), inputs[2].bfloat16(), config=CONFIG, **CALL)
+    inputs, norm = qkv(), fps.Norm(torch.linspace(1, 2, 64))
+    normed = lambda x: fps.norm_rope(x, norm, grid=GRID).bfloat16()  # noqa: E731
+    want = fps.attention(normed(inputs[0]), normed(inputs[1]), inputs[2].bfloat16(), config=CONFIG, **CALL)
     with torch.autocast("cpu", torch.bfloat16):
         quantized = fps.quantize_qkv(*inputs, config=CONFIG, **CALL)
-        fused = fps.norm_rope_quantize(*inputs, config=CONFIG, q_weight=weight, k_weight=weight, **CALL)
+        fused = fps.norm_rope_quantize(*inputs, config=CONFIG, q_norm=norm, k_norm=norm, **CALL)
         assert quantized.dtype == fused.dtype == torch.bfloat16
         assert torch.equal(fps.attention(fused), want)
 

@@ -6,7 +6,7 @@ import pytest
 
 import fpsattention as fps
 from fpsattention import AttentionConfig, StepSchedule, WindowTable
-from fpsattention.schedules import windows
+from fpsattention.schedules import files
 
 GRID, CONFIG = (30, 48, 80), AttentionConfig(tile=(6, 8, 8))  # 5 x 6 x 10 tiles: HunyuanVideo in FastVideo
 FULL = (5, 6, 10)
@@ -154,7 +154,7 @@ def test_a_failed_save_leaves_the_old_file(table, tmp_path, monkeypatch):
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(windows.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(OSError, match="No space"):
         WindowTable(GRID, CONFIG, [[[FULL]]]).save(tmp_path / "table.json")
     assert WindowTable.load(tmp_path / "table.json") == table

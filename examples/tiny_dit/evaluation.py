@@ -46,16 +46,16 @@ def trained(mode: str) -> str:
     return f"{mode}, fine-tuned"
 
 
-def arms_of(base: Weights, tuned: Weights, dense_tuned: Weights) -> list[Arm]:
-    """The base, the base under the attention of `tuned` and the parts of that attention, and both fine-tunings."""
+def arms_of(base: Weights, tuned: Weights, dense_tuned: Weights | None) -> list[Arm]:
+    """The base, the base under the attention of `tuned` and the parts of that attention, and the fine-tunings."""
     mode = tuned.settings.mode
     parts = ("fp8", "window", "fps") if mode == "fps" else (mode,)
-    return [
+    arms = [
         Arm("dense", base, "dense"),
         *(Arm(untrained(part), base, part) for part in parts),
         Arm(trained(mode), tuned, mode),
-        Arm(trained("dense"), dense_tuned, "dense"),
     ]
+    return arms if dense_tuned is None else [*arms, Arm(trained("dense"), dense_tuned, "dense")]
 
 
 @dataclass(frozen=True)
@@ -166,11 +166,14 @@ def change(results: dict, arm: str, reference: str, metric: str = "loss") -> tup
 def verdict(results: dict, mode: str, steps: int) -> str:
     """What the numbers of the arms of `arms_of` say about the paper's claim, for or against."""
     lost, lost_spread = change(results, untrained(mode), "dense")
-    left, left_spread = change(results, trained(mode), trained("dense"))
+    beside, whose = "dense", "the dense model"
+    if trained("dense") in results:
+        beside, whose = trained("dense"), "the dense model fine-tuned for as many steps"
+    left, left_spread = change(results, trained(mode), beside)
     text = (
         f"Without training, the dense model's validation loss under {mode} attention is "
         f"{_beside(lost, lost_spread)} its own; after {steps} steps of fine-tuning with it, it is "
-        f"{_beside(left, left_spread)} that of the dense model fine-tuned for as many steps."
+        f"{_beside(left, left_spread)} that of {whose}."
     )
     if not lost > 2 * lost_spread:
         return f"{text} Nothing measurable was lost without training, so there is nothing for training to return."

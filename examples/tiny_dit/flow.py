@@ -136,10 +136,23 @@ def velocity(model: VideoDiT, x: Tensor, sigma: Tensor, attend: Attend) -> Tenso
         return model(x, sigma.to(x.device), attend)
 
 
-def losses(model: VideoDiT, clean: Tensor, noise: Tensor, sigma: Tensor, attention: Attention) -> Tensor:
-    """Mean squared error of the velocity of each sample, fp32 [B]; sigma [B] on the CPU."""
-    predicted = velocity(model, mix(clean, noise, sigma), sigma, attention.of_batch(sigma))
-    return (predicted - (noise - clean)).square().mean(dim=(1, 2, 3, 4))
+def losses(
+    model: VideoDiT,
+    clean: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    attention: Attention,
+    teach: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Mean squared error of the velocity of each sample, fp32 [B]; sigma [B] on the CPU.
+
+    Args:
+        teach: gives the velocity to predict, from the noisy latent and sigma; None: noise - clean.
+    """
+    x = mix(clean, noise, sigma)
+    target = noise - clean if teach is None else teach(x, sigma)
+    predicted = velocity(model, x, sigma, attention.of_batch(sigma))
+    return (predicted - target).square().mean(dim=(1, 2, 3, 4))
 
 
 def one_step(model: VideoDiT, x: Tensor, sigma: Tensor, attention: Attention) -> Tensor:

@@ -18,6 +18,7 @@ from fpsattention.cli.errors import UserError
 
 from . import flow
 from .clips import CHANNELS, Clips, Codec
+from .distillation import Teacher
 from .model import Shape, VideoDiT
 
 CHECKPOINT, LOG, PLOT = "checkpoint.pt", "log.csv", "loss.png"
@@ -39,6 +40,7 @@ class Settings:
         lr: peak learning rate. It rises over `warmup` steps, then falls on a cosine to a tenth at the last step.
         ema: decay of the averaged weights; lower in the first steps.
         t_std: standard deviation of the logit-normal u. 1.4 is nearly uniform: early and late steps get their share.
+        latents: that the start model samples, to be distilled; 0: the loss is flow matching, on clips.
     """
 
     size: str
@@ -53,6 +55,7 @@ class Settings:
     ema: float
     t_std: float
     seed: int
+    latents: int = 0
 
 
 @dataclasses.dataclass
@@ -75,10 +78,15 @@ class Run:
     """
 
     def __init__(
-        self, folder: Path, settings: Settings, start: Weights | None, clips: Clips, device: torch.device
+        self,
+        folder: Path,
+        settings: Settings,
+        start: Weights | None,
+        source: Clips | Teacher,
+        device: torch.device,
     ):
-        self.folder, self.settings, self.clips, self.device = folder, settings, clips, device
-        self.codec = (start.codec if start else Codec.fit(clips, CODEC_SEED)).to(device)
+        self.folder, self.settings, self.source, self.device = folder, settings, source, device
+        self.codec = (start.codec if start else Codec.fit(source, CODEC_SEED)).to(device)
         torch.manual_seed(settings.seed)
         self.model = start.model if start else VideoDiT(shape_of(settings))
         self.model = self.model.to(device).train()
@@ -124,15 +132,18 @@ class Run:
     def _one_step(self, attention: flow.Attention) -> None:
         settings = self.settings
         generator = torch.Generator().manual_seed(_seed(settings.seed, self.step, 0))
-        pixels = self.clips.draw("train", settings.batch, generator)
+        teach = None
+        if isinstance(self.source, Teacher):
+            clean, teach = self.source.draw(settings.batch, generator), self.source.velocity
+        else:
+            clean = self.codec.encode(self.source.draw("train", settings.batch, generator))
         sigma = flow.draw_sigma(settings.batch, settings.t_std, settings.plan.shift, generator)
-        clean = self.codec.encode(pixels)
         of_noise = torch.Generator(self.device).manual_seed(_seed(settings.seed, self.step, 1))
         noise = torch.randn(clean.shape, device=self.device, generator=of_noise)
         lr = settings.lr * lr_factor(self.step, settings.warmup, settings.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss = flow.losses(self.model, clean, noise, sigma, attention)
+        loss = flow.losses(self.model, clean, noise, sigma, attention, teach)
         loss.mean().backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
         self.optimizer.step()
@@ -176,8 +187,9 @@ class Run:
 
     def _load(self) -> None:
         state = _read_checkpoint(self.folder, self.device)
+        saved = plain(from_plain(state["settings"]))
         for name, now in plain(self.settings).items():
-            if (before := state["settings"][name]) != now:
+            if (before := saved[name]) != now:
                 raise UserError(
                     f"{self.folder}: holds a run with {name} {before}, this one has {now}; use {before} again, or "
                     f"another --out"

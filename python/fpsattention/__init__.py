@@ -25,7 +25,7 @@ from .core import reference
 from .core.api import QuantizedQKV, attention, quantize_qkv
 from .core.config import AttentionConfig
 from .core.explain import Plan, plan
-from .core.prologue import norm_rope, norm_rope_quantize
+from .core.prologue import Norm, norm_rope, norm_rope_quantize
 from .core.support import backend_for
 from .schedules.presets import Preset, preset
 from .schedules.schedule import StepSchedule
@@ -33,6 +33,7 @@ from .schedules.windows import WindowTable
 
 __all__ = [
     "AttentionConfig",
+    "Norm",
     "Plan",
     "Preset",
     "QuantizedQKV",

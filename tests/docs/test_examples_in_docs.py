@@ -19,7 +19,7 @@ import stub_fastvideo
 from test_fp8_linears import tiny  # skips all without diffusers or torchao
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/index.md", "docs/faq.md", "docs/schedule.md", "docs/hosts.md")
+PAGES = ("README.md", *(f"docs/{x}.md" for x in ("index", "faq", "schedule", "hosts", "finetune")))
 GRID = (7, 9, 4)
 SMALLER = {'device="cuda"': 'device="cpu"', "75600": "252", "(21, 45, 80)": str(GRID)}
 
@@ -79,6 +79,7 @@ def test_examples(page, tmp_path, monkeypatch, registry):
     stub_fastvideo.install(monkeypatch)
     fps.WindowTable(GRID, fps.AttentionConfig((7, 9, 2)), [[[(1, 1, 1)] * 2] * 3] * 5).save("windows.json")
     names = given()
+    fps.integrations.diffusers.save("runs/wan/model", new_pipe().transformer, names["schedule"], shift=3.0)
     for line, code in examples(page):
         for written, smaller in SMALLER.items():
             code = code.replace(written, smaller)

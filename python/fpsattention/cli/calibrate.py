@@ -17,8 +17,9 @@ import torch
 from ..core.checks import Triple
 from ..core.config import AttentionConfig
 from ..core.support import backend_for
+from ..schedules.files import write_json
 from ..schedules.search import by_density, legal_windows, search
-from ..schedules.windows import WindowTable, write_json
+from ..schedules.windows import WindowTable
 from . import options
 from .console import by, people, print_json, progress, table_of
 from .errors import UserError, asked, chosen_device, require

@@ -204,7 +204,7 @@ def _step_schedule(
     }
     for config in configs.values():
         shape.resolve(config)
-    return StepSchedule(**configs, alpha=alpha)
+    return StepSchedule(configs["early"], configs["mid"], configs["late"], alpha)
 
 
 def _of_preset(console: Console, asked_shape: options.ShapeOptions, num_steps: int) -> tuple[dict, Pictures]:

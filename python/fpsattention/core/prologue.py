@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,19 +16,36 @@ from .checks import as_grid, shown
 from .config import AXES, AttentionConfig, as_config
 
 
+@dataclass(frozen=True)
+class Norm:
+    """A norm of the channels of Q or of K: RMSNorm (arXiv 1910.07467, Eq. 4) or LayerNorm (arXiv 1607.06450, Eq. 4).
+
+    Attributes, tensors of any floating-point dtype:
+        weight: [H * D]: one mean square over the channels of all heads; [D]: one for each head.
+        bias: makes it a LayerNorm of each head, with this bias; [D], for a weight that is [D].
+        text_weight: weight of text tokens, of weight's shape; None: the same. Not with a bias.
+        eps: added to the mean square, or to the variance; at least 0.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    text_weight: Tensor | None = None
+    eps: float = 1e-6
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Those that are given, by their names in errors."""
+        given = {"weight": self.weight, "bias": self.bias, "text_weight": self.text_weight}
+        return {f"{name}.{key}": x for key, x in given.items() if x is not None}
+
+
 def norm_rope_quantize(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
     grid: Sequence[int],
-    q_weight: Tensor | None = None,
-    k_weight: Tensor | None = None,
-    q_bias: Tensor | None = None,
-    k_bias: Tensor | None = None,
-    q_text_weight: Tensor | None = None,
-    k_text_weight: Tensor | None = None,
-    eps: float = 1e-6,
+    q_norm: Norm | None = None,
+    k_norm: Norm | None = None,
     rope: Tensor | Sequence[Tensor] | None = None,
     config: AttentionConfig | None = None,
     scale: float | None = None,
@@ -46,20 +64,20 @@ def norm_rope_quantize(
     Args:
         q, k, v: projections, [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"): the T * H * W tokens of the grid, with
             prefix_len text tokens before and suffix_len after them.
-        q_weight, q_bias, q_text_weight and those of k: weight, bias and text_weight of `norm_rope`; of both or none.
-        eps, rope: as in `norm_rope`.
+        q_norm, k_norm: of one kind, with one eps; both or none.
+        rope: as in `norm_rope`.
         grid, config, scale, tensor_layout, prefix_len, suffix_len, prefix_valid, suffix_valid, backend: as in
             `attention`; config.quant must be "fp8", and config.smooth_k False, since smoothing needs K's mean first.
 
     Returns a `QuantizedQKV`, which `attention` takes in place of q, k and v.
     Raises as `quantize_qkv` and `norm_rope` do.
     """
-    config, tables = as_config(config), _as_tables(rope)
-    of_q, of_k = (q_weight, q_bias, q_text_weight), (k_weight, k_bias, k_text_weight)
-    inputs: dict[str, Tensor | None] = {"q": q, "k": k, "v": v}
-    for name, mine, other in zip(("weight", "bias", "text_weight"), of_q, of_k, strict=True):
-        inputs |= {f"q_{name}": mine, f"k_{name}": other}
-    inputs |= {f"rope[{axis}]": x for axis, x in enumerate(tables)}
+    config, tables, norms = as_config(config), _as_tables(rope), _as_pair(q_norm, k_norm)
+    inputs: dict[str, Tensor] = {"q": q, "k": k, "v": v} | {
+        f"rope[{axis}]": x for axis, x in enumerate(tables)
+    }
+    for name, norm in zip(("q_norm", "k_norm"), norms, strict=False):
+        inputs |= norm.tensors(name)
     check_rounding(config, inputs, instead="hand norm_rope of q and k, and v, to attention")
     if config.smooth_k:
         raise ValueError(
@@ -69,78 +87,46 @@ def norm_rope_quantize(
     cast, counts = checks.as_autocast(q, k, v), (prefix_valid, suffix_valid)
     text = prefix_len, suffix_len, *counts
     name, scale, grid, *lengths = set_up(*cast, grid, config, scale, tensor_layout, backend, *text)
-    for argument, mine, other in zip(("weight", "bias", "text_weight"), of_q, of_k, strict=True):
-        if (mine is None) != (other is None):
-            missing = f"{'q' if mine is None else 'k'}_{argument}"
-            raise ValueError(f"{missing}: is missing; give those of both norms, or none")
-    for prefix, norm in (("q_", of_q), ("k_", of_k)):
-        _check(q, *norm, eps, tables, grid, tensor_layout, prefix)
-    if q_weight is not None and k_weight is not None and q_weight.numel() != k_weight.numel():
-        raise ValueError(
-            f"k_weight: has {k_weight.numel()} elements, q_weight {q_weight.numel()}; both must be weights of a head's "
-            f"channels, or both of all heads' channels"
-        )
+    for argument, given in (("q_norm", q_norm), ("k_norm", k_norm)):
+        _check(q, argument, given, tables, grid, tensor_layout)
     check_window(q, grid, config, tensor_layout, *lengths)
-    about: dict[str, Any] = {
-        "grid": grid,
-        "tensor_layout": tensor_layout,
-        "prefix_len": lengths[0],
-        "suffix_len": lengths[1],
-    }
+    about: dict[str, Any] = {"grid": grid, "tensor_layout": tensor_layout}
+    about |= {"prefix_len": lengths[0], "suffix_len": lengths[1]}
+    valid: dict[str, Any] = {"prefix_valid": prefix_valid, "suffix_valid": suffix_valid}
     if name == "reference" or cast[0].dtype != q.dtype:  # autocast casts after norm and rotation
-        q, k = (
-            norm_rope(x, weight, bias=bias, text_weight=text_weight, eps=eps, rope=rope, **about)
-            for x, (weight, bias, text_weight) in ((q, of_q), (k, of_k))
-        )
-        about |= {"prefix_valid": prefix_valid, "suffix_valid": suffix_valid}
-        return quantize_qkv(q, k, v, config=config, scale=scale, backend=name, **about)
-    weights, biases, text_weights = (
-        [x.detach() for x in pair if x is not None] for pair in zip(of_q, of_k, strict=True)
-    )
+        q, k = (norm_rope(x, own, rope=rope, **about) for x, own in ((q, q_norm), (k, k_norm)))
+        return quantize_qkv(q, k, v, config=config, scale=scale, backend=name, **about, **valid)
+    weights, text_weights, biases = (_given(norms, of) for of in ("weight", "text_weight", "bias"))
     packed = ops.norm_rope_quantize(
-        *(q.detach(), k.detach(), v.detach(), *counts, weights, text_weights, biases, eps),
-        *([x.detach() for x in tables], list(grid), *lengths, config.spec, scale, tensor_layout),
+        *(q.detach(), k.detach(), v.detach(), *counts, weights, text_weights, biases),
+        *(norms[0].eps if norms else 0.0, [x.detach() for x in tables]),
+        *(list(grid), *lengths, config.spec, scale, tensor_layout),
     )
+    sizes = {"dtype": q.dtype, "shape": tuple(q.shape)}
     return QuantizedQKV.of(
-        operands=(packed,),
-        config=config,
-        scale=scale,
-        dtype=q.dtype,
-        shape=tuple(q.shape),
-        backend=name,
-        prefix_valid=prefix_valid,
-        suffix_valid=suffix_valid,
-        **about,
+        operands=(packed,), config=config, scale=scale, backend=name, **sizes, **about, **valid
     )
 
 
 def norm_rope(
     x: Tensor,
-    weight: Tensor | None = None,
+    norm: Norm | None = None,
     *,
     grid: Sequence[int],
-    bias: Tensor | None = None,
-    text_weight: Tensor | None = None,
-    eps: float = 1e-6,
     rope: Tensor | Sequence[Tensor] | None = None,
     tensor_layout: str = "NHD",
     prefix_len: int = 0,
     suffix_len: int = 0,
 ) -> Tensor:
-    """RMSNorm (arXiv 1910.07467, Eq. 4) or LayerNorm (arXiv 1607.06450, Eq. 4) of x, then rotary embedding of the
-    grid's tokens (arXiv 2104.09864, Eq. 34).
+    """The norm of x, then rotary embedding of the grid's tokens (arXiv 2104.09864, Eq. 34).
 
     The arithmetic is in fp32; the result is rounded to x's dtype once.
 
     Args:
         x: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"): the T * H * W tokens of the grid, with prefix_len text tokens
             before and suffix_len after them.
-        weight: weight of the norm. [H * D]: one mean square over the channels of all heads; [D]: one for each head;
-            None: no norm. Of any floating-point dtype.
+        norm: None: no norm.
         grid: tokens (T, H, W).
-        bias: makes the norm a LayerNorm of each head, with this bias; [D], for a weight that is [D].
-        text_weight: weight of text tokens, of weight's shape; None: the same.
-        eps: added to the mean square, or to the variance.
         rope: cosine and sine of the angle by which a token rotates a pair of channels, of any floating-point dtype.
             Channels (2i, 2i + 1) are pair i. One tensor [T * H * W, 1 or H, D / 2, 2], of each token and, with H, of
             each head; or three tables [T, P_t, 2], [H, P_h, 2], [W, P_w, 2] for rotation on three axes,
@@ -158,33 +144,33 @@ def norm_rope(
     suffix_len = checks.as_int("suffix_len", suffix_len, 0)
     if tokens != prefix_len + video + suffix_len:
         lengths = {"prefix_len": prefix_len, "suffix_len": suffix_len}
-        with_text = "".join(f", {name} is {n}" for name, n in lengths.items() if n)
+        with_text = "".join(f", {name} is {shown(n)}" for name, n in lengths.items() if n)
         raise ValueError(
             f"x: has {tokens} tokens in layout {tensor_layout}, but grid {tuple(grid)} has {video}{with_text}"
         )
-    _check(x, weight, bias, text_weight, eps, tables, grid, tensor_layout)
+    _check(x, "norm", norm, tables, grid, tensor_layout)
     values = checks.to_heads_first(x, tensor_layout).transpose(1, 2).float()  # [B, L, H, D]
     before, values, after = values.split([prefix_len, video, suffix_len], dim=1)
-    values = _normalised(values, weight, bias, eps)
+    values = _normalised(values, norm)
     if tables:
         values = _rotated(values, tables, grid)
     if prefix_len or suffix_len:
-        of_text = weight if text_weight is None else text_weight
-        before, after = (_normalised(text, of_text, bias, eps) for text in (before, after))
-        values = torch.cat((before, values, after), dim=1)
+        if norm is not None and norm.text_weight is not None:
+            norm = replace(norm, weight=norm.text_weight)
+        values = torch.cat((_normalised(before, norm), values, _normalised(after, norm)), dim=1)
     return (values if tensor_layout == "NHD" else values.transpose(1, 2)).to(x.dtype)
 
 
-def _normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def _normalised(x: Tensor, norm: Norm | None) -> Tensor:
     """x [B, L, H, D] after its norm."""
-    if weight is None:
+    if norm is None:
         return x
-    per_head = weight.numel() == x.shape[3]
-    if bias is not None:
+    per_head = norm.weight.numel() == x.shape[3]
+    if norm.bias is not None:
         x = x - x.mean(3, keepdim=True)
     mean = x.square().mean(3 if per_head else (2, 3), keepdim=True)
-    x = x * (mean + eps).rsqrt() * weight.float().view(1, 1, -1, x.shape[3])
-    return x if bias is None else x + bias.float()
+    x = x * (mean + norm.eps).rsqrt() * norm.weight.float().view(1, 1, -1, x.shape[3])
+    return x if norm.bias is None else x + norm.bias.float()
 
 
 def _rotated(x: Tensor, tables: tuple[Tensor, ...], grid: Sequence[int]) -> Tensor:
@@ -219,48 +205,85 @@ def _as_tables(rope: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, ...]:
     return tables
 
 
+def _given(norms: Sequence[Norm], name: str) -> list[Tensor]:
+    """This tensor of the norms that have it."""
+    tensors = [getattr(norm, name) for norm in norms]
+    return [x.detach() for x in tensors if x is not None]
+
+
+def _as_pair(q_norm: Norm | None, k_norm: Norm | None) -> tuple[Norm, ...]:
+    """Both norms, or none. Raises unless they are of one kind."""
+    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if norm is not None and not isinstance(norm, Norm):
+            raise TypeError(f"{name}: {shown(norm)} must be a Norm or None")
+    if q_norm is None and k_norm is None:
+        return ()
+    if q_norm is None or k_norm is None:
+        raise ValueError(f"{'q_norm' if q_norm is None else 'k_norm'}: is missing; give both norms, or none")
+    if q_norm.eps != k_norm.eps:
+        raise ValueError(
+            f"k_norm: has eps {shown(k_norm.eps)}, but must have that of q_norm, {shown(q_norm.eps)}"
+        )
+    ours, theirs = q_norm.tensors("k_norm"), k_norm.tensors("k_norm")
+    for name in {**ours, **theirs}:
+        if name not in ours or name not in theirs:
+            raise ValueError(f"{name}: only one of the norms has it; give both norms one, or none")
+        if isinstance(ours[name], Tensor) and isinstance(theirs[name], Tensor):
+            mine, other = list(theirs[name].shape), list(ours[name].shape)
+            if mine != other:
+                raise ValueError(f"{name}: shape {shown(mine)} must be that of q_norm, {shown(other)}")
+    return q_norm, k_norm
+
+
 def _check(
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    text_weight: Tensor | None,
-    eps: float,
+    name: str,
+    norm: Norm | None,
     tables: tuple[Tensor, ...],
     grid: Sequence[int],
     tensor_layout: str,
-    prefix: str = "",
 ) -> None:
-    """Check the arguments of `norm_rope` for x. `prefix` is that of their names in errors."""
+    """Check the arguments of `norm_rope` for x. `name` is the norm's in errors."""
     _, heads, _, head_dim = checks.to_heads_first(x, tensor_layout).shape
-    if not isinstance(eps, float) or not eps >= 0:
-        raise ValueError(f"eps: {shown(eps)} must be a float of at least 0")
-    of_norm = {"weight": weight, "bias": bias, "text_weight": text_weight}
-    for name, tensor in of_norm.items():
-        if tensor is None:
-            continue
+    if norm is not None:
+        _check_norm(x, name, norm, heads, head_dim)
+    if tables:
+        _check_rope(x, tables, grid, heads, head_dim)
+
+
+def _check_norm(x: Tensor, name: str, norm: Norm, heads: int, head_dim: int) -> None:
+    if not isinstance(norm, Norm):
+        raise TypeError(f"{name}: {shown(norm)} must be a Norm or None")
+    if not isinstance(norm.eps, float) or not norm.eps >= 0:
+        raise ValueError(f"{name}.eps: {shown(norm.eps)} must be a float of at least 0")
+    for key, tensor in norm.tensors(name).items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{prefix}{name}: must be a tensor, got {checks.kind_of(tensor)}")
+            raise TypeError(f"{key}: must be a tensor, got {checks.kind_of(tensor)}")
         if tensor.device != x.device or not tensor.is_floating_point():
-            raise ValueError(
-                f"{prefix}{name}: {tensor.dtype} on {tensor.device} must be floating-point on {x.device}"
-            )
-        if weight is None:
-            raise ValueError(f"{prefix}{name}: is given without {prefix}weight; a norm has a weight")
-    if weight is not None and (weight.dim() != 1 or weight.numel() not in (head_dim, heads * head_dim)):
+            raise ValueError(f"{key}: {tensor.dtype} on {tensor.device} must be floating-point on {x.device}")
+    weight, bias, text_weight = norm.weight, norm.bias, norm.text_weight
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name}.weight: must be a tensor, got {checks.kind_of(weight)}")
+    if weight.dim() != 1 or weight.numel() not in (head_dim, heads * head_dim):
         raise ValueError(
-            f"{prefix}weight: shape {shown(list(weight.shape))} must be [{head_dim}], for a norm of each head, or "
+            f"{name}.weight: shape {shown(list(weight.shape))} must be [{head_dim}], for a norm of each head, or "
             f"[{heads * head_dim}], for a norm of all heads together"
         )
-    if weight is not None and text_weight is not None and text_weight.shape != weight.shape:
+    if text_weight is not None and (bias is not None or text_weight.shape != weight.shape):
         raise ValueError(
-            f"{prefix}text_weight: shape {shown(list(text_weight.shape))} must be that of {prefix}weight, "
-            f"{shown(list(weight.shape))}"
+            f"{name}.text_weight: shape {shown(list(text_weight.shape))} must be that of {name}.weight, "
+            f"{shown(list(weight.shape))}, and {name} must have no bias"
         )
-    if weight is not None and bias is not None and (weight.numel() != head_dim or bias.shape != weight.shape):
+    if bias is not None and (weight.numel() != head_dim or bias.shape != weight.shape):
         raise ValueError(
-            f"{prefix}bias: shape {shown(list(bias.shape))} must be [{head_dim}], as that of {prefix}weight: a "
-            f"LayerNorm is of each head"
+            f"{name}.bias: shape {shown(list(bias.shape))} must be [{head_dim}], as that of {name}.weight: a LayerNorm "
+            f"is of each head"
         )
+
+
+def _check_rope(
+    x: Tensor, tables: tuple[Tensor, ...], grid: Sequence[int], heads: int, head_dim: int
+) -> None:
     for axis, table in enumerate(tables):
         if table.device != x.device:
             on_axis = f" on axis {AXES[axis]}" if len(tables) == 3 else ""
@@ -274,14 +297,13 @@ def _check(
                 f"rope: shape {shown(list(tables[0].shape))} must be [{tokens}, 1 or {heads}, {pairs}, 2], cosines and "
                 f"sines of each token of the grid"
             )
-    elif tables:
-        for of_axis, table, n in zip(AXES, tables, grid, strict=True):
-            if table.dim() != 3 or table.shape[0] != n or table.shape[2] != 2:
-                raise ValueError(
-                    f"rope: shape {shown(list(table.shape))} on axis {of_axis} must be [{n}, pairs, 2], cosines "
-                    f"and sines"
-                )
-        if sum(table.shape[1] for table in tables) * 2 != head_dim:
+        return
+    for of_axis, table, n in zip(AXES, tables, grid, strict=True):
+        if table.dim() != 3 or table.shape[0] != n or table.shape[2] != 2:
             raise ValueError(
-                f"rope: {[table.shape[1] for table in tables]} pairs must be {head_dim // 2} in all, half of head_dim"
+                f"rope: shape {shown(list(table.shape))} on axis {of_axis} must be [{n}, pairs, 2], cosines and sines"
             )
+    if sum(table.shape[1] for table in tables) * 2 != head_dim:
+        raise ValueError(
+            f"rope: {[table.shape[1] for table in tables]} pairs must be {head_dim // 2} in all, half of head_dim"
+        )

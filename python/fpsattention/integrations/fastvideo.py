@@ -25,7 +25,7 @@ from ..core.config import AttentionConfig
 from ..core.support import check_backend
 from ..parallel import own_windows
 from ..schedules.schedule import StepSchedule
-from .hosts import TRAIN_TIMESTEPS, as_dense_layers, host_class, noisiest, patches
+from .hosts import TRAIN_TIMESTEPS, as_dense_layers, check_schedule, host_class, noisiest, patches
 from .scope import Scope
 
 COMPARED = ("0.2.1",)
@@ -62,7 +62,7 @@ def enable(
     Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value; RuntimeError
     when FPSAttention is on already, or the model was loaded with a backend whose layers take more than Q, K and V
     (VIDEO_SPARSE_ATTN) or have weights. During a forward: RuntimeError when a layer's attention has been replaced;
-    ValueError when a layer's tokens are not those of the grid.
+    ValueError when a layer's tokens are not those of the grid, or the schedule is for another grid.
     """
     model: Any = getattr(transformer, "_orig_mod", transformer)
     if host_class(model) is not WanTransformer3DModel:
@@ -141,6 +141,7 @@ class Handle:
                 )
         inputs = self.signature.bind(module, *args, **kwargs).arguments
         self.grid = patches(inputs["hidden_states"].shape[2:], module.patch_size)
+        check_schedule(self.schedule, "the transformer's input", grid=self.grid)
         return Forward(self.grid, noisiest(inputs["timestep"]).float().cpu() / TRAIN_TIMESTEPS)
 
 

@@ -55,15 +55,21 @@ def _scheduled(schedule: StepSchedule, num_steps: int) -> tuple[AttentionConfig,
 
 
 def check_schedule(schedule: StepSchedule | WindowTable, host: str, **sizes: int | Triple) -> None:
-    """Check the type of a schedule, and the sizes of a table.
+    """Check the type of a schedule, the sizes of a table, and the grid of a `StepSchedule` that has one.
 
     Args:
         host: what has the sizes, for the error.
-        sizes: those that the table must have: grid, num_layers or heads. Only the given ones are checked.
+        sizes: those that the schedule must have: grid, num_layers or heads. Only the given ones are checked.
 
     Raises TypeError when schedule is neither; ValueError when a size differs.
     """
     if isinstance(schedule, StepSchedule):
+        grid = sizes.get("grid")
+        if grid is not None and schedule.grid not in (None, grid):
+            raise ValueError(
+                f"schedule: is for the grid {schedule.grid}, but {host} has {grid}; nearest legal value {grid}; "
+                f"dataclasses.replace(schedule, grid=None) fits any grid"
+            )
         return
     if not isinstance(schedule, WindowTable):
         raise TypeError(f"schedule: {shown(schedule)} must be a StepSchedule or a WindowTable")

@@ -32,6 +32,7 @@ class Scope:
     def __init__(self) -> None:
         # Must be threading.local itself: for a subclass, torch.compile (2.11) reads the class's attributes.
         self._here = threading.local()
+        self._asked = threading.local()
 
     def __reduce__(self):
         """A copy of the transformer has forwards of its own."""
@@ -82,6 +83,21 @@ class Scope:
         if forward is None:
             raise RuntimeError(NOT_IN_A_FORWARD)
         return forward
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Ask that the forwards which this thread begins in here run the host's own attention. Can be nested."""
+        before = self.asked_dense
+        self._asked.dense = True
+        try:
+            yield
+        finally:
+            self._asked.dense = before
+
+    @property
+    def asked_dense(self) -> bool:
+        """Whether a forward that this thread begins now is to run the host's own attention."""
+        return getattr(self._asked, "dense", False)
 
     @contextmanager
     def _entered(self, forward: Any) -> Iterator[None]:

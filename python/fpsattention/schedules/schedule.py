@@ -6,13 +6,16 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..core.checks import as_int, shown
+from ..core.checks import Triple, as_grid, as_int, shown
 from ..core.config import AttentionConfig
+from .files import check_object, config_from_json, config_to_json, read_json, write_json
 
+FORMAT = "fpsattention-schedule-1"
 STAGES = ("early", "mid", "late")
 
 # Tolerance for rounding in float32: progress this far below a boundary has reached it, and a sigma this far outside
@@ -47,6 +50,9 @@ class StepSchedule:
         mid: the config of the second stage.
         late: the config of the last stage, to clean.
         alpha: progress at which mid and late begin, 0 <= a <= b <= 1.
+        grid: tokens (T, H, W) that the windows are meant for; an integration raises for a video of another grid. None:
+            any grid.
+        num_steps: steps of the sampler that the schedule is meant for; all methods raise for another number. None: any.
 
     Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value; so do
     all methods.
@@ -56,16 +62,27 @@ class StepSchedule:
     mid: AttentionConfig
     late: AttentionConfig
     alpha: tuple[float, float] = (0.2, 0.8)
+    grid: Triple | None = None
+    num_steps: int | None = None
 
     def __post_init__(self):
         for name in STAGES:
             if not isinstance(getattr(self, name), AttentionConfig):
                 raise TypeError(f"{name}: {shown(getattr(self, name))} must be an AttentionConfig")
         object.__setattr__(self, "alpha", _as_alpha(self.alpha))
+        if self.grid is not None:
+            object.__setattr__(self, "grid", as_grid(self.grid))
+        if self.num_steps is not None:
+            object.__setattr__(self, "num_steps", as_int("num_steps", self.num_steps, 1))
 
     def stage(self, *, step: int, num_steps: int) -> str:
         """The stage ("early", "mid" or "late") of inference step `step`; the arguments are those of `at`."""
         num_steps = as_int("num_steps", num_steps, 1)
+        if self.num_steps not in (None, num_steps):
+            raise ValueError(
+                f"num_steps: {num_steps} is not the schedule's, {self.num_steps}; nearest legal value "
+                f"{self.num_steps}; replace(schedule, num_steps=None) fits any number"
+            )
         return self._stage(as_int("step", step, 0, num_steps - 1) / num_steps)
 
     def at(self, *, step: int, num_steps: int) -> AttentionConfig:
@@ -173,6 +190,23 @@ class StepSchedule:
             )
         mean = sum(resolved[stage].density for stage in stages) / num_steps
         return "\n".join([*lines, f"mean density over {num_steps} steps: {mean:.3f}"])
+
+    def save(self, path: str | Path) -> None:
+        """Write the schedule as JSON. The file is written whole or not at all."""
+        configs = {stage: config_to_json(getattr(self, stage)) for stage in STAGES}
+        rest = {"alpha": self.alpha, "grid": self.grid, "num_steps": self.num_steps}
+        write_json(path, {"format": FORMAT, **configs, **rest})
+
+    @classmethod
+    def load(cls, path: str | Path) -> StepSchedule:
+        """Read a file that `save` wrote. Raises ValueError, with the path, for any other content."""
+        data = read_json(path)
+        try:
+            check_object("", data, {*STAGES, "alpha", "grid", "num_steps"}, FORMAT)
+            configs = {stage: config_from_json(stage, data[stage]) for stage in STAGES}
+            return cls(**configs, alpha=data["alpha"], grid=data["grid"], num_steps=data["num_steps"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def _stage(self, progress: float) -> str:
         return STAGES[sum(bound < 1 and bound <= progress + ROUNDING for bound in self.alpha)]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import threading
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from ..core.checks import Triple, as_grid, as_int, as_triple, shown
 from ..core.config import AttentionConfig, as_config, fit_window
 from ..core.geometry import tile_geometry
+from .files import check_object, config_from_json, config_to_json, read_json, write_json
 
 FORMAT = "fpsattention-windows-1"
 STA_TILE = (6, 8, 8)  # FastVideo's tile, in which its files count windows
@@ -106,11 +104,10 @@ class WindowTable:
         steps = [
             [[index.setdefault(w, len(index)) for w in heads] for heads in layers] for layers in self.windows
         ]
-        rest = {name: value for name, value in asdict(self.config).items() if name != "window"}
         data = {
             "format": FORMAT,
             "grid": self.grid,
-            "config": rest,
+            "config": config_to_json(self.config, without="window"),
             "windows": list(index),
             "steps": steps,  # [step][layer][head], indices in "windows"
         }
@@ -123,14 +120,10 @@ class WindowTable:
         Raises ValueError, with the path, for any other content: an unknown, missing or repeated key, an index without a
         window, a window that does not fit.
         """
-        data = _read_object(path)
+        data = read_json(path)
         try:
-            _check_keys("", data, {"format", "grid", "config", "windows", "steps"})
-            if data["format"] != FORMAT:
-                raise ValueError(f'"format": {shown(data["format"])} must be {FORMAT!r}')
-            names = {field.name for field in fields(AttentionConfig)} - {"window"}
-            _check_keys('"config": ', data["config"], names)
-            config = AttentionConfig(**data["config"])
+            check_object("", data, {"grid", "config", "windows", "steps"}, FORMAT)
+            config = config_from_json("config", data["config"], without="window")
             listed = _as_list('"windows"', data["windows"])
             windows = [as_triple(f'"windows"[{i}]', w, 1) for i, w in enumerate(listed)]
             steps = tuple(
@@ -176,7 +169,7 @@ class WindowTable:
         sizes = {name: as_int(name, value, 1) for name, value in sizes.items()}
         found: dict[tuple[int, int, int], Triple] = {}
         try:
-            for key, window in _read_object(path).items():
+            for key, window in read_json(path).items():
                 place = _place(key, sizes)
                 if place in found:
                     raise ValueError(f"key {shown(key)}: is there twice, in another spelling")
@@ -202,47 +195,6 @@ class WindowTable:
 def with_windows(config: AttentionConfig, heads: tuple[Triple, ...]) -> AttentionConfig:
     """`config` with the window of each head, or with a single one if all are equal."""
     return replace(config, window=heads if len(set(heads)) > 1 else heads[0])
-
-
-def write_json(path: str | Path, data: dict) -> None:
-    """Write `data` and replace the file in one step, so that neither a reader nor an interruption leaves half of it."""
-    path = Path(path)
-    writer = f"{os.getpid()}-{threading.get_ident()}"  # several may write at a time
-    part = path.with_name(f"{path.name}.{writer}.part")
-    try:
-        part.write_text(json.dumps(data, allow_nan=False) + "\n")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)  # exists only after a failure
-
-
-def _read_object(path: str | Path) -> dict:
-    def once(pairs):
-        read = {}
-        for key, value in pairs:
-            if key in read:
-                raise ValueError(f"key {shown(key)}: is there twice")
-            read[key] = value
-        return read
-
-    try:
-        data = json.loads(Path(path).read_text(), object_pairs_hook=once)
-    # ValueError also for the encoding, RecursionError for deep nesting.
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is not the JSON it should be: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: must hold a JSON object, holds {type(data).__name__}")
-    return data
-
-
-def _check_keys(where: str, data: dict, expected: set[str]) -> None:
-    if not isinstance(data, dict):
-        raise TypeError(f"{where}{shown(data)} must be an object")
-    for what, keys in (("unknown", data.keys() - expected), ("missing", expected - data.keys())):
-        if keys:
-            raise ValueError(
-                f"{where}{what} key {shown(min(keys))}; the keys are {', '.join(sorted(expected))}"
-            )
 
 
 def _as_list(name: str, value) -> list:

@@ -14,8 +14,9 @@ except ModuleNotFoundError as error:
 # First: it refuses versions that lack what the others import.
 from . import compared  # noqa: F401
 from .description import Description
+from .folder import load, save
 from .handle import Handle, enable
 from .linears import use_fp8_linears
 from .report import Report, Row
 
-__all__ = ["Description", "Handle", "Report", "Row", "enable", "use_fp8_linears"]
+__all__ = ["Description", "Handle", "Report", "Row", "enable", "load", "save", "use_fp8_linears"]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.checks import Triple
+from ...core.prologue import Norm
 from ..fp8_linear import has_hooks
 from .processor import Attn, Forward, Processor
 
@@ -175,12 +176,13 @@ def _norm_arguments(streams: Sequence[Stream]) -> dict[str, Any] | None:
         return None
     if is_layer_norm and (len(streams) > 1 or first.weight.numel() != streams[0].q.shape[3]):
         return None
-    names = ("weight", "text_weight")[: len(streams)]
-    arguments = {
-        f"{x}_{name}": norm.weight
-        for name, pair in zip(names, norms, strict=True)
-        for x, norm in zip("qk", pair, strict=True)
+    text = streams[1] if len(streams) > 1 else None
+    return {
+        f"{x}_norm": Norm(
+            norm.weight,
+            bias=norm.bias if is_layer_norm else None,
+            text_weight=None if text is None else getattr(text, f"norm_{x}").weight,
+            eps=norm.eps,
+        )
+        for x, norm in zip("qk", norms[0], strict=True)
     }
-    if is_layer_norm:
-        arguments |= {"q_bias": first.bias, "k_bias": flat[1].bias}
-    return {**arguments, "eps": first.eps}

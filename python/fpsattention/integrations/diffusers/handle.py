@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import diffusers
 from torch import nn
@@ -72,7 +73,7 @@ def enable(
     steps = as_dense_steps(dense_steps)
     clock: Clock
     if isinstance(model, diffusers.DiffusionPipeline):
-        clock, transformers = _scheduler_clock(model, schedule, steps, shift), _transformers_of(model)
+        clock, transformers = _scheduler_clock(model, schedule, steps, shift), transformers_of(model)
     else:
         clock, transformers = _noise_clock(model, schedule, steps, shift), {"transformer": model}
     patched = [
@@ -98,6 +99,23 @@ class Handle:
         for x in self._patched:
             x.remove()
 
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Let the forwards that this thread begins in here run the host's own attention, in all layers and at any
+        timestep. So one model is its own dense teacher:
+
+            with torch.no_grad(), handle.dense():
+                target = transformer(**inputs).sample
+            loss = (transformer(**inputs).sample - target).square().mean()
+
+        What a forward runs belongs to it: its checkpoints recompute as it ran, and under torch.compile it has a graph
+        of its own. Forwards of other threads, and of copies of the model, are not changed. Can be nested.
+        """
+        with ExitStack() as stack:
+            for x in self._patched:
+                stack.enter_context(x.scope.dense())
+            yield
+
     def report(self, *, grid: Sequence[int] | None = None, num_steps: int | None = None) -> Report:
         """What runs in each step and layer. `print` it.
 
@@ -120,7 +138,7 @@ class Handle:
         return Report(tuple(rows))
 
 
-def _transformers_of(pipe: diffusers.DiffusionPipeline) -> dict[str, nn.Module]:
+def transformers_of(pipe: diffusers.DiffusionPipeline) -> dict[str, nn.Module]:
     names = ("transformer", "transformer_2")
     transformers = {x: getattr(pipe, x) for x in names if getattr(pipe, x, None) is not None}
     if not transformers:

@@ -113,7 +113,9 @@ class PatchedTransformer:
         config, description = getattr(module, "config", None), self.description
         grid = description.grid(config, inputs)
         check_schedule(self.clock.schedule, f"{self.name}'s input", grid=grid)
-        parts, order, windows = self.clock.parts(inputs["timestep"], partial(description.sigma, config))
+        parts, order, windows = None, None, None
+        if not self.scope.asked_dense:
+            parts, order, windows = self.clock.parts(inputs["timestep"], partial(description.sigma, config))
         others = description.before(config, inputs), description.after(config, inputs)
         extent = torch.empty(*grid, *others, 0, device="cpu")
         if self.last_grid not in (None, grid):

@@ -1,0 +1,135 @@
+"""A fine-tuning step of Wan2.1 with an adapter: time and peak memory, dense and with FPSAttention, on one Hopper GPU.
+
+The step is that of examples/finetune_diffusers.py on a sample that holds the teacher's output: forward, backward with
+gradient checkpointing, optimizer. Weights are random, on which time does not depend.
+
+    python bench/bench_finetune.py --output build/finetune.json     # needs pip install 'fpsattention[bench,train]'
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import bench_wan
+import fpsattention as fps
+from fpsattention.core.support import hopper_obstacle
+from fpsattention.schedules.models import MODELS
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))  # finetune is not in the wheel
+from finetune.machine import Machine  # noqa: E402
+from finetune.student import Make, Student  # noqa: E402
+
+# Sizes of Wan-AI's checkpoints for diffusers, and a config for all steps, of density 0.169 and 0.135.
+CASES = {
+    "wan2.1-1.3b-480p": (
+        bench_wan.WAN_14B | {"num_attention_heads": 12, "ffn_dim": 8960},
+        fps.AttentionConfig((21, 3, 6), (1, 5, 3)),
+    ),
+    "wan2.1-14b-720p": (bench_wan.WAN_14B, fps.AttentionConfig((7, 9, 2), (3, 3, 9))),
+}
+RANK, TARGETS = 64, ("to_q", "to_k", "to_v", "to_out.0")
+ATTENTIONS = ("dense", "fps")
+
+
+@dataclass
+class Result:
+    """`seconds` of a step, the median; peak memory of the device."""
+
+    model: str
+    attention: str
+    compiled: bool
+    seconds: float
+    peak_gib: float
+
+
+def measure(
+    student: Student, arguments: dict[str, Tensor], attention: str, repeats: int
+) -> tuple[float, float]:
+    """(median of the seconds of a step, peak GiB), after a step to warm up."""
+    device = student.machine.device
+    on_gpu = device.type == "cuda"
+    optimizer = torch.optim.AdamW(student.parameters.values(), lr=1e-6)
+    target = torch.zeros_like(arguments["hidden_states"])
+    seconds = []
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        with student.handle.dense() if attention == "dense" else nullcontext():
+            out = student.forward(arguments)
+        (out.float() - target.float()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - begin)
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else float("nan")
+    return statistics.median(seconds[1:]), peak
+
+
+def student_of(
+    transformer, config: fps.AttentionConfig, compiled: bool, device: torch.device, backend: str
+) -> Student:
+    schedule = fps.StepSchedule(config, config, config)
+    make = Make(schedule, 5.0, (), RANK, TARGETS, checkpointing=True, compiled=compiled, backend=backend)
+    return Student(transformer, make, Machine(device), with_teacher=False)
+
+
+def arguments_of(name: str, device: torch.device) -> dict[str, Tensor]:
+    """Random arguments of a forward at the model's grid."""
+    t, h, w = MODELS[name].grid
+    generator = torch.Generator(device).manual_seed(1)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, device=device, dtype=torch.bfloat16, generator=generator)
+
+    return {
+        "hidden_states": random(1, 16, t, 2 * h, 2 * w),  # a token is 1 x 2 x 2 latent pixels
+        "encoder_hidden_states": random(*bench_wan.TEXT),
+        "timestep": torch.tensor([500.0], device=device),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=CASES, action="append", help="default: all")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks")
+    parser.add_argument("--repeats", type=int, default=3, help="timed steps (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+    if obstacle := hopper_obstacle():
+        parser.exit(1, f"bench_finetune.py {obstacle}\n")
+    device, results = torch.device("cuda"), []
+    for name in args.model or CASES:
+        sizes, config = CASES[name]
+        for attention in ATTENTIONS:
+            torch.compiler.reset()
+            transformer = bench_wan.build(MODELS[name].layers, 0, sizes)
+            student = student_of(transformer, config, args.compile, device, "sm90")
+            seconds, peak = measure(student, arguments_of(name, device), attention, args.repeats)
+            results.append(Result(name, attention, args.compile, seconds, peak))
+            print(f"{name:18} {attention:6} {seconds:8.3f} s a step  {peak:6.1f} GiB", flush=True)
+            del transformer, student
+            gc.collect()  # modules and their hooks refer to each other
+            torch.cuda.empty_cache()
+        if args.output:
+            about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "rank": RANK}
+            rows = [asdict(x) for x in results]
+            args.output.write_text(json.dumps({**about, "results": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
