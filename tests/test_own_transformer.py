@@ -318,6 +318,12 @@ class Own:
         return (q @ k.mT).softmax(-1) @ v
 
 
+class Shadowed:
+    def __call__(self, attn, x):
+        dispatch_attention_fn = attn.qkv
+        return dispatch_attention_fn(x)[2].flatten(2)
+
+
 class Wrapped:
     @torch.no_grad()
     def __call__(self, attn, x):
@@ -353,6 +359,7 @@ exec("class Unseen:\n    def __call__(self, attn, x):\n        return dispatch_a
             Own,
             "its code calls neither dispatch_attention_fn of diffusers nor scaled_dot_product_attention of torch",
         ),
+        (Shadowed, "its code calls neither dispatch_attention_fn of diffusers nor"),
         (Wrapped, "it is no plain Python function"),
         (Child, "its code uses __class__ of the code around it"),
         (Module, "it is a module"),
