@@ -63,9 +63,10 @@ def enable(
 
     Returns the `Handle` that reports what runs and removes FPSAttention again.
     Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value; RuntimeError
-    when FPSAttention is on already or the processor of a layer is not the host's own. During a forward: RuntimeError
-    when the host does what the processors do not know (other parallelism, processors replaced, tokens outside of the
-    grid, a timestep that is none of the scheduler's); ValueError when the table is of another grid or number of steps.
+    when FPSAttention is on already or cannot run in the processor of a layer. During a forward: RuntimeError when the
+    host does what the processors do not know (other parallelism, processors replaced, tokens outside of the grid, an
+    attention call other than described, a timestep that is none of the scheduler's); ValueError when the table is of
+    another grid or number of steps.
     """
     check_schedule(schedule, "the model")
     check_backend(backend)
