@@ -38,7 +38,7 @@ def enable(
     `pipe.scheduler.timesteps`. Calls are not counted, so guidance may make any number of them, and a sampler may enter
     late. A transformer alone, for training or another sampler, gets the noise level from the timestep (over 1000) and
     the config from `StepSchedule.for_sigma`; samples of one batch may be in different stages. In both cases a forward
-    waits for the GPU once, to read the timestep (Mochi's twice, to check its mask).
+    waits for the GPU once, to read the timestep; once more to check the mask of padded text, where a model does so.
 
     Works with `transformer.compile()`, `torch.compile(transformer)` and `transformer.compile_repeated_blocks()`, before
     or after. There is one graph for each stage, or one for all windows of a table, and one for the host's own attention
