@@ -15,6 +15,7 @@ import fpsattention as fps
 from fpsattention.integrations.diffusers import use_fp8_linears
 from fpsattention.integrations.fp8_linear import apply_all
 from test_diffusers import diffusers, enable, tiny  # skips all without diffusers
+from test_general import tiny as tiny_transformers
 
 quantization = pytest.importorskip("torchao.quantization")
 
@@ -32,9 +33,14 @@ def is_fp8(linear: nn.Linear) -> bool:
     return type(linear.weight.data).__name__ == "Float8Tensor"
 
 
-@pytest.mark.parametrize("name", [name for name in tiny.MODELS if name != "mochi"])
+@pytest.mark.parametrize(
+    "name", [*(x for x in tiny.MODELS if x != "mochi"), "wan_vace", "consisid", "hunyuan15"]
+)
 def test_linear_layers_of_the_blocks_and_no_others(name):
-    transformer = transformer_of(name)
+    if name in tiny.MODELS:
+        transformer = transformer_of(name)
+    else:
+        transformer = tiny_transformers.CASES[name]().transformer.to(torch.bfloat16)
     use_fp8_linears(transformer)
     lists = tuple(f"{x}." for x, y in transformer.named_children() if isinstance(y, nn.ModuleList))
     linears = {x: y for x, y in transformer.named_modules() if isinstance(y, nn.Linear)}

@@ -187,6 +187,23 @@ def test_the_noise_level_picks_the_stage(case):
         handle.remove()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["framepack", "hunyuan", "hunyuan15", "mochi", "motif"])
+def test_samples_in_different_stages(name, no_fused):
+    """Each runs its own config, with its own padding."""
+    case = tiny.CASES[name]()
+    noisy, _, clean = case.timesteps
+    timestep = torch.tensor([noisy, clean])
+    outs = []
+    for schedule in (STAGES, same(NARROW), same(WINDOW)):
+        handle = enable(case.transformer, schedule, shift=1.0)
+        outs.append(case.run(timestep=timestep))
+        handle.remove()
+    mixed, early, late = outs
+    close(mixed, torch.stack([early[0], late[1]]))
+    assert (early - late).abs().max() > 1e-3 * early.abs().max()
+
+
 def gradient(case: tiny.Case) -> list[torch.Tensor]:
     case.transformer.zero_grad()
     case.run().square().sum().backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,49 @@ def test_what_else_a_processor_does_stays():
     assert [x.count for x in processors] == [2, 2]
 
 
+@pytest.mark.parametrize(
+    "change, error",
+    [
+        (
+            {"layers": lambda transformer: []},
+            r"description: its layers\(transformer\) finds none in transformer",
+        ),
+        (
+            {"layers": lambda transformer: transformer.blocks},
+            "description: layer 0 of transformer, a Block, must have a processor, and heads or num_heads",
+        ),
+    ],
+)
+def test_descriptions_that_do_not_fit(change, error):
+    with pytest.raises(ValueError, match=error):
+        enable(Transformer(), same(EXACT), shift=1.0, description=replace(DESCRIPTION, **change))
+
+
+@pytest.mark.parametrize(
+    "change, error",
+    [
+        ({"grid": lambda config, inputs: (2, 12)}, r"grid: \(2, 12\) must"),
+        ({"before": lambda config, inputs: -1}, "before: -1 must be"),
+        ({"after": lambda config, inputs: 0.5}, "after: 0.5 must be"),
+    ],
+)
+def test_descriptions_that_say_what_cannot_be(change, error):
+    transformer = Transformer()
+    enable(transformer, same(EXACT), shift=1.0, description=replace(DESCRIPTION, **change))
+    with pytest.raises((TypeError, ValueError), match=error):
+        run(transformer)
+
+
+class Nameless(Transformer):
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return x
+
+
+def test_a_forward_without_the_arguments_that_are_read():
+    with pytest.raises(ValueError, match="the forward of transformer must have the argument hidden_states"):
+        put_in(Nameless())
+
+
 # Attention calls that are refused
 
 
@@ -274,6 +318,12 @@ class Own:
         return (q @ k.mT).softmax(-1) @ v
 
 
+class Shadowed:
+    def __call__(self, attn, x):
+        dispatch_attention_fn = attn.qkv
+        return dispatch_attention_fn(x)[2].flatten(2)
+
+
 class Wrapped:
     @torch.no_grad()
     def __call__(self, attn, x):
@@ -309,6 +359,7 @@ exec("class Unseen:\n    def __call__(self, attn, x):\n        return dispatch_a
             Own,
             "its code calls neither dispatch_attention_fn of diffusers nor scaled_dot_product_attention of torch",
         ),
+        (Shadowed, "its code calls neither dispatch_attention_fn of diffusers nor"),
         (Wrapped, "it is no plain Python function"),
         (Child, "its code uses __class__ of the code around it"),
         (Module, "it is a module"),

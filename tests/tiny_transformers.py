@@ -1,77 +1,18 @@
 """Transformers of diffusers' real classes, with small random weights, and what their forwards get.
 
-All have heads of 64 channels, two or four self-attention layers and 3 x 4 x 6 tokens of video.
+All have heads of 64 channels, one to three self-attention layers and 3 x 4 x 6 tokens of video.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
-import diffusers
 import torch
-from torch import nn
 
-import tiny_diffusers as tiny
+from tiny_case import GRID, TEXT_DIM, Case, built, latent, mask, randn, text
 
-GRID = (3, 4, 6)
-TEXT_DIM = tiny.TEXT_DIM
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 64}
-
-
-@dataclass
-class Case:
-    """A transformer and a forward of it.
-
-    Attributes:
-        inputs: of a forward, of any number of samples.
-        layers: self-attention layers, as the description counts them.
-        before, after: tokens of text or else around the video's.
-        timesteps: that the forward may get: noisy, middle and clean.
-    """
-
-    transformer: nn.Module
-    inputs: dict[str, Any]
-    layers: int = 2
-    before: int = 0
-    after: int = 0
-    timesteps: tuple[float, float, float] = (990.0, 500.0, 20.0)
-
-    def run(self, **kwargs) -> torch.Tensor:
-        return self.transformer(**self.inputs | kwargs, return_dict=False)[0]
-
-    def at(self, stage: int) -> Case:
-        """The case at one of its timesteps."""
-        timestep = torch.full_like(self.inputs["timestep"], self.timesteps[stage])
-        return replace(self, inputs=self.inputs | {"timestep": timestep})
-
-
-def randn(*shape: int, seed: int = 5) -> torch.Tensor:
-    return torch.randn(*shape, generator=tiny.noise(seed))
-
-
-def text(batch: int = 1, length: int = 7, seed: int = 6) -> torch.Tensor:
-    return randn(batch, length, TEXT_DIM, seed=seed)
-
-
-def built(kind: str, seed: int = 0, **config) -> nn.Module:
-    """Every weight is random: some models begin with modulations of zero, which would hide attention."""
-    torch.manual_seed(seed)
-    transformer = getattr(diffusers, kind)(**config).eval()
-    for parameter in transformer.parameters():
-        if parameter.dim() > 1 and not parameter.any():
-            nn.init.normal_(parameter, std=0.05)
-    return transformer
-
-
-def latent(batch: int = 1, channels: int = 4) -> dict[str, torch.Tensor]:
-    return {
-        "hidden_states": randn(batch, channels, 3, 8, 12),
-        "timestep": torch.full((batch,), 500.0),
-    }
-
-
 WAN = HEADS | {
     "in_channels": 4,
     "out_channels": 4,
@@ -158,10 +99,6 @@ HUNYUAN = HEADS | {
     "text_embed_dim": TEXT_DIM,
     "rope_axes_dim": (16, 24, 24),
 }
-
-
-def mask(*valid: int, length: int = 7) -> torch.Tensor:
-    return torch.arange(length)[None] < torch.tensor(valid)[:, None]
 
 
 def hunyuan() -> Case:

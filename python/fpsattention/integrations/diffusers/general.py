@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +143,7 @@ class _Call:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         return self._attend(q, k, v, attn_mask, dropout_p, is_causal, scale).transpose(1, 2)
 
-    def _refuse(self, what: str) -> None:
+    def _refuse(self, what: str) -> NoReturn:
         raise RuntimeError(f"{self.processor.name}: called attention with {what}")
 
     def _attend(

@@ -39,7 +39,7 @@ def enable(
     `pipe.scheduler.timesteps`. Calls are not counted, so guidance may make any number of them, and a sampler may enter
     late. A transformer alone, for training or another sampler, gets the noise level from the timestep (over 1000) and
     the config from `StepSchedule.for_sigma`; samples of one batch may be in different stages. In both cases a forward
-    waits for the GPU once, to read the timestep (Mochi's twice, to check its mask).
+    waits for the GPU once, to read the timestep; once more to check the mask of padded text, where a model does so.
 
     Works with `transformer.compile()`, `torch.compile(transformer)` and `transformer.compile_repeated_blocks()`, before
     or after. There is one graph for each stage, or one for all windows of a table, and one for the host's own attention
@@ -64,9 +64,10 @@ def enable(
 
     Returns the `Handle` that reports what runs and removes FPSAttention again.
     Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value; RuntimeError
-    when FPSAttention is on already or the processor of a layer is not the host's own. During a forward: RuntimeError
-    when the host does what the processors do not know (other parallelism, processors replaced, tokens outside of the
-    grid, a timestep that is none of the scheduler's); ValueError when the table is of another grid or number of steps.
+    when FPSAttention is on already or cannot run in the processor of a layer. During a forward: RuntimeError when the
+    host does what the processors do not know (other parallelism, processors replaced, tokens outside of the grid, an
+    attention call other than described, a timestep that is none of the scheduler's); ValueError when the table is of
+    another grid or number of steps.
     """
     check_schedule(schedule, "the model")
     check_backend(backend)

@@ -29,9 +29,10 @@ def use_fp8_linears(transformer: nn.Module) -> None:
     compiled forward.
 
     Args:
-        transformer: one that `enable` knows, with the weights of its blocks in bfloat16.
+        transformer: one whose processors FPSAttention's own repeat (`docs/hosts.md`: fused), with the weights of its
+            blocks in bfloat16.
 
-    Raises ModuleNotFoundError without torchao; ValueError when the transformer is of another model, or a weight is no
+    Raises ModuleNotFoundError without torchao; ValueError when the transformer is another one, or a weight is no
     bfloat16 tensor (rounded already, or sharded) or its size no multiple of 16; RuntimeError without FP8 tensor cores.
     """
     host = getattr(transformer, "_orig_mod", transformer)

@@ -1,7 +1,6 @@
 """The code of a host's attention processor, with another function in place of its attention call."""
 
 from __future__ import annotations
-import __future__
 
 import ast
 import inspect
@@ -47,10 +46,8 @@ def with_attention_call(function: Callable) -> Callable:
     _strip_signature(definition)
     definition.args.kwonlyargs.append(ast.arg(ARGUMENT))
     definition.args.kw_defaults.append(None)
-    flags = code.co_flags & __future__.annotations.compiler_flag
     namespace: dict[str, Any] = {}
-    compiled = compile(ast.fix_missing_locations(tree), code.co_filename, "exec", flags, dont_inherit=True)
-    exec(compiled, function.__globals__, namespace)
+    exec(compile(ast.fix_missing_locations(tree), code.co_filename, "exec"), function.__globals__, namespace)
     rewritten = namespace[definition.name]
     rewritten.__defaults__, rewritten.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
     return rewritten

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ...core.checks import Triple
+from ...core.checks import MAX_TOKENS, Triple, as_grid, as_int
 from ..hosts import as_dense_layers, check_schedule, host_class
 from ..scope import Hooks, Scope
 from .clocks import Clock
 from .compared import FUSED
 from .description import Description, Inputs
 from .descriptions import DESCRIPTIONS, description_of
-from .general import general
+from .general import General, general
 from .processor import Attn, Forward, Parts, Processor
 
 
@@ -53,11 +53,11 @@ class PatchedTransformer:
         self.clock = clock
         self.description = description_of(transformer, name) if description is None else description
         self.fused = FUSED.get(host_class(transformer).__name__) if description is None else None
-        self.layers = list(self.description.layers(transformer))
-        self.heads = _heads_of(self.layers[0])
+        self.layers = _layers_of(transformer, name, self.description)
+        self.heads: int = getattr(self.layers[0], "heads", None) or self.layers[0].num_heads
         check_schedule(clock.schedule, name, num_layers=len(self.layers), heads=self.heads)
         self.dense_layers = as_dense_layers(dense_layers, len(self.layers))
-        self.signature = inspect.signature(type(transformer).forward)
+        self.signature = _signature_of(transformer, name)
         self.scope = Scope()
         self.hooks: Hooks | None = None
         self.last_grid: Triple | None = None
@@ -85,7 +85,8 @@ class PatchedTransformer:
             raise RuntimeError(
                 f"model: layer {i} of {self.name} has a {type(stock).__name__}, where FPSAttention cannot run: {error}"
             ) from None
-        return kind(stock, self.scope, i, backend, self.description, first=not self.processors)
+        first = not any(isinstance(x, General) for x in self.processors.values())
+        return kind(stock, self.scope, i, backend, self.description, first)
 
     def install(self) -> None:
         """Put our processors in the layers."""
@@ -111,12 +112,14 @@ class PatchedTransformer:
                 )
         inputs = self.signature.bind(module, *args, **kwargs).arguments
         config, description = getattr(module, "config", None), self.description
-        grid = description.grid(config, inputs)
+        grid = as_grid(description.grid(config, inputs))
         check_schedule(self.clock.schedule, f"{self.name}'s input", grid=grid)
         parts, order, windows = None, None, None
         if not self.scope.asked_dense:
             parts, order, windows = self.clock.parts(inputs["timestep"], partial(description.sigma, config))
-        others = description.before(config, inputs), description.after(config, inputs)
+        others = [
+            as_int(x, getattr(description, x)(config, inputs), 0, MAX_TOKENS) for x in ("before", "after")
+        ]
         extent = torch.empty(*grid, *others, 0, device="cpu")
         if self.last_grid not in (None, grid):
             self.sizes_change = True
@@ -189,9 +192,27 @@ class PatchedTransformer:
         return config._ulysses_mesh.get_group()
 
 
-def _heads_of(layer: Attn) -> int:
-    """The number of heads of a self-attention module, by either of the names it has in diffusers."""
-    return layer.heads if hasattr(layer, "heads") else layer.num_heads
+def _layers_of(transformer: nn.Module, name: str, description: Description) -> list[Attn]:
+    """The self-attention layers. Raises ValueError when they are not as a description promises."""
+    layers = list(description.layers(transformer))
+    if not layers:
+        raise ValueError(f"description: its layers(transformer) finds none in {name}")
+    for i, layer in enumerate(layers):
+        if not hasattr(layer, "processor") or not (hasattr(layer, "heads") or hasattr(layer, "num_heads")):
+            raise ValueError(
+                f"description: layer {i} of {name}, a {type(layer).__name__}, must have a processor, and heads or "
+                f"num_heads"
+            )
+    return layers
+
+
+def _signature_of(transformer: nn.Module, name: str) -> inspect.Signature:
+    """Of the forward. Raises ValueError when it lacks what FPSAttention reads."""
+    signature = inspect.signature(type(transformer).forward)
+    for argument in ("hidden_states", "timestep"):
+        if argument not in signature.parameters:
+            raise ValueError(f"model: the forward of {name} must have the argument {argument}")
+    return signature
 
 
 def _modules_around(transformer: nn.Module, layers: list[nn.Module]) -> list[nn.Module]:
