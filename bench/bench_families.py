@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -44,7 +45,8 @@ def bench_families(shape: Shape, work_of, clock, monitor: GpuMonitor, rounds, bu
             r.tflops = flops / r.attn_ms / 1e9 if r.attn_ms else None
             records.append(r)
         if window in shape.training:
-            for r in _time_each(shape, window, work, f"{BACKWARD} {INPUTS}", _backward, *timed):
+            backward = partial(_backward, seed=seed)
+            for r in _time_each(shape, window, work, f"{BACKWARD} {INPUTS}", backward, *timed):
                 r.tflops_total = FORWARDS_WORTH[BACKWARD] * flops / r.ms / 1e9 if r.ms else None
                 records.append(r)
     return records
@@ -93,11 +95,12 @@ def check(shape: Shape, contender, work, qkv, record: Record, seed: int) -> None
 
 
 @torch.enable_grad()
-def _backward(contender: Contender, qkv, record: Record) -> Callable[[], object]:
+def _backward(contender: Contender, qkv, record: Record, seed: int) -> Callable[[], object]:
     """The backward on these inputs. The tests compare gradients; here they have to be finite."""
     qkv = tuple(x.requires_grad_() for x in qkv)
     out = contender.prepare(*qkv)()
-    dout = torch.randn_like(out)
+    generator = torch.Generator(out.device).manual_seed(seed)
+    dout = torch.randn(out.shape, dtype=out.dtype, device=out.device, generator=generator)
 
     def backward():
         return torch.autograd.grad(out, qkv, dout, retain_graph=True)

@@ -180,7 +180,8 @@ class Record:
 
     Attributes:
         tflops: useful work, 4 * head_dim * attended pairs * heads * batch, over `attn_ms`.
-        tflops_total: the same work over `ms`, quantisation included; 2.5 times the work in a backward, 3.5 in training.
+        tflops_total: the same work over `ms`, quantisation included unless the note says otherwise; 2.5 times the work
+            in a backward, 3.5 in training.
         tflops_computed: work that the kernel computes, padding inside its blocks included, over `attn_ms`.
         speedup: baseline_ms / ms.
         graph_gap_us: largest gap between the kernels of one call in a CUDA graph.

@@ -151,6 +151,43 @@ def test_norms_and_rotation_are_fused_with_the_rounding(name, batch, monkeypatch
     assert (together - apart).norm() < 0.2 * (case.run() - apart).norm()
 
 
+class OwnNorm(torch.nn.RMSNorm):
+    def forward(self, x):
+        return x / x.square().mean(-1, keepdim=True).sqrt() * (1 + self.weight)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "norm",
+    [
+        OwnNorm(64, eps=1e-6),
+        torch.nn.Identity(),
+        torch.nn.RMSNorm(64),
+        torch.nn.RMSNorm(64, eps=0.1, elementwise_affine=False),
+    ],
+    ids=lambda x: f"{type(x).__name__}, eps {getattr(x, 'eps', '')}",
+)
+def test_other_norms_run_as_they_are(norm):
+    """Those that are put in a layer in place of the host's: none is taken for one that the kernels know."""
+    case = tiny.CASES["hunyuan"]()
+    layers = descriptions.description_of(case.transformer, "transformer").layers(case.transformer)
+    layers[0].norm_q = norm
+    layers[1].norm_q = layers[1].norm_k = None
+    stock = case.run()
+    enable(case.transformer, same(EXACT), shift=1.0)
+    close(case.run(), stock)
+    handles = fps.StepSchedule(*[fps.AttentionConfig(tile=(1, 2, 3))] * 3)
+    other = tiny.CASES["hunyuan"]().transformer
+    other.load_state_dict(case.transformer.state_dict(), strict=False)
+    for ours, theirs in zip(
+        descriptions.description_of(other, "transformer").layers(other), layers, strict=True
+    ):
+        ours.norm_q, ours.norm_k = theirs.norm_q, theirs.norm_k
+    enable(other, handles, shift=1.0)
+    rounded = replace(case, transformer=other).run()
+    assert (rounded - stock).norm() < 0.2 * stock.norm()
+
+
 @torch.no_grad()
 def test_a_window_is_that_window_in_the_hosts_own_attention(case, way, monkeypatch):
     """The oracle is the host with a mask over its video tokens; others see all and are seen by all."""

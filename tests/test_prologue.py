@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fpsattention as fps
 from fpsattention import AttentionConfig
-from fpsattention.core import ops
+from fpsattention.core import ops, prologue
 from prologue_cases import EPS, NORMS, ROPES, expected, inputs, of_one
 
 GRID = (2, 3, 4)
@@ -120,8 +120,19 @@ def wrong(**kwargs):
             ValueError,
             "q_norm.weight: torch.int32 on cpu must be floating-point",
         ),
-        (both(torch.ones(64), eps=-1.0), ValueError, "q_norm.eps: -1.0 must be a float of at least 0"),
+        (
+            both(torch.ones(64), eps=-1.0),
+            ValueError,
+            "q_norm.eps: -1.0 must be a finite number of at least 0",
+        ),
         (both(torch.ones(64), eps=None), ValueError, "q_norm.eps: None must be"),
+        (both(torch.ones(64), eps=float("nan")), ValueError, "q_norm.eps: nan must be"),
+        (both(torch.ones(64), eps=float("inf")), ValueError, "q_norm.eps: inf must be"),
+        (
+            {"rope": torch.ones(1, 1, 1, 1).expand(24, 2, 32, 2), "max_angles": 3071},
+            ValueError,
+            "rope: has 3,072 elements, must have at most 3,071",
+        ),
         (
             {"k_norm": fps.Norm(torch.ones(128), eps=0.1)},
             ValueError,
@@ -181,7 +192,10 @@ def wrong(**kwargs):
         ({"config": fps.AttentionConfig((1, 1, 1), (1, 2, 1))}, ValueError, r"window: \(1, 2, 1\) .* odd"),
     ],
 )
-def test_errors(kwargs, error, message):
+def test_errors(kwargs, error, message, monkeypatch):
+    if "max_angles" in kwargs:
+        kwargs = dict(kwargs)
+        monkeypatch.setattr(prologue, "MAX_ANGLES", kwargs.pop("max_angles"))
     with pytest.raises(error, match=message):
         fps.norm_rope_quantize(**wrong(**kwargs))
 

@@ -15,6 +15,8 @@ from .api import QuantizedQKV, check_rounding, check_window, quantize_qkv, set_u
 from .checks import as_grid, shown
 from .config import AXES, AttentionConfig, as_config
 
+MAX_ANGLES = 2**31 - 1  # elements of a table of each token: the kernel counts them in 32 bits
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -24,7 +26,7 @@ class Norm:
         weight: [H * D]: one mean square over the channels of all heads; [D]: one for each head.
         bias: makes it a LayerNorm of each head, with this bias; [D], for a weight that is [D].
         text_weight: weight of text tokens, of weight's shape; None: the same. Not with a bias.
-        eps: added to the mean square, or to the variance; at least 0.
+        eps: added to the mean square, or to the variance; finite, at least 0.
     """
 
     weight: Tensor
@@ -99,7 +101,7 @@ def norm_rope_quantize(
     weights, text_weights, biases = (_given(norms, of) for of in ("weight", "text_weight", "bias"))
     packed = ops.norm_rope_quantize(
         *(q.detach(), k.detach(), v.detach(), *counts, weights, text_weights, biases),
-        *(norms[0].eps if norms else 0.0, [x.detach() for x in tables]),
+        *(float(norms[0].eps) if norms else 0.0, [x.detach() for x in tables]),
         *(list(grid), *lengths, config.spec, scale, tensor_layout),
     )
     sizes = {"dtype": q.dtype, "shape": tuple(q.shape)}
@@ -220,7 +222,7 @@ def _as_pair(q_norm: Norm | None, k_norm: Norm | None) -> tuple[Norm, ...]:
         return ()
     if q_norm is None or k_norm is None:
         raise ValueError(f"{'q_norm' if q_norm is None else 'k_norm'}: is missing; give both norms, or none")
-    if q_norm.eps != k_norm.eps:
+    if q_norm.eps != k_norm.eps and q_norm.eps == q_norm.eps:  # NaN is refused elsewhere
         raise ValueError(
             f"k_norm: has eps {shown(k_norm.eps)}, but must have that of q_norm, {shown(q_norm.eps)}"
         )
@@ -254,8 +256,8 @@ def _check(
 def _check_norm(x: Tensor, name: str, norm: Norm, heads: int, head_dim: int) -> None:
     if not isinstance(norm, Norm):
         raise TypeError(f"{name}: {shown(norm)} must be a Norm or None")
-    if not isinstance(norm.eps, float) or not norm.eps >= 0:
-        raise ValueError(f"{name}.eps: {shown(norm.eps)} must be a float of at least 0")
+    if isinstance(norm.eps, bool) or not isinstance(norm.eps, (int, float)) or not 0 <= norm.eps < math.inf:
+        raise ValueError(f"{name}.eps: {shown(norm.eps)} must be a finite number of at least 0")
     for key, tensor in norm.tensors(name).items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{key}: must be a tensor, got {checks.kind_of(tensor)}")
@@ -296,6 +298,11 @@ def _check_rope(
             raise ValueError(
                 f"rope: shape {shown(list(tables[0].shape))} must be [{tokens}, 1 or {heads}, {pairs}, 2], cosines and "
                 f"sines of each token of the grid"
+            )
+        if tables[0].numel() > MAX_ANGLES:
+            raise ValueError(
+                f"rope: has {tables[0].numel():,} elements, must have at most {MAX_ANGLES:,}; give angles that all "
+                f"heads share, or three tables of axes"
             )
         return
     for of_axis, table, n in zip(AXES, tables, grid, strict=True):

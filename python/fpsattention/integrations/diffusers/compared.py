@@ -10,13 +10,14 @@ from packaging.version import Version
 OLDEST, FIRST_UNTESTED = "0.41", "0.43"
 
 _version = Version(diffusers.__version__)
-if _version < Version(OLDEST):
+_release = Version(_version.base_version)  # a development version counts as what it leads to
+if _release < Version(OLDEST):
     raise ImportError(
         f"diffusers {_version}: FPSAttention has not been compared with it; install a version from {OLDEST} to below "
         f"{FIRST_UNTESTED}: pip install 'fpsattention[diffusers]'"
     )
 
-COMPARED = _version < Version(FIRST_UNTESTED)
+COMPARED = _release < Version(FIRST_UNTESTED)
 if COMPARED:
     from .models import FUSED
 else:  # the module may import what that version has no more

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.models.normalization import MochiRMSNorm, RMSNorm
 from torch import Tensor, nn
 
 from ...core.checks import Triple
 from ...core.prologue import Norm
 from ..fp8_linear import has_hooks
 from .processor import Attn, Forward, Processor
+
+KNOWN_NORMS = (nn.RMSNorm, nn.LayerNorm, RMSNorm, MochiRMSNorm)
+"""Whose arithmetic is that of `fpsattention.Norm`. A class derived from one may do something else."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Rope:
 
     def rotate(self, x: Tensor) -> Tensor:
         """x [B, L, H, D] rotated, in fp32, and rounded to its dtype."""
-        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
         pairs = even * self.cos - odd * self.sin, even * self.sin + odd * self.cos
         return torch.stack(pairs, dim=-1).flatten(-2).type_as(x)
 
@@ -158,21 +162,26 @@ def _normalised(x: Tensor, norm: nn.Module | None) -> Tensor:
     """x [B, L, H, D] after its norm."""
     if norm is None:
         return x
-    channels = norm.weight.numel() if isinstance(norm.weight, Tensor) else x.shape[3]
-    return norm(x) if channels == x.shape[3] else norm(x.flatten(2)).view_as(x)
+    size = getattr(norm, "normalized_shape", None) or getattr(norm, "dim", None) or x.shape[3:]
+    return norm(x) if tuple(size) == x.shape[3:] else norm(x.flatten(2)).view_as(x)
 
 
 def _norm_arguments(streams: Sequence[Stream]) -> dict[str, Any] | None:
     """The norms as `norm_rope_quantize` takes them; None for those that it has no place for."""
     norms: list[tuple[Any, Any]] = [(stream.norm_q, stream.norm_k) for stream in streams]
     flat = [norm for pair in norms for norm in pair]
+    first, *others = flat
     if all(norm is None for norm in flat):
         return {}
-    first = flat[0]
-    alike = all(type(x) is type(first) and getattr(x, "eps", None) == first.eps for x in flat)
+    if type(first) not in KNOWN_NORMS or not isinstance(first.eps, float) or first.weight is None:
+        return None
+    for norm in others:
+        if type(norm) is not type(first) or norm.eps != first.eps or norm.weight is None:
+            return None
+        if norm.weight.shape != first.weight.shape:
+            return None
     is_layer_norm = isinstance(first, nn.LayerNorm)
-    has_bias = [getattr(norm, "bias", None) is not None for norm in flat]
-    if not alike or any(norm.weight is None for norm in flat) or has_bias != [is_layer_norm] * len(flat):
+    if any((getattr(norm, "bias", None) is not None) != is_layer_norm for norm in flat):
         return None
     if is_layer_norm and (len(streams) > 1 or first.weight.numel() != streams[0].q.shape[3]):
         return None

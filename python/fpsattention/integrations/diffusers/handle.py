@@ -43,8 +43,8 @@ def enable(
 
     Works with `transformer.compile()`, `torch.compile(transformer)` and `transformer.compile_repeated_blocks()`, before
     or after. There is one graph for each stage, or one for all windows of a table, and one for the host's own attention
-    where steps keep it. There are twice as many when the size of the video changes; LTX-Video and Mochi have one for
-    each size. A warning says when torch keeps fewer than that. Works under gradient checkpointing, by
+    where steps keep it. There are more when the size of the video changes, in some models one for each size
+    (`docs/hosts.md`). A warning says when torch keeps fewer than that. Works under gradient checkpointing, by
     `enable_gradient_checkpointing()` or torch.distributed's `checkpoint_wrapper`: layers are recomputed as they ran in
     their forward, whatever ran since. Works under `transformer.enable_parallelism(config=ContextParallelConfig(
     ulysses_degree=...))` of Wan and LTX-Video, if all processes get the same inputs.
@@ -67,7 +67,7 @@ def enable(
     when FPSAttention is on already or cannot run in the processor of a layer. During a forward: RuntimeError when the
     host does what the processors do not know (other parallelism, processors replaced, tokens outside of the grid, an
     attention call other than described, a timestep that is none of the scheduler's); ValueError when the table is of
-    another grid or number of steps.
+    another grid or number of steps, or the schedule names another.
     """
     check_schedule(schedule, "the model")
     check_backend(backend)
