@@ -17,7 +17,9 @@ from fpsattention.cli.timing import first_line
 from fpsattention.core.reference import E4M3_MAX
 
 VERSION = f"cudnn-frontend {cudnn.__version__}, cuDNN {cudnn.backend_version_string()}"
-SCALE_S = 64.0  # factor on the probabilities, which are at most 1, before they are rounded to E4M3
+SCALE_S = (
+    64.0  # factor on the forward's probabilities before they are rounded to E4M3: the largest of a row is 1
+)
 SCALAR = [1, 1, 1, 1]  # shape and strides
 
 Data = dict[str, torch.Tensor]
@@ -235,6 +237,13 @@ def prepare(
     return run
 
 
+def _largest_probability(data: Data, scale: float) -> float:
+    """Of some rows of all heads, after a forward with stats. The backward's probabilities add up to 1 in each row."""
+    rows = torch.linspace(0, data["q"].shape[2] - 1, 64, device=data["q"].device).long()
+    q, k = (data[name].float() * data[f"descale_{name}"] for name in ("q", "k"))
+    return ((q[:, :, rows] @ k.mT) * scale - data["stats"][:, :, rows]).max().exp().item()
+
+
 def prepare_training(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, scale: float
 ) -> tuple[Callable[[], None], Callable[[], None], Callable[[], tuple[torch.Tensor, ...]]]:
@@ -245,6 +254,9 @@ def prepare_training(
     attend, data = _scaled_forward(q, k, v, scale, stats=True)
     attend()
     names = Backward.GRADIENTS
+    data = dict(data)  # the forward keeps its scale of probabilities
+    data["scale_s"] = _scalar(E4M3_MAX / 2 / _largest_probability(data, scale), q.device)
+    data["descale_s"] = 1 / data["scale_s"]
     data["dO"], descale = to_e4m3(dout)
     data["descale_dO"] = _scalar(descale, q.device)
     data |= {name: torch.empty_like(data["q"]) for name in names}

@@ -17,6 +17,7 @@ from torch import nn
 import fpsattention as fps
 import stub_fastvideo
 from test_fp8_linears import tiny  # skips all without diffusers or torchao
+from test_own_transformer import Transformer
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", *(f"docs/{x}.md" for x in ("index", "faq", "schedule", "hosts", "finetune")))
@@ -85,7 +86,8 @@ def test_examples(page, tmp_path, monkeypatch, registry):
             code = code.replace(written, smaller)
         names["pipe"] = new_pipe()
         # Lines of an error's traceback are the page's own.
-        exec(compile("\n" * (line - 1) + code, str(ROOT / page), "exec"), names)
+        own = {"transformer": Transformer()} if "Description(" in code else {}
+        exec(compile("\n" * (line - 1) + code, str(ROOT / page), "exec"), names | own if own else names)
 
 
 @pytest.mark.parametrize("page", PAGES)
