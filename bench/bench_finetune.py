@@ -3,7 +3,7 @@
 The step is that of examples/finetune_diffusers.py on a sample that holds the teacher's output: forward, backward with
 gradient checkpointing, optimizer. Weights are random, on which time does not depend.
 
-    python bench/bench_finetune.py --output build/finetune.json     # needs pip install 'fpsattention[bench,train]'
+    python bench/bench_finetune.py --output finetune.json     # needs pip install '.[bench,train]'
 """
 
 from __future__ import annotations

@@ -4,15 +4,15 @@ The student, with FPSAttention, learns to return what the model itself returns w
 the dense model samples videos, and calls of its transformer on the way are what the student sees. A folder of videos
 may take their place.
 
-    python examples/finetune_diffusers.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --out runs/wan --tile 21 3 6 \\
-        --early 1 5 3 --late 1 5 3
+    python examples/finetune_diffusers.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --out runs/wan --tile 21 3 2 \\
+        --mid 1 10 13 --late 1 7 13 --dense-layers 0
     torchrun --nproc-per-node 8 examples/finetune_diffusers.py ...    # FSDP2 shares out weights and samples
 
 The result, in runs/wan/model, goes on a pipeline in one line:
 
     handle = fps.integrations.diffusers.load(pipe, "runs/wan/model")
 
-docs/finetune.md explains all. Needs pip install 'fpsattention[train]'.
+docs/finetune.md explains all. Needs pip install '.[train]'.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from fpsattention.schedules.schedule import STAGES
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-MOST_APART = 0.1  # of 50 steps, the two beside a boundary may be
+MOST_APART = 0.1  # share of samples; with 50 steps, rounding moves only the steps beside the two boundaries
 LR = {"lora": 1e-4, "weights": 1e-5}
 
 
