@@ -338,7 +338,7 @@ def _kernel_over_cudnn_fp8(records: list[Record]) -> float | None:
 
 
 def _slowest_family(ending: str):
-    """A target's value: the lowest speed on a family over that on Gaussian inputs, among the cases with this `ending`."""
+    """A target's value: the lowest speed on a family over that on Gaussian inputs, in cases with this ending."""
 
     def of(records: list[Record]) -> float | None:
         good = (r for r in records if r.over_gaussian and not r.error)
