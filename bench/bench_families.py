@@ -35,12 +35,8 @@ def bench_families(shape: Shape, work_of, clock, monitor: GpuMonitor, rounds, bu
     for window in shape.families:
         work = work_of(shape, window)
         flops = attention_flops(work.pairs, shape.heads, shape.head_dim, shape.batch)
-
-        def forward(contender: Contender, qkv, record: Record, work=work) -> Callable[[], object]:
-            check(shape, contender, work, qkv, record, seed)
-            return contender.parts(*qkv).attend
-
-        for r in _time_each(shape, window, work, INPUTS, forward, *timed):
+        kernel = partial(_kernel, shape=shape, work=work, seed=seed)
+        for r in _time_each(shape, window, work, INPUTS, kernel, *timed):
             r.attn_ms, r.ms = r.ms, None  # the kernel alone was timed
             r.tflops = flops / r.attn_ms / 1e9 if r.attn_ms else None
             records.append(r)
@@ -92,6 +88,12 @@ def check(shape: Shape, contender, work, qkv, record: Record, seed: int) -> None
     out = contender.finish(contender.prepare(*qkv)())
     rows = sampled_rows(shape, seed, out.device)
     judge(shape, out, rows, exact_heads(shape, qkv, rows, work.allowed(rows)), TOLERANCE, record)
+
+
+def _kernel(contender: Contender, qkv, record: Record, shape: Shape, work, seed: int) -> Callable[[], object]:
+    """The forward's kernel on these inputs, after a check of the whole forward."""
+    check(shape, contender, work, qkv, record, seed)
+    return contender.parts(*qkv).attend
 
 
 @torch.enable_grad()

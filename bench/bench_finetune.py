@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 
 import bench_wan
 import fpsattention as fps
+from common import write_results
 from fpsattention.core.support import hopper_obstacle
 from fpsattention.schedules.models import MODELS
 
@@ -126,9 +126,7 @@ def main() -> None:
             gc.collect()  # modules and their hooks refer to each other
             torch.cuda.empty_cache()
         if args.output:
-            about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "rank": RANK}
-            rows = [asdict(x) for x in results]
-            args.output.write_text(json.dumps({**about, "results": rows}, indent=1) + "\n")
+            write_results(args.output, results, rank=RANK)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import fpsattention as fps
-from common import forward_seconds
+from common import forward_seconds, write_results
 from fpsattention.core.support import hopper_obstacle
 from fpsattention.integrations.diffusers import enable
 from fpsattention.schedules.models import MODELS
@@ -192,10 +191,7 @@ def main() -> None:
         gc.collect()  # modules and their hooks refer to each other
         torch.cuda.empty_cache()
         if args.output:  # after each model: a run cut short keeps its results
-            about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-            args.output.write_text(
-                json.dumps({**about, "results": [asdict(r) for r in results]}, indent=1) + "\n"
-            )
+            write_results(args.output, results)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,10 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import statistics
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fpsattention as fps
-from common import forward_seconds
+from common import forward_seconds, write_results
 from fpsattention.core.support import hopper_obstacle
 from fpsattention.integrations.diffusers import enable, use_fp8_linears
 from fpsattention.schedules.models import MODELS
@@ -211,9 +210,7 @@ def main() -> None:
     stages = sigma_of_stage()
     results = []
     about = {
-        "gpu": torch.cuda.get_device_name(),
         "gpus": dist.get_world_size() if dist.is_initialized() else 1,
-        "torch": torch.__version__,
         "layers": args.layers,
         "steps": steps_of_stage(),
         "windows": {stage: getattr(SCHEDULE, stage).window for stage in stages},
@@ -229,8 +226,8 @@ def main() -> None:
         gc.collect()  # modules and their hooks refer to each other
         results[-1].speedup = results[0].weighted / results[-1].weighted
         if args.output and is_first():
-            rows = [asdict(r) for r in results]  # after each contender: a run cut short keeps its results
-            args.output.write_text(json.dumps({**about, "results": rows}, indent=1) + "\n")
+            # After each contender: a run cut short keeps its results.
+            write_results(args.output, results, **about)
 
     say(f"\n{'':20s}  s a step  speed-up  peak GiB")
     for r in results:

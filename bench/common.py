@@ -11,7 +11,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -326,6 +326,12 @@ def _rounded(x):
     if isinstance(x, dict):
         return {k: _rounded(v) for k, v in x.items()}
     return [_rounded(v) for v in x] if isinstance(x, (list, tuple)) else x
+
+
+def write_results(path: Path, results: Sequence, **about) -> None:
+    """Write dataclasses as JSON, with the GPU, torch's version and what else the file is about."""
+    about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, **about}
+    path.write_text(json.dumps({**about, "results": [asdict(x) for x in results]}, indent=1) + "\n")
 
 
 def attention_flops(pairs: int, heads: int, head_dim: int, batch: int) -> int:

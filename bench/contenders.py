@@ -66,13 +66,13 @@ def config_of(shape: Shape, window: Window, quant: str = "fp8") -> fps.Attention
     return fps.AttentionConfig(tile=shape.tile, window=window, quant=quant)
 
 
-def ours(shape: Shape, window: Window) -> Contender:
+def ours(shape: Shape, window: Window, **options) -> Contender:
+    """FPSAttention; `options` are more arguments of `fpsattention.attention`."""
     config = config_of(shape, window)
+    options |= {"grid": shape.grid, "config": config, "tensor_layout": shape.layout, "backend": "sm90"}
 
     def prepare(q, k, v):
-        return lambda: fps.attention(
-            q, k, v, grid=shape.grid, config=config, tensor_layout=shape.layout, backend="sm90"
-        )
+        return lambda: fps.attention(q, k, v, **options)
 
     def parts(q, k, v):
         sizes = q.shape[0], shape.heads, shape.head_dim, q.dtype, shape.head_dim**-0.5, shape.layout
@@ -91,20 +91,7 @@ def ours(shape: Shape, window: Window) -> Contender:
 
 def deterministic(shape: Shape, window: Window) -> Contender:
     """FPSAttention with a backward that gives the same bits every time."""
-
-    def prepare(q, k, v):
-        return lambda: fps.attention(
-            q,
-            k,
-            v,
-            grid=shape.grid,
-            config=config_of(shape, window),
-            tensor_layout=shape.layout,
-            backend="sm90",
-            deterministic=True,
-        )
-
-    return replace(ours(shape, window), name=OURS_DETERMINISTIC, prepare=prepare, parts=None)
+    return replace(ours(shape, window, deterministic=True), name=OURS_DETERMINISTIC, parts=None)
 
 
 def _torch_dense(shape: Shape, name: str, backend: SDPBackend) -> Contender:

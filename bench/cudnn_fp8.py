@@ -17,9 +17,8 @@ from fpsattention.cli.timing import first_line
 from fpsattention.core.reference import E4M3_MAX
 
 VERSION = f"cudnn-frontend {cudnn.__version__}, cuDNN {cudnn.backend_version_string()}"
-SCALE_S = (
-    64.0  # factor on the forward's probabilities before they are rounded to E4M3: the largest of a row is 1
-)
+# Factor on the forward's probabilities before they are rounded to E4M3: the largest of a row is 1.
+SCALE_S = 64.0
 SCALAR = [1, 1, 1, 1]  # shape and strides
 
 Data = dict[str, torch.Tensor]
@@ -163,13 +162,10 @@ class Backward(Graph):
 
 
 def _contiguous_strides(shape: Sequence[int]) -> list[int]:
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.insert(0, strides[0] * size)
-    return strides
+    return list(torch.empty(tuple(shape), device="meta").stride())
 
 
-# Of the last shape: the check of a contender and its timing follow each other.
+# Keep the last shape only: a contender is checked and timed before the next shape begins.
 _forward = lru_cache(maxsize=1)(Forward)
 _backward = lru_cache(maxsize=1)(Backward)
 

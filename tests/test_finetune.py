@@ -28,6 +28,7 @@ try:
     import finetune_diffusers
     import tiny_diffusers as tiny
     import tiny_pipeline
+    import training_log
     from finetune import machine as machines
     from finetune import samples, student, training, videos
     from finetune.machine import Machine
@@ -104,7 +105,7 @@ def finetune(*args, **kwargs) -> None:
 
 def log_of(run: Path) -> list[list[str]]:
     """Without the time."""
-    with open(run / "transformer" / training.LOG, newline="") as file:
+    with open(run / "transformer" / training_log.LOG, newline="") as file:
         return [row[:-1] for row in csv.reader(file)]
 
 
@@ -162,7 +163,7 @@ def test_what_is_written_is_what_was_trained(model, cache, tmp_path):
 
     log = log_of(tmp_path)
     assert log[0] == list(training.COLUMNS[:-1]) and [row[0] for row in log[1:]] == ["1", "2", "3", "4"]
-    assert (tmp_path / "transformer" / training.PLOT).stat().st_size > 1000
+    assert (tmp_path / "transformer" / training_log.PLOT).stat().st_size > 1000
     pipe = diffusers.DiffusionPipeline.from_pretrained(model)
     handle = load(pipe, tmp_path / "model")
     pipe.set_progress_bar_config(disable=True)

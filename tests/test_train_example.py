@@ -10,6 +10,7 @@ import torch
 
 import fpsattention as fps
 import train_tiny_dit
+import training_log
 from tiny_dit import clips, distillation, evaluation, export, flow, model, training
 
 GRID = (2, 4, 4)  # tokens: 4 frames of 32 x 32 pixels
@@ -325,10 +326,10 @@ def test_a_perfect_model_restores_the_clean_video():
 @pytest.mark.parametrize("mode", ["dense", "window"])
 def test_the_loss_falls(tmp_path, loaded, mode):
     train(tmp_path, loaded, mode, steps=60, batch=4, warmup=5, save_every=60)
-    rows = [float(row[1]) for row in training.read_log(tmp_path)]
+    rows = [float(row[1]) for row in training_log.read(tmp_path)]
     assert sum(rows[:5]) / 5 > 1.5 and sum(rows[-10:]) / 10 < 0.7 * sum(rows[:5]) / 5
     training.plot(tmp_path)
-    assert (tmp_path / training.PLOT).stat().st_size > 5000
+    assert (tmp_path / training_log.PLOT).stat().st_size > 5000
 
 
 def same(a, b):
@@ -360,15 +361,17 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, loaded, mo
         context.setattr(training.Run, "_one_step", killed)
         train(parts, loaded, "window")
     assert checkpoint(parts)["step"] == 2
-    with open(parts / training.LOG, "a", newline="") as file:  # a log that got further than the checkpoint
+    with open(
+        parts / training_log.LOG, "a", newline=""
+    ) as file:  # a log that got further than the checkpoint
         csv.writer(file).writerow([3, 9, "", "", "", 9, 9])
     assert not same(checkpoint(whole), checkpoint(parts))
     torch.manual_seed(99)
     train(parts, loaded, "window")
 
     assert same(checkpoint(whole), checkpoint(parts))
-    assert (whole / training.LOG).read_text() == (parts / training.LOG).read_text()
-    assert [int(row[0]) for row in training.read_log(whole)] == [1, 2, 3, 4, 5, 6]
+    assert (whole / training_log.LOG).read_text() == (parts / training_log.LOG).read_text()
+    assert [int(row[0]) for row in training_log.read(whole)] == [1, 2, 3, 4, 5, 6]
     assert not (parts / f"{training.CHECKPOINT}.new").exists()
 
 
@@ -434,7 +437,7 @@ def test_averaged_weights_follow_the_weights(tmp_path, loaded):
 
 def test_the_learning_rate_warms_up_and_falls(tmp_path, loaded):
     train(tmp_path, loaded)
-    lr = [float(row[-1]) for row in training.read_log(tmp_path)]
+    lr = [float(row[-1]) for row in training_log.read(tmp_path)]
     expected = [0.5, 1, *(0.1 + 0.45 * (1 + math.cos(math.pi * i / 4)) for i in range(4))]
     assert lr == pytest.approx([1e-3 * x for x in expected])
 
@@ -581,7 +584,7 @@ def distil(path, trained, mode, **changes):
     teacher = distillation.Teacher(weights.model, PLAN, "auto", 5, 1, CPU)
     run = training.Run(path, settings(mode, clips=(), latents=5, **changes), weights, teacher, CPU)
     run.train(flow.Attention(PLAN, mode), math.inf, 2, training.Console(quiet=True))
-    return run, [float(row[1]) for row in training.read_log(path)]
+    return run, [float(row[1]) for row in training_log.read(path)]
 
 
 def test_the_teacher_is_the_dense_start_model(trained):

@@ -61,7 +61,6 @@ class Student:
         elif with_teacher:
             self._copy = copy.deepcopy(self.transformer).requires_grad_(False).eval()
         self.transformer.train()
-        self.parameters = {n: p for n, p in self.transformer.named_parameters() if p.requires_grad}
         if make.checkpointing:
             self.transformer.enable_gradient_checkpointing()
         if make.compiled:
@@ -77,7 +76,8 @@ class Student:
         if machine.world > 1:
             for model in filter(None, (self.transformer, self._copy)):
                 _shard(model, machine)
-            self.parameters = {n: p for n, p in self.transformer.named_parameters() if p.requires_grad}
+        # Last: sharding replaces the parameters.
+        self.parameters = {n: p for n, p in self.transformer.named_parameters() if p.requires_grad}
 
     def _add_adapter(self) -> None:
         from peft import LoraConfig

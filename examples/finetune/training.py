@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import math
-import os
 import random
 import shutil
 import time
@@ -17,12 +15,12 @@ from typing import Any
 
 import torch
 from diffusers.optimization import get_cosine_schedule_with_warmup
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 import fpsattention as fps
+import training_log
 from fpsattention.cli.errors import UserError
 from fpsattention.integrations.diffusers.descriptions import description_of
 from fpsattention.integrations.hosts import noisiest
@@ -34,7 +32,7 @@ from .samples import Sample, read, to_device
 from .student import Student
 from .videos import noised
 
-CHECKPOINT, LOG, PLOT, VALIDATION = "checkpoint.json", "log.csv", "loss.png", "validation.json"
+CHECKPOINT, VALIDATION = "checkpoint.json", "validation.json"
 COLUMNS = ("step", "loss", *STAGES, "flow", "grad_norm", "lr", "seconds")
 CLIP_NORM = 1.0
 VALIDATION_POINTS = 5  # noise levels at which a held-out video is measured
@@ -94,7 +92,7 @@ class Run:
             self._load()
         elif self.machine.is_first:
             folder.mkdir(parents=True, exist_ok=True)
-            for name in (LOG, VALIDATION):  # of a run that ended before its first checkpoint
+            for name in (training_log.LOG, VALIDATION):  # of a run that ended before its first checkpoint
                 (folder / name).unlink(missing_ok=True)
         self.machine.wait()
 
@@ -230,9 +228,9 @@ class Run:
             u = 1 - (point + 0.5) / VALIDATION_POINTS
             return self._noised(taken, u, seed=point)[0]
 
+        are_videos = read(self.held_out_files[0]).clean is not None  # or calls: a cache has one kind
         for path in self.held_out_files:
-            points = VALIDATION_POINTS if read(path).clean is not None else 1
-            for point in range(points):
+            for point in range(VALIDATION_POINTS if are_videos else 1):
                 yield lambda path=path, point=point: sample(path, point)
 
     def finish(self) -> dict[str, float]:
@@ -262,9 +260,7 @@ class Run:
     def save(self) -> None:
         """Write the log and the checkpoint. The checkpoint counts when all processes have written theirs."""
         if self.machine.is_first:
-            new = not (self.folder / LOG).exists()
-            with open(self.folder / LOG, "a", newline="") as file:
-                csv.writer(file).writerows([COLUMNS, *self._pending] if new else self._pending)
+            training_log.append(self.folder, COLUMNS, self._pending)
         self._pending.clear()
         parts = self.folder / f"checkpoint-{self.step:06}"
         parts.mkdir(parents=True, exist_ok=True)
@@ -303,33 +299,12 @@ class Run:
         self.step = state["step"]
         self._put(self.masters)
         if self.machine.is_first:
-            # Drop the rows of steps after the checkpoint: those steps will run again.
-            rows = read_log(self.folder)
-            with open(self.folder / LOG, "w", newline="") as file:
-                csv.writer(file).writerows([COLUMNS, *(row for row in rows if int(row[0]) <= self.step)])
-
-
-def read_log(folder: Path) -> list[list[str]]:
-    with open(folder / LOG, newline="") as file:
-        return list(csv.reader(file))[1:]
+            training_log.cut(self.folder, COLUMNS, self.step)
 
 
 def plot(folder: Path) -> None:
     """Draw the smoothed distillation loss of each stage to `loss.png`."""
-    rows = [[float(x or "nan") for x in row] for row in read_log(folder)]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for stage in STAGES:
-        column = COLUMNS.index(stage)
-        points = [(row[0], row[column]) for row in rows if not math.isnan(row[column])]
-        width = max(1, len(points) // 50)
-        means = [points[i : i + width] for i in range(0, len(points), width)]
-        axes.plot([mean(p[0] for p in m) for m in means], [mean(p[1] for p in m) for m in means], label=stage)
-    axes.set(xlabel="step", ylabel="distance to the dense output", yscale="log", title=folder.name)
-    axes.legend()
-    part = folder / f"{PLOT}.part"
-    figure.savefig(part, dpi=120, format="png")
-    os.replace(part, folder / PLOT)
+    training_log.plot(folder, COLUMNS, STAGES, ylabel="distance to the dense output", title=folder.name)
 
 
 def _mean(values: list[float]) -> float | str:

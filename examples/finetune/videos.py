@@ -15,12 +15,12 @@ from torch import Tensor
 
 from fpsattention.cli import video
 from fpsattention.cli.errors import UserError
+from fpsattention.integrations.hosts import TRAIN_TIMESTEPS
 
 from .machine import Machine
 from .samples import Cache, Enough, Sample, follow
 
 SUFFIXES = {".avi", ".mkv", ".mov", ".mp4", ".pt", ".webm"}
-TRAIN_TIMESTEPS = 1000
 
 
 def _wan(pipe: Any, latent: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import math
 import os
@@ -10,10 +9,10 @@ import time
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+import training_log
 from fpsattention.cli.errors import UserError
 
 from . import flow
@@ -21,7 +20,7 @@ from .clips import CHANNELS, Clips, Codec
 from .distillation import Teacher
 from .model import Shape, VideoDiT
 
-CHECKPOINT, LOG, PLOT = "checkpoint.pt", "log.csv", "loss.png"
+CHECKPOINT = "checkpoint.pt"
 COLUMNS = ("step", "loss", *flow.STAGES, "grad_norm", "lr")
 CODEC_SEED = 0
 CLIP_NORM = 1.0
@@ -102,7 +101,9 @@ class Run:
         if (folder / CHECKPOINT).exists():
             self._load()
         else:
-            (folder / LOG).unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+            (folder / training_log.LOG).unlink(
+                missing_ok=True
+            )  # of a run that ended before its first checkpoint
 
     def train(self, attention: flow.Attention, minutes: float, save_every: int, console: Console) -> bool:
         """Train to the last step, or until `minutes` have passed. Returns whether the last step is done.
@@ -168,9 +169,7 @@ class Run:
                 f"lower --lr than {self.settings.lr:g}"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        new = not (self.folder / LOG).exists()
-        with open(self.folder / LOG, "a", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, *rows] if new else rows)
+        training_log.append(self.folder, COLUMNS, rows)
         state = {
             "settings": plain(self.settings),
             "step": self.step,
@@ -198,10 +197,7 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema, self.codec = state["ema"], Codec(*state["codec"])
-        # Drop the rows of steps after the checkpoint: those steps will run again.
-        rows = read_log(self.folder)
-        with open(self.folder / LOG, "w", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, *(row for row in rows if int(row[0]) <= self.step)])
+        training_log.cut(self.folder, COLUMNS, self.step)
 
 
 def lr_factor(step: int, warmup: int, steps: int) -> float:
@@ -225,27 +221,10 @@ def load(folder: Path, device: torch.device) -> Weights:
     return Weights(model, Codec(*state["codec"]), settings, state["step"])
 
 
-def read_log(folder: Path) -> list[list[str]]:
-    with open(folder / LOG, newline="") as file:
-        return list(csv.reader(file))[1:]
-
-
 def plot(folder: Path) -> None:
     """Draw the smoothed loss of each stage to `loss.png`."""
-    rows = [[float(x or "nan") for x in row] for row in read_log(folder)]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for stage in flow.STAGES:
-        column = COLUMNS.index(stage)
-        points = [(row[0], row[column]) for row in rows if not math.isnan(row[column])]
-        width = max(1, len(points) // 50)
-        means = [points[i : i + width] for i in range(0, len(points), width)]
-        axes.plot(
-            [_mean([p[0] for p in m]) for m in means], [_mean([p[1] for p in m]) for m in means], label=stage
-        )
-    axes.set(xlabel="step", ylabel="loss", yscale="log", title=f"{folder.name}: training loss by stage")
-    axes.legend()
-    figure.savefig(folder / PLOT, dpi=120)
+    title = f"{folder.name}: training loss by stage"
+    training_log.plot(folder, COLUMNS, flow.STAGES, ylabel="loss", title=title)
 
 
 def from_plain(values: dict) -> Settings:
