@@ -229,7 +229,7 @@ def _settings(
 
 
 def _table(before: dict[str, float], after: dict[str, float]) -> str:
-    lines = ["distance to the dense output, of its square", f"{'':8}{'before':>10}{'after':>10}"]
+    lines = ["relative squared error against the dense output", f"{'':8}{'before':>10}{'after':>10}"]
     return "\n".join([*lines, *(f"{name:8}{x:10.5f}{after[name]:10.5f}" for name, x in before.items())])
 
 
