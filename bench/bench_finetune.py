@@ -24,19 +24,15 @@ import bench_wan
 import fpsattention as fps
 from common import write_results
 from fpsattention.core.support import hopper_obstacle
-from fpsattention.schedules.models import MODELS
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # finetune is not in the wheel
 from finetune.machine import Machine  # noqa: E402
 from finetune.student import Make, Student  # noqa: E402
 
-# Sizes of Wan-AI's checkpoints for diffusers, and a config for all steps, of density 0.169 and 0.135.
-CASES = {
-    "wan2.1-1.3b-480p": (
-        bench_wan.WAN_14B | {"num_attention_heads": 12, "ffn_dim": 8960},
-        fps.AttentionConfig((21, 3, 6), (1, 5, 3)),
-    ),
-    "wan2.1-14b-720p": (bench_wan.WAN_14B, fps.AttentionConfig((7, 9, 2), (3, 3, 9))),
+# A config for all steps, of density 0.169 and 0.135.
+CONFIGS = {
+    "wan2.1-1.3b-480p": fps.AttentionConfig((21, 3, 6), (1, 5, 3)),
+    "wan2.1-14b-720p": fps.AttentionConfig((7, 9, 2), (3, 3, 9)),
 }
 RANK, TARGETS = 64, ("to_q", "to_k", "to_v", "to_out.0")
 ATTENTIONS = ("dense", "fps")
@@ -86,26 +82,11 @@ def student_of(
     return Student(transformer, make, Machine(device), with_teacher=False)
 
 
-def arguments_of(name: str, device: torch.device) -> dict[str, Tensor]:
-    """Random arguments of a forward at the model's grid."""
-    t, h, w = MODELS[name].grid
-    generator = torch.Generator(device).manual_seed(1)
-
-    def random(*size: int) -> Tensor:
-        return torch.randn(size, device=device, dtype=torch.bfloat16, generator=generator)
-
-    return {
-        "hidden_states": random(1, 16, t, 2 * h, 2 * w),  # a token is 1 x 2 x 2 latent pixels
-        "encoder_hidden_states": random(*bench_wan.TEXT),
-        "timestep": torch.tensor([500.0], device=device),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=CASES, action="append", help="default: all")
+    parser.add_argument("--model", choices=CONFIGS, action="append", help="default: all")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks")
     parser.add_argument("--repeats", type=int, default=3, help="timed steps (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="JSON file to write")
@@ -113,13 +94,12 @@ def main() -> None:
     if obstacle := hopper_obstacle():
         parser.exit(1, f"bench_finetune.py {obstacle}\n")
     device, results = torch.device("cuda"), []
-    for name in args.model or CASES:
-        sizes, config = CASES[name]
+    for name in args.model or CONFIGS:
         for attention in ATTENTIONS:
             torch.compiler.reset()
-            transformer = bench_wan.build(MODELS[name].layers, 0, sizes)
-            student = student_of(transformer, config, args.compile, device, "sm90")
-            seconds, peak = measure(student, arguments_of(name, device), attention, args.repeats)
+            transformer = bench_wan.build(bench_wan.CASES[name].sizes, 0)
+            student = student_of(transformer, CONFIGS[name], args.compile, device, "sm90")
+            seconds, peak = measure(student, bench_wan.arguments_of(name, device), attention, args.repeats)
             results.append(Result(name, attention, args.compile, seconds, peak))
             print(f"{name:18} {attention:6} {seconds:8.3f} s a step  {peak:6.1f} GiB", flush=True)
             del transformer, student

@@ -80,7 +80,7 @@ def ours(shape: Shape, window: Window, **options) -> Contender:
         packed = ops.launch_quantize(call, q, k, v, None, None)
         return Parts(
             lambda: ops.launch_quantize(call, q, k, v, None, None),
-            lambda: ops.launch_attend(call, packed, None, None),
+            lambda: ops.launch_attend(call, packed, None, None, None, None),
             call.sections.k_mean,  # where the packed blocks end
         )
 

@@ -18,6 +18,8 @@ except ImportError as error:  # not installed, or a version that was not compare
         raise
     pytest.skip(str(error), allow_module_level=True)
 
+from fpsattention.schedules.models import MODELS
+
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:fpsattention runs its reference"),
@@ -46,8 +48,6 @@ def test_a_step_trains_the_adapter_under_its_attention(monkeypatch, attention):
     assert all(not torch.equal(before[name], p) for name, p in student.parameters.items() if "lora_B" in name)
 
 
-def test_the_cases_are_those_of_the_catalogue():
-    for name, (sizes, config) in bench_finetune.CASES.items():
-        model = bench_finetune.MODELS[name]
-        assert sizes["num_attention_heads"] == model.heads
-        assert 0.1 < config.resolve(model.grid, model.heads).density < 0.2
+def test_the_windows_are_narrow():
+    for name, config in bench_finetune.CONFIGS.items():
+        assert 0.1 < MODELS[name].resolve(config).density < 0.2
