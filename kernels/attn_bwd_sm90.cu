@@ -42,8 +42,9 @@ using namespace cute;
 using E4M3 = cute::float_e4m3_t;
 using BF16 = cute::bfloat16_t;
 
-template <int kHeadDim_>
+template <int kHeadDim_, class Tiles_>
 struct BwdConfig {
+    using Tiles = Tiles_;  // of KeyItem
     static constexpr int kHeadDim = kHeadDim_;
     // The keys' operands stay in registers where these suffice: reads of shared memory cost power, which sets the
     // clock.
@@ -118,7 +119,7 @@ __device__ void load(const BackwardParams &p, BwdSmem<Cfg> &smem) {
     constexpr int kK8Bytes = sizeof(smem.k8), kQBytes = sizeof(smem.q[0]);
     constexpr int kQ8Bytes = sizeof(smem.stages[0].q8), kRowsBytes = sizeof(QueryRows);
     // Load the keys: k8, v8 and their meta.
-    const KeyItem key(p, smem.place);
+    const KeyItem<typename Cfg::Tiles> key(p, smem.place);
     const uint8_t *k8 = p.kv_blocks + key.index * kv_block_bytes(Cfg::kHeadDim);
     smem.keys_full.expect(2 * kK8Bytes + int(sizeof(BlockMeta)));
     smem.keys_full.arrive();
@@ -154,7 +155,7 @@ __device__ void load(const BackwardParams &p, BwdSmem<Cfg> &smem) {
 // others follow it so that positions stay in uniform registers.
 template <class Cfg>
 __device__ void add(const BackwardParams &p, BwdSmem<Cfg> &smem, int number) {
-    const KeyItem key(p, smem.place);
+    const KeyItem<typename Cfg::Tiles> key(p, smem.place);
     RingState<1> ring;
     int next = 0;  // add warp of the next step
     for_each_query_block(p, key, [&](const QueryStep &query) {
@@ -317,8 +318,8 @@ __device__ __forceinline__ void hand_over_dq(BwdSmem<Cfg> &smem, int warpgroup, 
 
 // dK and dV in raster order. `row` is this thread's first key of the block; the other is row + 8.
 template <class Cfg, class T, class TensorC>
-__device__ void store(const BackwardParams &p, const KeyItem &key, int row, float dk_scale, const TensorC &dk,
-                      const TensorC &dv) {
+__device__ void store(const BackwardParams &p, const KeyItem<typename Cfg::Tiles> &key, int row, float dk_scale,
+                      const TensorC &dk, const TensorC &dv) {
     const int lane = threadIdx.x % 4;
     const auto row_of = [&](void *base, const Strides &to, int64_t token) {
         return static_cast<T *>(base) + to.offset(key.batch, key.head, token);
@@ -534,21 +535,23 @@ __device__ void math(const BackwardParams &p, BwdSmem<Cfg> &smem, int warpgroup)
     // Walk the query blocks.
     RingState<Cfg::kStages> ring, before;
     bool is_first = true;
-    for (int left = KeyItem(p, smem.place).n_query_blocks(p.geometry); left > 0; --left) {
+    for (int left = KeyItem<typename Cfg::Tiles>(p, smem.place).n_query_blocks(p.geometry); left > 0; --left) {
         step(smem, queries, keys, fragments, own, ring, before, is_first);
         ring.next();
         is_first = false;
     }
 
-    // dK and dQ of the last step.
-    const int last = ring.stage() ^ 1;
-    issue_dk(smem, queries, fragments, before);
-    issue_dq(smem, queries, keys, fragments, last);
-    wait_for_products<0>(fragments.dk, fragments.dq);
-    hand_over_dq(smem, warpgroup, fragments.dq, before.stage());
+    // dK and dQ of the last step. No list may have the key tile: then there is none.
+    if (!is_first) {
+        const int last = ring.stage() ^ 1;
+        issue_dk(smem, queries, fragments, before);
+        issue_dq(smem, queries, keys, fragments, last);
+        wait_for_products<0>(fragments.dk, fragments.dq);
+        hand_over_dq(smem, warpgroup, fragments.dq, before.stage());
+    }
 
     const float dk_scale = p.scale / mantissa_of(meta.scale);
-    store<Cfg, T>(p, KeyItem(p, smem.place), own.row, dk_scale, fragments.dk, fragments.dv);
+    store<Cfg, T>(p, KeyItem<typename Cfg::Tiles>(p, smem.place), own.row, dk_scale, fragments.dk, fragments.dv);
 }
 
 template <class Cfg, class T>
@@ -576,7 +579,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
         smem.place = p.turns == nullptr ? blockIdx.x : atomicAdd(p.next_item, 1);
     }
     __syncthreads();
-    if (!KeyItem(p, smem.place).exists()) {
+    if (!KeyItem<typename Cfg::Tiles>(p, smem.place).exists()) {
         return;
     }
     if (threadIdx.x < Cfg::kMathThreads) {
@@ -592,6 +595,13 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
             load<Cfg>(p, smem);
         }
     }
+}
+
+// With turns, key blocks of several heads alternate: a CTA then waits for one that started as many places earlier. It
+// has to make up for less of that, the more steps it has, and more heads leave fewer of their queries and sums dQ in
+// L2.
+int heads_in_turns(int steps) {
+    return steps < 200 ? 4 : steps < 1000 ? 2 : 1;
 }
 
 }  // namespace
@@ -612,15 +622,20 @@ void attn_bwd(BackwardParams p, cudaStream_t stream) {
     for (int i = 0; i < 3; ++i) {
         p.key_size[i] = tiles[p.key_axis[i]];
     }
+    p.heads_together = p.turns == nullptr ? 1 : heads_in_turns(window.volume() * (p.geometry.slot / kQueryBlock));
     FPS_CUDA_CHECK(cudaMemsetAsync(p.zeroed.begin, 0, p.zeroed.bytes, stream));
     bwd_operands(p, stream);
     dispatch(p.head_dim, p.dtype, [&](auto dim, auto element) {
-        using Cfg = BwdConfig<decltype(dim)::value>;
-        constexpr int kSmemBytes = dynamic_smem_bytes<BwdSmem<Cfg>>();
+        constexpr int kDim = decltype(dim)::value;
         const TileGrid &g = p.geometry;
         const int key_blocks = g.tiles.volume() * g.blocks_per_tile() + g.text.blocks(kBlock);
-        launch(attn_bwd_sm90<Cfg, decltype(element)>, dim3(p.batch * p.heads * key_blocks), Cfg::kThreads, kSmemBytes,
-               stream, p);
+        const auto launch_as = [&](auto cfg) {
+            using Cfg = decltype(cfg);
+            constexpr int kSmemBytes = dynamic_smem_bytes<BwdSmem<Cfg>>();
+            launch(attn_bwd_sm90<Cfg, decltype(element)>, dim3(p.batch * p.heads * key_blocks), Cfg::kThreads,
+                   kSmemBytes, stream, p);
+        };
+        p.keys.given() ? launch_as(BwdConfig<kDim, TileList>{}) : launch_as(BwdConfig<kDim, TileBox>{});
     });
     bwd_finish_dq(p, stream);
 }

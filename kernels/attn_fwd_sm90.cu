@@ -48,8 +48,9 @@ constexpr float kLargestExponent = 1900.0f;
 constexpr float kHeadroom = 36.0f, kGrowth = 8.0f;
 constexpr float kWithoutHeadroom = 0x1p-36f;
 
-template <int kHeadDim_, int kWarpgroups_>
+template <int kHeadDim_, int kWarpgroups_, class Tiles_>
 struct FwdConfig {
+    using Tiles = Tiles_;  // of WorkItem
     static constexpr int kHeadDim = kHeadDim_, kWarpgroups = kWarpgroups_;
     static constexpr int kStages = 4, kQStages = 2;
     static constexpr int kMathThreads = 128 * kWarpgroups, kThreads = kMathThreads + 128;
@@ -95,7 +96,7 @@ struct FwdSmem {
     };
     Stage stages[Cfg::kStages];
     Query queries[Cfg::kQStages][Cfg::kWarpgroups];
-    Task tasks[Cfg::kQStages];
+    Task<typename Cfg::Tiles> tasks[Cfg::kQStages];
     Barrier q_full[Cfg::kQStages], q_empty[Cfg::kQStages], full[Cfg::kStages], empty[Cfg::kStages];
 
     static_assert(sizeof(PackedQ<Cfg>) == q_block_bytes(Cfg::kHeadDim));
@@ -116,15 +117,23 @@ __device__ void load_queries(const ForwardParams &p, FwdSmem<Cfg> &smem) {
         const bool ends = index >= p.items;
 
         // Wait until the task of two items ago is no longer read.
-        Task &task = smem.tasks[ring.stage()];
+        auto &task = smem.tasks[ring.stage()];
         Barrier &full = smem.q_full[ring.stage()];
         smem.q_empty[ring.stage()].wait(ring.empty_parity());
         fence_proxy_async();  // the math warps have read these queries
 
-        // Load its query blocks and write its task.
+        // Write its task and load its query blocks.
         bool any = false;
         if (!ends) {
-            const WorkItem item(p, index);
+            if (leads) {
+                task.item = WorkItem<typename Cfg::Tiles>(p, index);
+            }
+            __syncwarp();
+            const auto &item = task.item;  // stays in shared memory: registers are few
+            const int n_key_blocks = item.n_key_blocks(g);
+            if (leads) {
+                task.n_key_blocks = n_key_blocks;
+            }
 #pragma unroll 1
             for (int i = 0; i < Cfg::kWarpgroups; ++i) {
                 const QueryBlock query(p, item, i);
@@ -137,10 +146,6 @@ __device__ void load_queries(const ForwardParams &p, FwdSmem<Cfg> &smem) {
                     full.expect(kBytes);
                     bulk_load(&smem.queries[ring.stage()][i].block, p.q_blocks + block * kBytes, kBytes, full);
                 }
-            }
-            if (leads) {
-                task.item = item;
-                task.n_key_blocks = item.n_key_blocks(g);
             }
         }
 
@@ -172,7 +177,7 @@ __device__ void load_keys(const ForwardParams &p, FwdSmem<Cfg> &smem) {
         if (index >= p.items) {
             return;
         }
-        const WorkItem item(p, __shfl_sync(~0u, index, 0));
+        const WorkItem<typename Cfg::Tiles> item(p, __shfl_sync(~0u, index, 0));
         smem.q_empty[q_ring.stage()].arrive_as_warp();
 
         for_each_key_block(g, item, [&](int block) {
@@ -349,14 +354,14 @@ __device__ __forceinline__ float first_of_quad(float x) {
     return __shfl_sync(~0u, x, threadIdx.x & 28);
 }
 
-// Stores O / l in raster order, and LSE.
+// Stores O / l in raster order, and LSE. A row without keys has l = 0: O is 0 and LSE -inf.
 template <class Cfg, class T, class TensorO>
-__device__ void store(const ForwardParams &p, const WorkItem &item, const QueryBlock &block, TensorO &o,
-                      const RowState &row) {
+__device__ void store(const ForwardParams &p, const WorkItem<typename Cfg::Tiles> &item, const QueryBlock &block,
+                      TensorO &o, const RowState &row) {
     const TileGrid &g = p.geometry;
     const int thread = opaque(threadIdx.x) % 128, lane = thread % 4;
     const float l[2] = {first_of_quad(row.l[0]), first_of_quad(row.l[1])};
-    const float inverse[2] = {__fdiv_rn(1.0f, l[0]), __fdiv_rn(1.0f, l[1])};
+    const float inverse[2] = {l[0] == 0 ? 0.0f : __fdiv_rn(1.0f, l[0]), l[1] == 0 ? 0.0f : __fdiv_rn(1.0f, l[1])};
 #pragma unroll
     for (int i = 0; i < size(o); ++i) {
         o(i) *= inverse[i / 2 % 2];
@@ -408,7 +413,7 @@ __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int warpgroup) 
         // Wait for Q
         const int q_stage = q_ring.stage();
         smem.q_full[q_stage].wait(q_ring.full_parity());
-        const Task &task = smem.tasks[q_stage];
+        const auto &task = smem.tasks[q_stage];
         if (task.index >= p.items) {
             return;
         }
@@ -423,6 +428,12 @@ __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int warpgroup) 
         RowState row;
         BlockWeights block;
         clear(rO);
+        if (left == 0) {  // an empty list
+            row.reference[0] = row.reference[1] = 0;
+            store<Cfg, T>(p, task.item, task.queries[warpgroup], rO, row);
+            smem.q_empty[q_stage].arrive_as_warp();
+            continue;
+        }
         clear(rT);
         load_q<Cfg::kHeadDim>(query.q, rQ);
 
@@ -513,7 +524,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
 
 void attn_fwd(ForwardParams p, cudaStream_t stream) {
     const TileGrid &g = p.geometry;
-    const Int3 group = g.tile_group(p.windows, p.n_windows);
+    const Int3 group = p.keys.given() ? Int3{1, 1, 1} : g.tile_group(p.windows, p.n_windows);
     std::iota(p.group_axis, p.group_axis + 3, 0);
     std::stable_partition(p.group_axis, p.group_axis + 3, [&](int axis) { return g.grid[axis] % g.tile[axis] == 0; });
     for (int i = 0; i < 3; ++i) {
@@ -532,11 +543,16 @@ void attn_fwd(ForwardParams p, cudaStream_t stream) {
     int device, sm_count;
     FPS_CUDA_CHECK(cudaGetDevice(&device));
     FPS_CUDA_CHECK(cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device));
-    const auto launch_with = [&](auto dim, auto element, auto warpgroups) {
-        using Cfg = FwdConfig<decltype(dim)::value, decltype(warpgroups)::value>;
+    const auto launch_as = [&](auto cfg, auto element) {
+        using Cfg = decltype(cfg);
         constexpr int kSmemBytes = dynamic_smem_bytes<FwdSmem<Cfg>>();
         launch(attn_fwd_sm90<Cfg, decltype(element)>, dim3(std::min(p.items, sm_count)), Cfg::kThreads, kSmemBytes,
                stream, p);
+    };
+    const auto launch_with = [&](auto dim, auto element, auto warpgroups) {
+        constexpr int kDim = decltype(dim)::value, kWarpgroups = decltype(warpgroups)::value;
+        p.keys.given() ? launch_as(FwdConfig<kDim, kWarpgroups, TileList>{}, element)
+                       : launch_as(FwdConfig<kDim, kWarpgroups, TileBox>{}, element);
     };
     dispatch(p.head_dim, p.dtype, [&](auto dim, auto element) {
         if constexpr (decltype(dim)::value == 64) {

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <numeric>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -119,6 +120,29 @@ void pointer(Class &c, const char *name, T *Owner::*field) {
         [field](Params &p, uintptr_t address) { p.*field = reinterpret_cast<T *>(address); });
 }
 
+// (tiles, counts, starts, order, capacity, batch_step, head_step); the first four are addresses, 0 for none.
+template <class Class, class Owner>
+void tile_lists(Class &c, const char *name, TileLists Owner::*field) {
+    using Params = typename Class::type;
+    using Values = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int, int, int>;
+    c.def_property(
+        name,
+        [field](const Params &p) {
+            const auto address = [](const int *x) { return reinterpret_cast<uintptr_t>(x); };
+            const TileLists &x = p.*field;
+            return Values{address(x.tiles), address(x.counts), address(x.starts), address(x.order),
+                          x.capacity,       x.batch_step,      x.head_step};
+        },
+        [field](Params &p, const Values &x) {
+            const auto array = [](uintptr_t address) { return reinterpret_cast<const int *>(address); };
+            const auto &[tiles, counts, starts, order, capacity, batch_step, head_step] = x;
+            const int64_t entries = int64_t(p.geometry.tiles.volume()) * capacity;
+            FPS_CHECK(capacity >= 0 && entries < int64_t(1) << 31,
+                      "lists must hold fewer than 2^31 entries of each head, got ", entries);
+            p.*field = {array(tiles), array(counts), array(starts), array(order), capacity, batch_step, head_step};
+        });
+}
+
 // (batch, head, token), in elements.
 template <class Class, class Owner>
 void strides(Class &c, const char *name, Strides Owner::*field) {
@@ -193,6 +217,9 @@ void launch_attn_bwd(const BackwardParams &p, int device, uintptr_t stream) {
     require({{"query_operands", p.query_operands}});
     if (p.turns != nullptr) {
         require({{"next_item", p.next_item}});
+    }
+    if (p.keys.given()) {
+        require({{"queries", p.queries.tiles}});
     }
     require({{"dq", p.dq}, {"dk", p.dk}, {"dv", p.dv}});
     const DeviceGuard guard(device);
@@ -291,6 +318,7 @@ void bind_forward(py::module_ &m) {
     pointer(c, "lse", &ForwardParams::lse);
     strides(c, "out_strides", &ForwardParams::out_strides);
     pointer(c, "next_item", &ForwardParams::next_item);
+    tile_lists(c, "keys", &ForwardParams::keys);
 }
 
 void bind_backward(py::module_ &m) {
@@ -308,6 +336,9 @@ void bind_backward(py::module_ &m) {
     pointer(c, "lse_shift", &BackwardParams::lse_shift);
     pointer(c, "k_mean", &BackwardParams::k_mean);
     pointer(c, "query_operands", &BackwardParams::query_operands);
+    tile_lists(c, "keys", &BackwardParams::keys);
+    tile_lists(c, "queries", &BackwardParams::queries);
+    pointer(c, "places", &BackwardParams::places);
     pointer(c, "dq_sum", &BackwardParams::dq_sum);
     pointer(c, "turns", &BackwardParams::turns);
     pointer(c, "next_item", &BackwardParams::next_item);

@@ -146,8 +146,9 @@ __global__ void __launch_bounds__(kThreads) finish_dq(const __grid_constant__ De
             x[i] = sums[row * kPitch + channel + i] * scale;
         }
         if (p.k_mean != nullptr) {
-            // lse includes K's mean, the sums do not.
-            const float dlse = p.dlse[block.bh * p.geometry.tokens() + token] * p.scale;
+            // lse includes K's mean, the sums do not. A row without keys has an lse of -inf, and no gradient.
+            const int64_t at = block.bh * p.geometry.tokens() + token;
+            const float dlse = p.lse[at] == -INFINITY ? 0.0f : p.dlse[at] * p.scale;
 #pragma unroll
             for (int i = 0; i < kVec; ++i) {
                 x[i] += dlse * p.k_mean[block.bh * kHeadDim + channel + i];

@@ -294,6 +294,6 @@ def test_never_waits_for_the_gpu(seed):
 def test_opcheck(seed):
     """Schema, fake and autograd of the differentiable op."""
     q, k, v = (x.requires_grad_() for x in make_qkv("gaussian", grid=GRID, tile=CONFIG.tile, seed=seed))
-    args = q, k, v, None, None, list(GRID), 0, 0, CONFIG.spec, 0.125, "NHD", True
+    args = q, k, v, *[None] * 4, list(GRID), 0, 0, CONFIG.spec, 0.125, "NHD", True
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.fpsattention.attention.default, args, test_utils=utils)

@@ -693,7 +693,7 @@ def test_the_backward_makes_no_gradient_of_the_operands():
     with fake_kernels.on_cpu():
         rest = list(GRID), 0, 0, CONFIG.spec, 0.125, "NHD", False
         for output in (0, 1):
-            results = ops.attention(q, q, q, None, None, *rest)
+            results = ops.attention(q, q, q, None, None, None, None, *rest)
             with Log():
                 results[output].sum().backward()
             assert torch.uint8 not in made and q.grad is not None
@@ -705,7 +705,7 @@ def test_the_backward_reads_what_was_saved_once():
     rest = list(GRID), 0, 0, CONFIG.spec, 0.125, "NHD", False
 
     def call(q):
-        return ops.attention(q, q, q, None, None, *rest)[0]
+        return ops.attention(q, q, q, None, None, None, None, *rest)[0]
 
     with fake_kernels.on_cpu():
         checkpoint(call, q, use_reentrant=False).sum().backward()

@@ -221,8 +221,10 @@ def run(
     counts = [None if x is None else torch.tensor(x, dtype=torch.int32) for x in case.counts]
     text = (*case.text, *counts)
     call = call_of(q, case.config, case.grid, scale, case.tensor_layout, *case.text)
-    out, lse, operands = ops.launch_attention(call, q, k, v, *counts)
-    gradients = ops.launch_backward(call, dout, dlse, out, lse, operands, *counts, case.deterministic)
+    out, lse, operands = ops.launch_attention(call, q, k, v, *counts, None, None)
+    gradients = ops.launch_backward(
+        call, dout, dlse, out, lse, operands, *counts, None, None, case.deterministic
+    )
     about = dict(grid=case.grid, config=case.config, scale=scale, tensor_layout=case.tensor_layout)
     about |= dict(zip(("prefix_len", "suffix_len", "prefix_valid", "suffix_valid"), text, strict=True))
     return call, operands, [out, lse, *gradients], (q, k, v, dout, dlse), about
@@ -277,9 +279,9 @@ def attend_two_blocks(path, monkeypatch, q, k, v):
     about = {"grid": (1, 1, 256), "config": AttentionConfig(tile=(1, 1, 128))}
     scale = q.shape[3] ** -0.5
     call = call_of(q, about["config"], about["grid"], scale, "NHD")
-    out, lse, operands = ops.launch_attention(call, q, k, v, None, None)
+    out, lse, operands = ops.launch_attention(call, q, k, v, None, None, None, None)
     dlse = torch.zeros_like(lse)
-    gradients = ops.launch_backward(call, torch.ones_like(out), dlse, out, lse, operands, None, None, False)
+    gradients = ops.launch_backward(call, torch.ones_like(out), dlse, out, lse, operands, *[None] * 4, False)
     return (out, lse), gradients, reference.emulated_attention(q, k, v, **about, scale=scale)
 
 

@@ -286,16 +286,19 @@ def test_opcheck(config, tensor_layout, seed):
     """The ops match their schemas; their fakes give the shapes, strides and dtypes of the results."""
     q, k, v = random_qkv(seed, tensor_layout=tensor_layout)
     utils = ("test_schema", "test_faketensor")
-    rest = None, None, list(GRID), 0, 0, config.spec, 0.125, tensor_layout
-    torch.library.opcheck(torch.ops.fpsattention.quantize.default, (q, k, v, *rest), test_utils=utils)
-    packed = ops.quantize(q, k, v, *rest)
-    args = packed, *rest, q.shape[0], 3, q.shape[3], q.dtype
+    rest = list(GRID), 0, 0, config.spec, 0.125, tensor_layout
+    no_text, no_lists = (None, None), (None, None)
+    torch.library.opcheck(
+        torch.ops.fpsattention.quantize.default, (q, k, v, *no_text, *rest), test_utils=utils
+    )
+    packed = ops.quantize(q, k, v, *no_text, *rest)
+    args = packed, *no_text, *no_lists, *rest, q.shape[0], 3, q.shape[3], q.dtype
     torch.library.opcheck(torch.ops.fpsattention.attend.default, args, test_utils=utils)
     # An eager call makes the same launches without the ops.
     call = {"grid": GRID, "config": config, "scale": 0.125, "tensor_layout": tensor_layout}
     want = fps.attention(q, k, v, **call, return_lse=True)
     assert_same(ops.attend(*args), want)
-    assert_same(ops.attention(q, k, v, *rest, False)[:2], want)
+    assert_same(ops.attention(q, k, v, *no_text, *no_lists, *rest, False)[:2], want)
 
 
 def test_offsets_beyond_32_bits(seed):

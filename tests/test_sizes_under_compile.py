@@ -111,7 +111,7 @@ def test_shapes_that_are_promised(kernels_on_cpu, config):
     """Every result has the promised shape, operands for the backward included, by torch's own check."""
     for grid, prefix_len, suffix_len in ((GRIDS[2], 0, 0), (GRIDS[4], 3, 150)):
         sizes = list(grid), prefix_len, suffix_len
-        call = *qkv(grid, prefix_len + suffix_len), None, None, *sizes, config.spec, 0.125, "NHD", False
+        call = *qkv(grid, prefix_len + suffix_len), *[None] * 4, *sizes, config.spec, 0.125, "NHD", False
         torch.library.opcheck(
             torch.ops.fpsattention.attention, call, test_utils=("test_schema", "test_faketensor")
         )

@@ -467,14 +467,14 @@ def test_ops(case):
         given = (case.prefix_valid, case.suffix_valid)
         valid = [None if x is None else torch.zeros(len(x), dtype=torch.int32) for x in given]
         rest = list(case.grid), *lengths, config.spec, 0.125, case.layout
-        out, lse, packed = ops.attention(q, k, v, *valid, *rest, False)
+        out, lse, packed = ops.attention(q, k, v, *valid, None, None, *rest, False)
         assert out.shape == shape and lse.shape == (case.batch, case.heads, case.tokens)
         assert packed.shape == (call.sections.end,)
         (out.float().sum() + lse.sum()).backward()
         assert all(x.grad.shape == x.shape for x in (q, k, v))
         packed = ops.quantize(*(x.detach() for x in (q, k, v)), *valid, *rest)
         assert packed.shape == (call.sections.end,)
-        again, _ = ops.attend(packed, *valid, *rest, case.batch, case.heads, 64, q.dtype)
+        again, _ = ops.attend(packed, *valid, None, None, *rest, case.batch, case.heads, 64, q.dtype)
         assert again.shape == out.shape
 
 

@@ -49,4 +49,4 @@ def the_launches(q: Tensor, k: Tensor, v: Tensor) -> None:
     call = ops.call_of(fps.AttentionConfig(), (21, 45, 80), 0, 0, *sizes)
     packed = ops.launch_quantize(call, q, k, v, None, None)
     assert_type(packed, Tensor)
-    assert_type(ops.launch_attend(call, packed, None, None), tuple[Tensor, Tensor | None])
+    assert_type(ops.launch_attend(call, packed, None, None, None, None), tuple[Tensor, Tensor | None])

@@ -45,6 +45,9 @@ enum class Border : int {
 FPS_HD int ceil_div(int a, int b) {
     return (a + b - 1) / b;
 }
+FPS_HD int clamped(int x, int low, int high) {
+    return x < low ? low : x < high ? x : high;
+}
 
 // Query blocks of a work item, one to a warpgroup, in tile groups of this many. At head_dim 64 softmax outweighs the
 // products: three warpgroups are a tenth faster than two, unless one of them is often idle.

@@ -64,8 +64,7 @@ struct CallParams {
 
 private:
     FPS_HD static int count(const int *valid, int sample, int all) {
-        const int n = valid == nullptr ? all : valid[sample];
-        return n < 0 ? 0 : n < all ? n : all;
+        return valid == nullptr ? all : clamped(valid[sample], 0, all);
     }
 };
 
@@ -107,12 +106,46 @@ struct QuantizeParams : CallParams {
     Zeroed zeroed;  // holds all that is marked so
 };
 
+// A list of tiles of the grid.
+struct TileList {
+    const int *entries;  // null: every tile, in raster order
+    int count;
+    int last_tile;  // of the grid
+
+    // Nothing has checked the values, since it would have to wait for them: none leads outside of the grid.
+    FPS_HD int operator[](int i) const { return entries == nullptr ? i : clamped(entries[i], 0, last_tile); }
+};
+
+// For each of the grid's n tiles a list of tiles (fpsattention.KeyTiles). There is a set of n lists for each sample and
+// head, or one that several share.
+struct TileLists {
+    const int *tiles;           // [sets, n, capacity]; null: windows say what is attended
+    const int *counts;          // [sets, n]
+    const int *starts;          // [sets, n], of a list, in its set's n * capacity entries; null: tile * capacity
+    const int *order;           // [sets, n], all tiles in the order of work: long lists first. Null: raster order
+    int capacity;               // entries of a list, at most; with `starts`, in the mean
+    int batch_step, head_step;  // in sets, from one sample and head to the next; 0: they share it
+
+    FPS_HD bool given() const { return tiles != nullptr; }
+    FPS_HD int set(int batch, int head) const { return batch * batch_step + head * head_step; }
+    // The tile at a place in the order of work.
+    FPS_HD int tile_at(int set, int n, int place) const {
+        return order == nullptr ? place : clamped(order[int64_t(set) * n + place], 0, n - 1);
+    }
+    FPS_HD TileList list(int set, int n, int tile) const {
+        const int64_t number = int64_t(set) * n + tile;
+        const int64_t first = starts == nullptr ? number * capacity : int64_t(set) * n * capacity + starts[number];
+        return {tiles + first, clamped(counts[number], 0, starts == nullptr ? capacity : n * capacity), n - 1};
+    }
+};
+
 // Parameters that the forward and the backward share.
 struct WindowedParams : CallParams {
     Border border;
     int n_windows;                    // 1, or heads
     Int3 windows[kMaxWindows];        // in tiles, at most the tiles there are
     uint8_t head_order[kMaxWindows];  // with a window per head: large windows first, so that the last CTAs are short
+    TileLists keys;                   // of each query tile. Given: windows are the whole grid
 
     FPS_HD Int3 window(int head) const { return windows[n_windows == 1 ? 0 : head]; }
     // The i-th head in the order of work.
@@ -145,14 +178,17 @@ struct BackwardParams : WindowedParams {
     const float *k_mean;      // [B, H, D] or null; lse_shift is q . k_mean * scale
     uint8_t *query_operands;  // [B, H, tiles * slot / 64, bwd_query_bytes], scratch
     float *dq_sum;            // [B, H, tiles * slot / 64, 64 * D] in the order of fragments, scratch, zeroed
+    TileLists queries;        // of each key tile, given where `keys` is
+    const int *places;        // [sets, n, capacity], in queries.tiles' order: of the key tile in its query tile's list
     int *turns;               // [B, H, tiles * slot / 64], scratch, zeroed; null: the order of dq_sum's sums is free
     int *next_item;           // counter of key items, scratch, zeroed; not null if turns is not
     void *dq, *dk, *dv;       // [B, H, L, D], dtype; rows of invalid text tokens are not written
     Strides dq_strides, dk_strides, dv_strides;
     Zeroed zeroed;  // holds all that is marked so
 
-    // Order of the key blocks: axes, fastest first, and tiles along them. Set by attn_bwd.
-    int key_axis[3], key_size[3];
+    // Order of the key blocks; set by attn_bwd.
+    int key_axis[3], key_size[3];  // axes, fastest first, and tiles along them
+    int heads_together;            // heads whose key blocks alternate
 };
 
 // Smoothing takes K's mean over about kSmoothSamples tokens: those whose index is a multiple of the stride. The mean

@@ -9,6 +9,8 @@ from typing import overload
 
 # Three numbers: tokens or tiles on the axes (t, h, w), or strides in elements (batch, head, token).
 _Triple = Sequence[int]
+# Addresses of tiles, counts, starts and order, 0 for none; capacity, batch_step and head_step.
+_TileLists = tuple[int, int, int, int, int, int, int]
 
 BLOCK: int
 QUERY_BLOCK: int
@@ -81,6 +83,7 @@ class ForwardParams(CallParams):
     lse: int
     out_strides: _Triple
     next_item: int
+    keys: _TileLists
 
 class BackwardParams(CallParams):
     @overload
@@ -98,6 +101,9 @@ class BackwardParams(CallParams):
     lse_shift: int
     k_mean: int
     query_operands: int
+    keys: _TileLists
+    queries: _TileLists
+    places: int
     dq_sum: int
     turns: int
     next_item: int

@@ -223,12 +223,12 @@ def _attend(q: Tensor, k, v, given: _Given, with_lse: bool) -> tuple[Tensor, Ten
     if name == "sm90":
         if not ops.is_watched(q, k, v, *counts):
             call = _call_of(q.shape, q.dtype, grid, config, scale, layout, prefix_len, suffix_len)
-            return ops.launch_attention(call, q, k, v, *counts, with_lse=with_lse)[:2]
+            return ops.launch_attention(call, q, k, v, *counts, None, None, with_lse=with_lse)[:2]
         deterministic = given.deterministic
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
         rest = list(grid), prefix_len, suffix_len, config.spec, scale, layout, deterministic
-        return ops.attention(q, k, v, *counts, *rest)[:2]
+        return ops.attention(q, k, v, *counts, None, None, *rest)[:2]
     about: dict[str, Any] = {"grid": grid, "config": config, "scale": scale, "tensor_layout": layout}
     about |= text | {"prefix_len": prefix_len, "suffix_len": suffix_len}
     if config.quant == "fp8":
@@ -297,9 +297,9 @@ def _attend_quantized(x: QuantizedQKV, k, v, given: _Given, with_lse: bool) -> t
     if ops.is_watched(packed, *counts):
         batch, heads, _, head_dim = checks.heads_first(x.shape, x.tensor_layout)
         rest = list(grid), *lengths, config.spec, x.scale, x.tensor_layout
-        return ops.attend(packed, *counts, *rest, batch, heads, head_dim, x.dtype)
+        return ops.attend(packed, *counts, None, None, *rest, batch, heads, head_dim, x.dtype)
     call = _call_of(x.shape, x.dtype, grid, config, x.scale, x.tensor_layout, *lengths)
-    return ops.launch_attend(call, packed, *counts, with_lse)
+    return ops.launch_attend(call, packed, *counts, None, None, with_lse)
 
 
 def _call_of(

@@ -27,6 +27,7 @@ from .config import AttentionConfig, ResolvedConfig
 from .geometry import brick_count, slot_of, text_tiles, tiles_per_axis
 from .planning import ranked
 from .support import DTYPES, kernel_obstacle
+from .tile_lists import in_order_of_work, transposed
 
 
 class Sections(NamedTuple):
@@ -256,10 +257,11 @@ def launch_quantize(
 
 
 def launch_attend(
-    call: Call, packed: Tensor, prefix_valid: Tensor | None, suffix_valid: Tensor | None, with_lse: bool = True,
-    fresh: bool = False
+    call: Call, packed: Tensor, prefix_valid: Tensor | None, suffix_valid: Tensor | None,
+    key_indices: Tensor | None, key_counts: Tensor | None, with_lse: bool = True, fresh: bool = False
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(out, lse) of packed operands under the call's windows (arXiv 2506.04648, Eq. 2); lse is None without `with_lse`.
+    """(out, lse) of packed operands under the call's windows (arXiv 2506.04648, Eq. 2), or under lists of key tiles
+    (`fpsattention.KeyTiles`); lse is None without `with_lse`.
 
     `fresh`: nothing has attended over the operands yet, so their work counter is still zero.
     """
@@ -279,6 +281,9 @@ def launch_attend(
     params.out = out.data_ptr()
     if lse is not None:
         params.lse = lse.data_ptr()
+    if key_indices is not None and key_counts is not None:
+        lists = in_order_of_work(key_indices, key_counts)  # alive until the launch
+        params.keys = lists.fields
     next_item = None if fresh else packed.new_zeros(1, dtype=torch.int32)
     params.next_item = base + at.next_item if next_item is None else next_item.data_ptr()
     _launch(_C.attn_fwd, "fpsattention::attend", params, packed.device)
@@ -287,17 +292,19 @@ def launch_attend(
 
 def launch_attention(
     call: Call, q: Tensor, k: Tensor, v: Tensor, prefix_valid: Tensor | None, suffix_valid: Tensor | None,
-    with_lse: bool = True
+    key_indices: Tensor | None, key_counts: Tensor | None, with_lse: bool = True
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """(out, lse, packed operands) of Q, K and V; lse is None without `with_lse`."""
     packed = launch_quantize(call, q, k, v, prefix_valid, suffix_valid, with_lse=with_lse)
-    out, lse = launch_attend(call, packed, prefix_valid, suffix_valid, with_lse, fresh=True)
+    lists = key_indices, key_counts
+    out, lse = launch_attend(call, packed, prefix_valid, suffix_valid, *lists, with_lse, fresh=True)
     return out, lse, packed
 
 
 def launch_backward(
     call: Call, dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, packed: Tensor,
-    prefix_valid: Tensor | None, suffix_valid: Tensor | None, deterministic: bool
+    prefix_valid: Tensor | None, suffix_valid: Tensor | None, key_indices: Tensor | None,
+    key_counts: Tensor | None, deterministic: bool
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv) of `launch_attend`'s out and lse. Raises ValueError for a dout that cannot be laid out."""
     dq, dk, dv = (torch.empty_like(out) for _ in range(3))
@@ -321,6 +328,10 @@ def launch_backward(
     if deterministic:
         params.turns, params.next_item = first + in_scratch.turns, first + in_scratch.next_item
     params.query_operands = first + in_scratch.query_operands
+    if key_indices is not None and key_counts is not None:
+        lists = transposed(key_indices, key_counts, raster_order=deterministic)  # alive until the launch
+        params.keys, params.queries = lists.keys.fields, lists.queries.fields
+        params.places = lists.places.data_ptr()
     params.dq, params.dk, params.dv = dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
     _launch(_C.attn_bwd, "fpsattention::attention_backward", params, out.device)
     return dq, dk, dv
@@ -452,6 +463,29 @@ def _check_counts(call: Call, device: torch.device, prefix_valid, suffix_valid) 
             raise ValueError(
                 f"{name}_valid: counts tokens of an empty section, {name}_len is 0; leave it out"
             )
+
+
+def _check_lists(call: Call, device: torch.device, key_indices, key_counts) -> None:
+    if (key_indices is None) != (key_counts is None):
+        missing, given = (
+            ("key_counts", "key_indices") if key_counts is None else ("key_indices", "key_counts")
+        )
+        raise ValueError(f"{missing}: is None, but {given} is given; give both or none")
+    if key_indices is None:
+        return
+    tiles = call.resolved.geometry.tiles
+    if call.resolved.windows != (tiles,):
+        raise ValueError(
+            f"config: window={shown(call.resolved.windows)} must be None (all tiles) where lists of key tiles are given"
+        )
+    *shared, n, capacity = key_indices.shape if key_indices.dim() == 4 else (1, 1, math.prod(tiles), 1)
+    shape = [1 if x == 1 else size for x, size in zip(shared, (call.batch, call.heads), strict=True)]
+    shape.append(math.prod(tiles))
+    _check("key_indices", key_indices, (*shape, capacity), torch.int32, device)
+    _check("key_counts", key_counts, shape, torch.int32, device)
+    for name, x in (("key_indices", key_indices), ("key_counts", key_counts)):
+        if not x.is_contiguous():
+            raise ValueError(f"{name}: strides {x.stride()} must be those of a contiguous tensor")
 
 
 def _check_packed(call: Call, packed: Tensor) -> None:
@@ -589,22 +623,24 @@ def _(
 
 @torch.library.custom_op("fpsattention::attend", mutates_args=(), device_types="cuda")
 def attend(
-    packed: Tensor, prefix_valid: Tensor | None, suffix_valid: Tensor | None, grid: Sequence[int],
-    prefix_len: int, suffix_len: int, config: str, scale: float, tensor_layout: str,
-    batch: int, heads: int, head_dim: int, dtype: torch.dtype
+    packed: Tensor, prefix_valid: Tensor | None, suffix_valid: Tensor | None, key_indices: Tensor | None,
+    key_counts: Tensor | None, grid: Sequence[int], prefix_len: int, suffix_len: int, config: str, scale: float,
+    tensor_layout: str, batch: int, heads: int, head_dim: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, lse) over the packed operands of Q, K, V of these sizes."""
     sizes = tuple(grid), prefix_len, suffix_len, batch, heads, head_dim, dtype, scale, tensor_layout
     call = call_of(AttentionConfig.from_spec(config), *sizes)
     _check_packed(call, packed)
     _check_counts(call, packed.device, prefix_valid, suffix_valid)
-    return cast(tuple[Tensor, Tensor], launch_attend(call, packed, prefix_valid, suffix_valid))
+    _check_lists(call, packed.device, key_indices, key_counts)
+    lists = key_indices, key_counts
+    return cast(tuple[Tensor, Tensor], launch_attend(call, packed, prefix_valid, suffix_valid, *lists))
 
 
 @attend.register_fake
 def _(
-    packed, prefix_valid, suffix_valid, grid, prefix_len, suffix_len, config, scale, tensor_layout, batch, heads,
-    head_dim, dtype
+    packed, prefix_valid, suffix_valid, key_indices, key_counts, grid, prefix_len, suffix_len, config, scale,
+    tensor_layout, batch, heads, head_dim, dtype
 ):  # fmt: skip
     _check_windows(config, grid, prefix_len, suffix_len, heads)
     tokens = math.prod(grid) + prefix_len + suffix_len
@@ -616,19 +652,21 @@ def _(
 @torch.library.custom_op("fpsattention::attention", mutates_args=(), device_types="cuda")
 def attention(
     q: Tensor, k: Tensor, v: Tensor, prefix_valid: Tensor | None, suffix_valid: Tensor | None,
-    grid: Sequence[int], prefix_len: int, suffix_len: int, config: str, scale: float, tensor_layout: str,
-    deterministic: bool
+    key_indices: Tensor | None, key_counts: Tensor | None, grid: Sequence[int], prefix_len: int, suffix_len: int,
+    config: str, scale: float, tensor_layout: str, deterministic: bool
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(out, lse, packed operands) of Q, K and V; `deterministic` is of the backward."""
     about = grid, prefix_len, suffix_len, config, scale, tensor_layout
     call = _checked_call(q, k, v, prefix_valid, suffix_valid, *about)
-    results = launch_attention(call, q, k, v, prefix_valid, suffix_valid)
+    _check_lists(call, q.device, key_indices, key_counts)
+    results = launch_attention(call, q, k, v, prefix_valid, suffix_valid, key_indices, key_counts)
     return cast(tuple[Tensor, Tensor, Tensor], results)
 
 
 @attention.register_fake
 def _(
-    q, k, v, prefix_valid, suffix_valid, grid, prefix_len, suffix_len, config, scale, tensor_layout, deterministic
+    q, k, v, prefix_valid, suffix_valid, key_indices, key_counts, grid, prefix_len, suffix_len, config, scale,
+    tensor_layout, deterministic
 ):  # fmt: skip
     batch, heads, tokens, _ = heads_first(q.shape, tensor_layout)
     _check_windows(config, grid, prefix_len, suffix_len, heads)
@@ -640,9 +678,9 @@ def _(
 @torch.library.custom_op("fpsattention::attention_backward", mutates_args=(), device_types="cuda")
 def attention_backward(
     dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, packed: Tensor,
-    prefix_valid: Tensor | None, suffix_valid: Tensor | None,
-    grid: Sequence[int], prefix_len: int, suffix_len: int, config: str, scale: float, tensor_layout: str,
-    deterministic: bool
+    prefix_valid: Tensor | None, suffix_valid: Tensor | None, key_indices: Tensor | None,
+    key_counts: Tensor | None, grid: Sequence[int], prefix_len: int, suffix_len: int, config: str, scale: float,
+    tensor_layout: str, deterministic: bool
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv) of what `attention` returned."""
     if out.dim() != 4:
@@ -659,7 +697,9 @@ def attention_backward(
         if not x.is_contiguous():
             raise ValueError(f"{name}: strides {x.stride()} must be those of a contiguous tensor")
     _check_counts(call, packed.device, prefix_valid, suffix_valid)
-    return launch_backward(call, dout, dlse, out, lse, packed, prefix_valid, suffix_valid, deterministic)
+    _check_lists(call, packed.device, key_indices, key_counts)
+    others = prefix_valid, suffix_valid, key_indices, key_counts
+    return launch_backward(call, dout, dlse, out, lse, packed, *others, deterministic)
 
 
 @attention_backward.register_fake
@@ -668,8 +708,8 @@ def _(dout, dlse, out, *_):
 
 
 def _save(ctx, inputs, output) -> None:
-    _, _, _, prefix_valid, suffix_valid, *ctx.call = inputs
-    ctx.save_for_backward(*output, prefix_valid, suffix_valid)
+    _, _, _, prefix_valid, suffix_valid, key_indices, key_counts, *ctx.call = inputs
+    ctx.save_for_backward(*output, prefix_valid, suffix_valid, key_indices, key_counts)
     ctx.set_materialize_grads(False)  # no zeros in the size of the packed operands
 
 
@@ -678,7 +718,7 @@ def _differentiate(ctx, dout, dlse, _):
     dout = torch.zeros_like(out) if dout is None else dout
     dlse = torch.zeros_like(lse) if dlse is None else dlse
     gradients = attention_backward(dout, dlse, out, lse, *others, *ctx.call)
-    return *gradients, None, None, *(None for _ in ctx.call)
+    return *gradients, None, None, None, None, *(None for _ in ctx.call)
 
 
 def _refuse_second_derivative(ctx, *_):
