@@ -92,8 +92,9 @@ def test_all_video_transformers_of_diffusers_are_described_or_refused():
 
 
 def table(header: str, rows: list[tuple[str, ...]]) -> str:
+    """Up to the empty line that ends it, so that the page has no row more."""
     lines = [header, "| --- " * (header.count("|") - 1) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", ""])
 
 
 def test_the_tables_of_the_documentation():
