@@ -68,10 +68,10 @@ def forward_seconds(name: str, model: torch.nn.Module, inputs: dict, forwards: i
         for _ in range(forwards):
             torch.cuda.synchronize()
             start = time.perf_counter()
-            (out,) = model(**inputs, return_dict=False)
+            outputs = model(**inputs, return_dict=False)
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
-    if not out.isfinite().all():
+    if not all(x.isfinite().all() for x in outputs):
         raise RuntimeError(f"{name}: the output is not finite")
     return seconds
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 import fpsattention as fps
+import imports
 
-try:
+with imports.or_skip():
     import bench_finetune
     import tiny_diffusers as tiny
     from fpsattention.integrations.diffusers import processor
-except ImportError as error:  # not installed, or a version that was not compared
-    if os.environ.get("CI"):
-        raise
-    pytest.skip(str(error), allow_module_level=True)
 
 from fpsattention.schedules.models import MODELS
 

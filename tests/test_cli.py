@@ -228,8 +228,9 @@ def test_models_are_what_their_sizes_say():
     for model in models.MODELS.values():
         assert model.tokens > 5000 and model.head_dim in (64, 128) and model.layers >= 28 and model.source
         assert (model.text_tokens > 0) == (model.text_place in ("first", "last"))
-    # The grid follows from frames and pixels, for the models with Wan's VAE and patches.
-    for name in ("wan2.1-1.3b-480p", "wan2.1-14b-720p", "wan2.2-a14b-480p", "hunyuanvideo-540p"):
+    # The grid follows from frames and pixels, for the models whose tokens have 4 frames of 16 x 16 pixels.
+    of_that_size = ("wan2.1-1.3b-480p", "wan2.1-14b-720p", "wan2.2-a14b-480p")
+    for name in (*of_that_size, "hunyuanvideo-540p", "hunyuanvideo1.5-720p"):
         frames, width, height = (int(x) for x in models.MODELS[name].setting.split() if x.isdigit())
         assert models.MODELS[name].grid == ((frames - 1) // 4 + 1, height // 16, width // 16)
     assert models.MODELS[WAN].tokens == 75_600

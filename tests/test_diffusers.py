@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import os
 import pickle
 import textwrap
 from collections import Counter
@@ -17,17 +16,14 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import brute
 import fpsattention as fps
+import imports
 from programs import run_python
 
-try:
+with imports.or_skip():
     import diffusers
 
     import tiny_diffusers as tiny
     from fpsattention.integrations.diffusers import descriptions, enable, models, processor
-except ImportError as error:  # not installed, or a version that was not compared
-    if os.environ.get("CI"):
-        raise
-    pytest.skip(str(error), allow_module_level=True)
 
 EXACT = fps.AttentionConfig(quant="none")
 NARROW = fps.AttentionConfig(tile=(1, 2, 2), window=(1, 1, 1), quant="none")

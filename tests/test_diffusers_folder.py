@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import replace
 from importlib import metadata
@@ -13,17 +12,14 @@ import pytest
 import torch
 
 import fpsattention as fps
+import imports
 
-try:
+with imports.or_skip():
     from peft import LoraConfig
     from safetensors.torch import load_file, save_file
 
     import tiny_diffusers as tiny
     from fpsattention.integrations.diffusers import enable, load, save
-except ImportError as error:  # not installed, or a version that was not compared
-    if os.environ.get("CI"):
-        raise
-    pytest.skip(str(error), allow_module_level=True)
 
 SCHEDULE = fps.StepSchedule(
     fps.AttentionConfig((1, 2, 2), (1, 1, 1)),

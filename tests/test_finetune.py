@@ -6,7 +6,6 @@ import csv
 import itertools
 import json
 import math
-import os
 import re
 import shutil
 from dataclasses import replace
@@ -18,9 +17,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import fpsattention as fps
+import imports
 from processes import Processes
 
-try:
+with imports.or_skip():
     import diffusers
     import peft  # noqa: F401 (an adapter needs it)
     from safetensors.torch import load_file
@@ -33,10 +33,6 @@ try:
     from finetune import samples, student, training, videos
     from finetune.machine import Machine
     from fpsattention.integrations.diffusers import enable, load
-except ImportError as error:  # not installed, or a version that was not compared
-    if os.environ.get("CI"):
-        raise
-    pytest.skip(str(error), allow_module_level=True)
 
 SIZE = (9, 64, 96)  # a grid of (3, 4, 6)
 STEPS = 5  # of the sampler: two early, two mid, one late

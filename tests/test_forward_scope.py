@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import os
 import pickle
 import threading
 from contextlib import nullcontext
@@ -22,16 +21,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 import fpsattention as fps
+import imports
 import stub_fastvideo
 from fpsattention.integrations.scope import Scope
 
-try:
+with imports.or_skip():
     import tiny_diffusers as tiny
     from fpsattention.integrations.diffusers import enable, transformer
-except ImportError as error:  # not installed, or a version that was not compared
-    if os.environ.get("CI"):
-        raise
-    pytest.skip(str(error), allow_module_level=True)
 
 NARROW = fps.AttentionConfig(tile=(1, 2, 2), window=(1, 1, 1))
 WIDE = fps.AttentionConfig(tile=(1, 2, 2), window=(1, 3, 3))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -15,17 +14,14 @@ from torch._dynamo.testing import CompileCounter
 
 import brute
 import fpsattention as fps
+import imports
 
-try:
+with imports.or_skip():
     import diffusers
 
     import tiny_diffusers
     import tiny_transformers as tiny
     from fpsattention.integrations.diffusers import descriptions, enable, fused, processor, transformer
-except ImportError as error:  # not installed, or a version that is too old
-    if os.environ.get("CI"):
-        raise
-    pytest.skip(str(error), allow_module_level=True)
 
 EXACT = fps.AttentionConfig(quant="none")
 WINDOW = fps.AttentionConfig(tile=(1, 2, 3), window=(3, 1, 1), quant="none")
@@ -96,8 +92,9 @@ def test_all_video_transformers_of_diffusers_are_described_or_refused():
 
 
 def table(header: str, rows: list[tuple[str, ...]]) -> str:
+    """Up to the empty line that ends it, so that the page has no row more."""
     lines = [header, "| --- " * (header.count("|") - 1) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", ""])
 
 
 def test_the_tables_of_the_documentation():
@@ -430,9 +427,6 @@ def test_ltx2_leaves_attention_out_where_it_is_told_to():
     enable(case.transformer, same(EXACT), shift=1.0)
     close(case.run(**guidance), stock)
     assert (stock - dense).abs().max() > 1e-3 * dense.abs().max()
-
-
-# What is refused
 
 
 @pytest.mark.parametrize("name", descriptions.REFUSED)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,16 +14,13 @@ from torch import Tensor, nn
 
 import brute
 import fpsattention as fps
+import imports
 
-try:
+with imports.or_skip():
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
     import tiny_diffusers as tiny
     from fpsattention.integrations.diffusers import Description, enable
-except ImportError as error:  # not installed, or a version that is too old
-    if os.environ.get("CI"):
-        raise
-    pytest.skip(str(error), allow_module_level=True)
 
 GRID, TEXT, HEADS, CHANNELS = (2, 3, 4), 5, 2, 64
 EXACT = fps.AttentionConfig(quant="none")

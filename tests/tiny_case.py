@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import tiny_diffusers as tiny
+from tiny_configs import TEXT_DIM
 
 GRID = (3, 4, 6)
-TEXT_DIM = tiny.TEXT_DIM
 
 
 @dataclass

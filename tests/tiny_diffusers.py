@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-TEXT_DIM = 32
+import tiny_configs as configs
+from tiny_configs import TEXT_DIM
+
 STEPS = 5
 
 
@@ -62,16 +64,7 @@ def flow(shift: float = 3.0, **kwargs) -> diffusers.FlowMatchEulerDiscreteSchedu
 
 def wan_transformer(seed: int = 0, **kwargs) -> diffusers.WanTransformer3DModel:
     torch.manual_seed(seed)
-    sizes = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 64,
-        "text_dim": TEXT_DIM,
-        "freq_dim": 32,
-        "ffn_dim": 64,
-    }
-    return diffusers.WanTransformer3DModel(
-        **sizes | {"num_layers": 2, "rope_max_seq_len": 32} | kwargs
-    ).eval()
+    return diffusers.WanTransformer3DModel(**configs.WAN | kwargs).eval()
 
 
 def wan_vae() -> diffusers.AutoencoderKLWan:
@@ -125,13 +118,7 @@ def wan_i2v() -> Tiny:
 def ltx(heads: int = 2) -> Tiny:
     torch.manual_seed(0)
     transformer = diffusers.LTXVideoTransformer3DModel(
-        in_channels=8,
-        out_channels=8,
-        num_attention_heads=heads,
-        attention_head_dim=64,
-        cross_attention_dim=64 * heads,
-        num_layers=2,
-        caption_channels=TEXT_DIM,
+        in_channels=8, out_channels=8, **configs.ltx(heads)
     ).eval()
     parts = {"tokenizer": None, "text_encoder": None, "vae": None, "transformer": transformer}
     pipe = diffusers.LTXPipeline(scheduler=flow(), **parts)
@@ -150,19 +137,7 @@ def masks(length: int, valid: int, negative_valid: int | None = None) -> dict:
 def hunyuan(**kwargs) -> Tiny:
     """A dual-stream and a single-stream block; 7 of 11 text tokens are real."""
     torch.manual_seed(0)
-    transformer = diffusers.HunyuanVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=64,
-        num_layers=1,
-        num_single_layers=1,
-        num_refiner_layers=1,
-        text_embed_dim=TEXT_DIM,
-        pooled_projection_dim=16,
-        rope_axes_dim=(16, 24, 24),
-        **kwargs,
-    ).eval()
+    transformer = diffusers.HunyuanVideoTransformer3DModel(**configs.HUNYUAN, **kwargs).eval()
     names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "vae")
     pipe = diffusers.HunyuanVideoPipeline(
         transformer=transformer, scheduler=flow(7.0), **dict.fromkeys(names)
@@ -173,18 +148,8 @@ def hunyuan(**kwargs) -> Tiny:
 
 def cogvideox(**kwargs) -> Tiny:
     torch.manual_seed(0)
-    sizes = {"sample_width": 12, "sample_height": 8, "sample_frames": 9, "max_text_seq_length": 10}
     transformer = diffusers.CogVideoXTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=64,
-        in_channels=4,
-        out_channels=4,
-        time_embed_dim=8,
-        text_embed_dim=TEXT_DIM,
-        num_layers=2,
-        use_rotary_positional_embeddings=True,
-        **sizes,
-        **kwargs,
+        max_text_seq_length=10, **configs.COGVIDEOX, **kwargs
     ).eval()
     pipe = diffusers.CogVideoXPipeline(
         tokenizer=None,
@@ -206,16 +171,7 @@ def cogvideox15() -> Tiny:
 def mochi() -> Tiny:
     """Prompts of 5 and 3 real tokens in 9."""
     torch.manual_seed(0)
-    transformer = diffusers.MochiTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=64,
-        num_layers=2,
-        pooled_projection_dim=16,
-        in_channels=4,
-        text_embed_dim=TEXT_DIM,
-        time_embed_dim=8,
-        max_sequence_length=9,
-    ).eval()
+    transformer = diffusers.MochiTransformer3DModel(max_sequence_length=9, **configs.MOCHI).eval()
     parts = {"tokenizer": None, "text_encoder": None, "vae": None, "transformer": transformer}
     pipe = diffusers.MochiPipeline(scheduler=flow(1.0, invert_sigmas=True), **parts)
     return Tiny(pipe, text(9) | masks(9, 5, 3) | {"height": 64, "width": 96, "num_frames": 13}, (3, 4, 6))

@@ -10,18 +10,11 @@ from dataclasses import replace
 
 import torch
 
-from tiny_case import GRID, TEXT_DIM, Case, built, latent, mask, randn, text
+import tiny_configs as configs
+from tiny_case import GRID, Case, built, latent, mask, randn, text
+from tiny_configs import FOUR_CHANNELS, HEADS, HUNYUAN_LIKE, TEXT_DIM
 
-HEADS = {"num_attention_heads": 2, "attention_head_dim": 64}
-WAN = HEADS | {
-    "in_channels": 4,
-    "out_channels": 4,
-    "text_dim": TEXT_DIM,
-    "freq_dim": 32,
-    "ffn_dim": 64,
-    "num_layers": 2,
-    "rope_max_seq_len": 32,
-}
+WAN = configs.WAN | FOUR_CHANNELS
 
 
 def wan() -> Case:
@@ -91,21 +84,9 @@ def helios() -> Case:
     return Case(transformer, inputs | {"indices_hidden_states": torch.arange(3)[None]}, before=12 + 6 + 4)
 
 
-HUNYUAN = HEADS | {
-    "in_channels": 4,
-    "out_channels": 4,
-    "num_layers": 1,
-    "num_refiner_layers": 1,
-    "text_embed_dim": TEXT_DIM,
-    "rope_axes_dim": (16, 24, 24),
-}
-
-
 def hunyuan() -> Case:
     """Two samples, with 5 and 7 real tokens of 7."""
-    transformer = built(
-        "HunyuanVideoTransformer3DModel", num_single_layers=1, pooled_projection_dim=16, **HUNYUAN
-    )
+    transformer = built("HunyuanVideoTransformer3DModel", **configs.HUNYUAN)
     inputs = latent(2) | {
         "encoder_hidden_states": text(2),
         "encoder_attention_mask": mask(5, 7),
@@ -119,12 +100,10 @@ def framepack(batch: int = 2) -> Case:
     """History of 24 + 6 + 4 tokens before, an image's 3 and text after: padded, but for a single sample."""
     transformer = built(
         "HunyuanVideoFramepackTransformer3DModel",
-        num_single_layers=1,
-        pooled_projection_dim=16,
         image_proj_dim=8,
         has_image_proj=True,
         has_clean_x_embedder=True,
-        **HUNYUAN,
+        **configs.HUNYUAN,
     )
     history = {
         f"{start}{name}": x
@@ -156,14 +135,12 @@ def framepack_alone() -> Case:
 
 def hunyuan15(image: bool = True) -> Case:
     """Text of two encoders and an image's tokens, which are padding if it is of zeros."""
-    config = {k: v for k, v in HUNYUAN.items() if k not in ("num_layers",)}
     transformer = built(
         "HunyuanVideo15Transformer3DModel",
-        num_layers=2,
         text_embed_2_dim=12,
         image_embed_dim=8,
         patch_size=2,
-        **config,
+        **HUNYUAN_LIKE | {"num_layers": 2},
     )
     inputs = latent(2) | {
         "encoder_hidden_states": text(2),
@@ -186,7 +163,7 @@ def motif() -> Case:
         num_single_layers=2,
         num_decoder_layers=1,
         image_embed_dim=8,
-        **{k: v for k, v in HUNYUAN.items() if k != "num_refiner_layers"},
+        **{k: v for k, v in HUNYUAN_LIKE.items() if k != "num_refiner_layers"},
     )
     # Or the decoder would hardly depend on what the other layers make of the video.
     transformer.single_transformer_blocks[1].attn.to_v.weight.data.mul_(30)
@@ -198,26 +175,12 @@ def motif() -> Case:
     return Case(transformer, inputs, after=3 + 7)
 
 
-COGVIDEOX = HEADS | {
-    "in_channels": 4,
-    "out_channels": 4,
-    "time_embed_dim": 8,
-    "text_embed_dim": TEXT_DIM,
-    "num_layers": 2,
-    "sample_width": 12,
-    "sample_height": 8,
-    "sample_frames": 9,
-    "max_text_seq_length": 7,
-    "use_rotary_positional_embeddings": True,
-}
-
-
-def frames_first(kind: str, **config) -> Case:
+def frames_first(kind: str) -> Case:
     angles = randn(72, 32, seed=8).repeat_interleave(2, dim=1)  # one for both channels of a pair
     rotation = (angles.cos(), angles.sin())
     inputs = latent() | {"encoder_hidden_states": text(), "image_rotary_emb": rotation}
     inputs["hidden_states"] = inputs["hidden_states"].transpose(1, 2)
-    return Case(built(kind, **COGVIDEOX, **config), inputs, before=7)
+    return Case(built(kind, max_text_seq_length=7, **configs.COGVIDEOX), inputs, before=7)
 
 
 def cogvideox() -> Case:
@@ -229,15 +192,7 @@ def consisid() -> Case:
 
 
 def ltx() -> Case:
-    transformer = built(
-        "LTXVideoTransformer3DModel",
-        in_channels=4,
-        out_channels=4,
-        cross_attention_dim=128,
-        num_layers=2,
-        caption_channels=TEXT_DIM,
-        **HEADS,
-    )
+    transformer = built("LTXVideoTransformer3DModel", **FOUR_CHANNELS, **configs.ltx())
     inputs = {
         "hidden_states": randn(1, 72, 4),
         "timestep": torch.tensor([500.0]),
@@ -252,17 +207,13 @@ def ltx2(**config) -> Case:
     """Video beside audio."""
     transformer = built(
         "LTX2VideoTransformer3DModel",
-        in_channels=4,
-        out_channels=4,
-        cross_attention_dim=128,
         audio_in_channels=4,
         audio_out_channels=4,
         audio_num_attention_heads=2,
         audio_attention_head_dim=16,
         audio_cross_attention_dim=32,
-        num_layers=2,
-        caption_channels=TEXT_DIM,
-        **HEADS,
+        **FOUR_CHANNELS,
+        **configs.ltx(),
         **config,
     )
     inputs = {
@@ -285,16 +236,7 @@ def ltx23() -> Case:
 
 def mochi() -> Case:
     """Two samples, with 5 and 3 real tokens of 7. Timesteps rise."""
-    transformer = built(
-        "MochiTransformer3DModel",
-        num_layers=2,
-        pooled_projection_dim=16,
-        in_channels=4,
-        text_embed_dim=TEXT_DIM,
-        time_embed_dim=8,
-        max_sequence_length=7,
-        **HEADS,
-    )
+    transformer = built("MochiTransformer3DModel", max_sequence_length=7, **configs.MOCHI)
     inputs = latent(2) | {"encoder_hidden_states": text(2), "encoder_attention_mask": mask(5, 3)}
     return Case(transformer, inputs, after=7, timesteps=(10.0, 500.0, 980.0))
 
@@ -354,8 +296,6 @@ def cosmos(**config) -> Case:
     transformer = built(
         "CosmosTransformer3DModel",
         **{
-            "in_channels": 4,
-            "out_channels": 4,
             "num_layers": 2,
             "mlp_ratio": 1.0,
             "text_embed_dim": TEXT_DIM,
@@ -365,6 +305,7 @@ def cosmos(**config) -> Case:
             "extra_pos_embed_type": None,
         }
         | HEADS
+        | FOUR_CHANNELS
         | config,
     )
     inputs = latent() | {"encoder_hidden_states": text(), "timestep": torch.tensor([0.5])}
@@ -381,8 +322,6 @@ def easyanimate() -> Case:
     """A dual-stream and a single-stream layer, with text of two encoders."""
     transformer = built(
         "EasyAnimateTransformer3DModel",
-        in_channels=4,
-        out_channels=4,
         patch_size=2,
         num_layers=2,
         mmdit_layers=1,
@@ -390,6 +329,7 @@ def easyanimate() -> Case:
         text_embed_dim=TEXT_DIM,
         text_embed_dim_t5=TEXT_DIM,
         **HEADS,
+        **FOUR_CHANNELS,
     )
     inputs = {"encoder_hidden_states": text(), "encoder_hidden_states_t5": text(length=4, seed=7)}
     return Case(transformer, latent() | inputs, before=11)

@@ -60,8 +60,10 @@ _WAN22 = "github.com/Wan-Video/Wan2.2, wan/configs"
 _HUNYUAN = (
     "hf.co/hunyuanvideo-community/HunyuanVideo, transformer/config.json (20 double and 40 single blocks)"
 )
+_HUNYUAN15 = "hf.co/hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v, transformer/config.json"
 _COG = "hf.co/THUDM/CogVideoX{}, transformer/config.json".format
 _LTX = "hf.co/Lightricks/LTX-Video, transformer/config.json"
+_LTX2 = "hf.co/Lightricks/LTX-2, transformer/config.json"
 _MOCHI = "hf.co/genmo/mochi-1-preview, transformer/config.json"
 
 MODELS = {
@@ -78,6 +80,18 @@ MODELS = {
         ),
         VideoModel(
             "hunyuanvideo-720p", "129 frames of 1280 x 720", (33, 45, 80), 24, 128, 60, _HUNYUAN, 256, "last"
+        ),
+        # Of these tokens 729 are of an image, 256 of ByT5 and 1000 of Qwen2.5-VL.
+        VideoModel(
+            "hunyuanvideo1.5-720p",
+            "121 frames of 1280 x 720",
+            (31, 45, 80),
+            16,
+            128,
+            54,
+            _HUNYUAN15,
+            1985,
+            "last",
         ),
         VideoModel(
             "cogvideox-2b", "49 frames of 720 x 480", (13, 30, 45), 30, 64, 30, _COG("-2b"), 226, "first"
@@ -97,6 +111,7 @@ MODELS = {
             "first",
         ),
         VideoModel("ltx-video", "161 frames of 704 x 512", (21, 16, 22), 32, 64, 28, _LTX),
+        VideoModel("ltx-2", "121 frames of 768 x 512", (16, 16, 24), 32, 128, 48, _LTX2),
         VideoModel("mochi", "163 frames of 848 x 480", (28, 30, 53), 24, 128, 48, _MOCHI, 256, "last"),
     )
 }

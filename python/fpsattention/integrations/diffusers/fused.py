@@ -118,26 +118,26 @@ class Fused(Processor, ABC):
         Returns [B, L, H * D].
         """
         streams = [video] if text is None else [video, text]
-        n_video = video.tokens - prefix_len - suffix_len
-        suffix_len += 0 if text is None else text.tokens
         lengths: dict[str, Any] = {"prefix_len": prefix_len, "suffix_len": suffix_len}
-        q, k, v = ([getattr(stream, name) for stream in streams] for name in "qkv")
+        if text is not None:
+            lengths["suffix_len"] += text.tokens
+        v = _joined([stream.v for stream in streams])
+        prologue = self._prologue(streams, rope)
+        if prologue is not None:
+            q, k = (_joined([getattr(stream, name) for stream in streams]) for name in "qk")
+            return self.attend(q, k, v, **lengths, prologue=prologue)
+        q, k = (
+            _joined([_rotated(of_video, rope, prefix_len, suffix_len), *of_text])
+            for of_video, *of_text in zip(*map(_normalised, streams), strict=True)
+        )
+        return self.attend(q, k, v, **lengths)
+
+    def _prologue(self, streams: Sequence[Stream], rope: Rope | None) -> dict[str, Any] | None:
+        """Norms and rotation as `norm_rope_quantize` takes them; None where they run by themselves."""
         norms = _norm_arguments(streams) if self._fuses(streams) else None
-        if norms is not None:
-            if rope is not None:
-                norms["rope"] = rope.tables(self.scope.current().grid)
-            return self.attend(_joined(q), _joined(k), _joined(v), **lengths, prologue=norms)
-
-        def rotated(x: Tensor) -> Tensor:
-            if rope is None or x.shape[1] == n_video:
-                return x if rope is None else rope.rotate(x)
-            before, x, after = x.split([prefix_len, n_video, x.shape[1] - prefix_len - n_video], dim=1)
-            return torch.cat([before, rope.rotate(x), after], dim=1)
-
-        for name, parts in (("norm_q", q), ("norm_k", k)):
-            parts[:] = [_normalised(x, getattr(s, name)) for s, x in zip(streams, parts, strict=True)]
-            parts[0] = rotated(parts[0])
-        return self.attend(_joined(q), _joined(k), _joined(v), **lengths)
+        if norms is None or rope is None:
+            return norms
+        return norms | {"rope": rope.tables(self.scope.current().grid)}
 
     def _fuses(self, streams: Sequence[Stream]) -> bool:
         """Whether `attend` may get a prologue in this forward."""
@@ -158,12 +158,27 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _normalised(x: Tensor, norm: nn.Module | None) -> Tensor:
+def _normalised(stream: Stream) -> tuple[Tensor, Tensor]:
+    """Q and K after their norms."""
+    return _after(stream.norm_q, stream.q), _after(stream.norm_k, stream.k)
+
+
+def _after(norm: nn.Module | None, x: Tensor) -> Tensor:
     """x [B, L, H, D] after its norm."""
     if norm is None:
         return x
     size = getattr(norm, "normalized_shape", None) or getattr(norm, "dim", None) or x.shape[3:]
     return norm(x) if tuple(size) == x.shape[3:] else norm(x.flatten(2)).view_as(x)
+
+
+def _rotated(x: Tensor, rope: Rope | None, prefix_len: int, suffix_len: int) -> Tensor:
+    """x [B, L, H, D] with its video tokens rotated; text tokens before and after them stay as they are."""
+    if rope is None:
+        return x
+    if prefix_len == suffix_len == 0:
+        return rope.rotate(x)
+    before, video, after = x.split([prefix_len, x.shape[1] - prefix_len - suffix_len, suffix_len], dim=1)
+    return torch.cat([before, rope.rotate(video), after], dim=1)
 
 
 def _norm_arguments(streams: Sequence[Stream]) -> dict[str, Any] | None:
