@@ -60,8 +60,8 @@ class KeyTiles:
             )
         if not min(n, 1) <= cap <= n:
             raise ValueError(
-                f"key_tiles.indices: shape {shown(list(self.indices.shape))} has lists of {cap} entries, must have 1 "
-                f"to {n}, as many as there are tiles; nearest legal value {min(n, 1) if cap < 1 else n}"
+                f"key_tiles.indices: shape {shown(list(self.indices.shape))} has lists of {cap} entries, must have "
+                f"{min(n, 1)} to {n}, as many as there are tiles; nearest legal value {min(n, 1) if cap < 1 else n}"
             )
         # A traced tensor has no values, and reading a GPU's would wait for the GPU.
         if (
@@ -130,20 +130,20 @@ class KeyTiles:
         cls,
         grid: Sequence[int],
         tile: Sequence[int],
-        window: Sequence[int] | Sequence[Sequence[int]],
+        window: Sequence[int] | Sequence[Sequence[int]] | None,
         border: Border = "clamp",
     ) -> KeyTiles:
         """A window as lists, on the CPU: to combine it with a choice by content, or to compare with it.
 
         Args:
             grid: tokens (T, H, W).
-            tile, window, border: as in `AttentionConfig`; one window, or one for each head.
+            tile, window, border: as in `AttentionConfig`; one window, one for each head, or None for all tiles.
 
         Raises TypeError or ValueError as `AttentionConfig` does.
         """
         config = AttentionConfig(tile=tile, window=window, border=border)  # type: ignore[arg-type]  # it converts them
-        per_head = isinstance(config.window[0], tuple)  # type: ignore[index]
-        resolved = config.resolve(grid, len(config.window) if per_head else 1)  # type: ignore[arg-type]
+        per_head = config.window is not None and isinstance(config.window[0], tuple)
+        resolved = config.resolve(grid, len(config.window) if per_head and config.window else 1)
         geometry = resolved.geometry
         video = slice(geometry.n_video_tiles)
         windows = resolved.windows
