@@ -275,6 +275,23 @@ def test_a_window_as_lists_gives_the_same_bits(case, budget, monkeypatch):
         assert torch.equal(a, b)
 
 
+@settings(max_examples=20, deadline=None)
+@given(
+    st.tuples(*[st.integers(1, 5)] * 3),
+    st.tuples(*[st.sampled_from([1, 3, 5])] * 3),
+    st.sampled_from(["clamp", "truncate"]),
+)
+def test_a_window_as_lists_is_computed_in_the_same_chunks(tiles, window, border):
+    """So the bits do not depend on what a matrix product does with its neighbours in a batch."""
+    grid, tile = tuple(2 * n - 1 for n in tiles), (2, 2, 2)
+    resolved = fps.AttentionConfig(tile, window, border).resolve(grid, 1, 3, 0)
+    (look,) = KeyTiles.of_window(grid, tile, window, border).ascending()[0]
+    for budget in (2**12, 2**22):
+        ours, theirs = (reference._chunks(resolved, x, 1, 16, budget) for x in (look, *resolved.windows))
+        for (queries, keys, lie), (*same, as_lying) in zip(ours, theirs, strict=True):
+            assert torch.equal(queries, same[0]) and torch.equal(keys, same[1]) and lie == as_lying
+
+
 def test_order_and_memory_of_lists_do_not_matter():
     """Another order, a larger cap, and lists repeated for every sample and head."""
     case = FIXED["of heads"]
@@ -444,6 +461,19 @@ def test_flex_attention(case):
     expected, expected_lse = text_cases.exact(case, *qkv)
     torch.testing.assert_close(to_nhd(out, case.layout).double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_torchs_kernels_get_the_lists(monkeypatch, return_lse):
+    """Also where nothing but the lists keeps the call from being torch's dense attention."""
+    monkeypatch.setattr(api, "backend_for", lambda *_: ("torch", ""))
+    case = FIXED["ragged"]
+    q, k, v = case.make_qkv(dtype=torch.float32)
+    result = fps.attention(q, k, v, **case.call("none"), return_lse=return_lse)
+    expected = text_cases.exact(case, q, k, v)
+    for got, want in zip(result if return_lse else [result], expected, strict=False):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
 def test_many_lists_of_blocks_are_refused(monkeypatch):
