@@ -245,8 +245,10 @@ def test_many_windows_are_made_once(monkeypatch):
     monkeypatch.setattr(flex, "_kept", flex._Cache(2**30))
     windows = [(1, h, w) for h in (1, 3) for w in (1, 3, 5)]
     made = []
-    build = flex._listed_blocks
-    monkeypatch.setattr(flex, "_listed_blocks", lambda *args: made.append(args[1]) or build(*args))
+    build = flex._window_mask
+    monkeypatch.setattr(
+        flex, "_window_mask", lambda resolved, *rest: made.extend(resolved.windows) or build(resolved, *rest)
+    )
     for _ in range(2):
         for pair in itertools.product(windows, windows):
             resolved = AttentionConfig(quant="none", tile=(5, 2, 1), window=pair).resolve(GRID, 2)

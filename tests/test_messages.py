@@ -104,35 +104,52 @@ SCHEDULE = fps.StepSchedule(CONFIG, CONFIG, CONFIG)
 WINDOWS = [[[(1, 1, 1)] * 2]]
 QKV = ("q", "k", "v")
 TEXT = ("prefix_len", "suffix_len", "prefix_valid", "suffix_valid")
+ABOUT = ("grid", "config", "scale", "tensor_layout")
 CALLS = {
     "attention": (
         attention,
-        (*QKV, *TEXT, "grid", "config", "scale", "tensor_layout", "backend", "deterministic", "attn_mask"),
+        (*QKV, *TEXT, *ABOUT, "backend", "deterministic", "key_tiles", "attn_mask"),
     ),
     "attention, quantised": (
         quantized,
-        ("k", "v", *TEXT, "grid", "config", "scale", "tensor_layout", "backend", "deterministic"),
+        ("k", "v", *TEXT, *ABOUT, "backend", "deterministic", "key_tiles"),
     ),
     "quantize_qkv": (
         reference_call(fps.quantize_qkv),
-        (*QKV, *TEXT, "grid", "config", "scale", "tensor_layout", "backend"),
+        (*QKV, *TEXT, *ABOUT, "backend"),
     ),
     "exact_attention": (
         reference_call(reference.exact_attention),
-        (*QKV, *TEXT, "grid", "config", "scale", "tensor_layout", "dtype"),
+        (*QKV, *TEXT, *ABOUT, "dtype", "key_tiles"),
     ),
     "emulated_attention": (
         reference_call(reference.emulated_attention),
-        (*QKV, *TEXT, "grid", "config", "scale", "tensor_layout", "dtype"),
+        (*QKV, *TEXT, *ABOUT, "dtype", "key_tiles"),
     ),
-    "emulated_backward": (backward, (*QKV, *TEXT, "out", "lse", "dout", "dlse", "grid", "config", "scale")),
+    "emulated_backward": (
+        backward,
+        (*QKV, *TEXT, "out", "lse", "dout", "dlse", "grid", "config", "scale", "key_tiles"),
+    ),
     "norm_rope": (
         norm_rope,
         ("x", "norm", "grid", "rope", "tensor_layout", *TEXT[:2]),
     ),
     "norm_rope_quantize": (
         norm_rope_quantize,
-        (*QKV, *TEXT, "q_norm", "k_norm", "rope", "grid", "config", "scale", "tensor_layout", "backend"),
+        (*QKV, *TEXT, *ABOUT, "q_norm", "k_norm", "rope", "backend"),
+    ),
+    "KeyTiles": (
+        lambda **change: fps.KeyTiles(
+            **{"indices": torch.zeros(1, 1, 4, 2).int(), "counts": torch.zeros(1, 1, 4).int()} | change
+        ),
+        ("indices", "counts"),
+    ),
+    "KeyTiles.of_mask": (fps.KeyTiles.of_mask, ("mask",)),
+    "KeyTiles.of_window": (
+        lambda **change: fps.KeyTiles.of_window(
+            **{"grid": GRID, "tile": (2, 2, 2), "window": (1, 1, 1)} | change
+        ),
+        ("grid", "tile", "window", "border"),
     ),
     "AttentionConfig": (
         fps.AttentionConfig,
@@ -189,11 +206,11 @@ CALLS = {
     ),
     "ulysses_attention": (
         ulysses(parallel.ulysses_attention),
-        (*QKV, *TEXT, "grid", "config", "scale", "tensor_layout", "backend", "attn_mask"),
+        (*QKV, *TEXT, *ABOUT, "backend", "key_tiles", "attn_mask"),
     ),
     "ring_attention": (
         ulysses(parallel.ring_attention),
-        (*QKV, "grid", "config", "scale", "tensor_layout", "backend", "attn_mask"),
+        (*QKV, *ABOUT, "backend", "key_tiles", "attn_mask"),
     ),
 }
 

@@ -119,8 +119,16 @@ def shares_of(tensors, group=None) -> list[torch.Tensor]:
 # Functions that the processes run. They return what the tests assert.
 
 
+def random_lists(batch: int, heads: int) -> fps.KeyTiles:
+    """Lists for the tiles of `CONFIGS`; an empty one is possible."""
+    n = math.prod(-(-a // b) for a, b in zip(GRID, TILE, strict=True))
+    return fps.KeyTiles.of_mask(
+        torch.rand(batch, heads, n, n, generator=torch.Generator().manual_seed(1)) < 0.2
+    )
+
+
 def ulysses_against_one(
-    config, layout, dtype, text, counts, groups=1, grid=GRID, heads=HEADS
+    config, layout, dtype, text, counts, groups=1, grid=GRID, heads=HEADS, key_tiles=None
 ) -> list[tuple[bool, float]]:
     """For out, lse and the gradients of q, k, v: (whether they equal, bit for bit, those of one process that attends
     the same heads at a time; the largest difference from one process with all heads, over the largest value). The
@@ -132,6 +140,7 @@ def ulysses_against_one(
     everything = tensors(math.prod(grid) + sum(text.values()), dtype, heads)
     counts = {name: torch.tensor(x, dtype=torch.int32) for name, x in counts.items()}
     options = {"grid": grid, "config": config, "tensor_layout": layout, **text, **counts}
+    options |= {"key_tiles": key_tiles}
     expected = attended(fps.attention, everything, **options)
     ours = attended(parallel.ulysses_attention, shares_of(everything, group), group=group, **options)
 
@@ -140,6 +149,10 @@ def ulysses_against_one(
         *nhd, dlse = everything
         if config and config.window and not isinstance(config.window[0], int):
             options["config"] = replace(config, window=[config.window[h] for h in own])
+        if key_tiles and key_tiles.indices.shape[1] > 1:
+            lists = fps.KeyTiles.of_mask(key_tiles.mask()[:, own])
+            assert torch.equal(key_tiles.of_heads(int(own[0]), len(own)).mask(), lists.mask())
+            options["key_tiles"] = lists
         by_heads.append(attended(fps.attention, [*(x[:, :, own] for x in nhd), dlse[:, own]], **options))
     exactly = [torch.cat(parts, dim=2) for parts in zip(*by_heads, strict=True)]
     return [
@@ -402,6 +415,13 @@ def test_ulysses_with_text_of_different_lengths(processes, layout):
     check_ulysses(processes.run(ulysses_against_one, *call), 1e-2)
 
 
+@pytest.mark.parametrize("batch, heads", [(2, 5), (1, 1), (2, 1)])
+def test_ulysses_with_lists_of_tiles(processes, batch, heads):
+    """Each process has the lists of its heads, of which it has 1 to 3, or those that all share."""
+    call = CONFIGS["dense"], "HND", torch.float32, TEXT, COUNTS, 1, GRID, 5, random_lists(batch, heads)
+    check_ulysses(processes.run(ulysses_against_one, *call), 1e-6)
+
+
 def test_ulysses_in_two_groups(four):
     call = CONFIGS["window of each head"], "NHD", torch.float32, TEXT, {}, 2
     check_ulysses(four.run(ulysses_against_one, *call), 1e-6)
@@ -505,6 +525,11 @@ ODD = {"config": fps.AttentionConfig((2, 2, 2))}
         ([SHARE] * 3, {"config": 0}, r"config: 0 must be an AttentionConfig or None, got int"),
         ([SHARE] * 3, {"suffix_len": -1}, r"suffix_len: -1 must be an integer, at least 0; nearest"),
         ([SHARE] * 3, {"tensor_layout": "LHD"}, r"tensor_layout: 'LHD' must be"),
+        (
+            [SHARE] * 3,
+            {"config": CONFIGS["dense"], "key_tiles": random_lists(1, 3)},
+            r"key_tiles: has lists of 3 heads, q has 4; nearest legal values 1 \(the same for all\) and 4",
+        ),
     ],
 )
 def test_bad_arguments_of_ulysses(four, shapes, options, error):
@@ -548,6 +573,11 @@ def test_bad_arguments_of_ulysses(four, shapes, options, error):
         ),
         ([SHARE] * 3, {"axis": "x"}, r"axis: 'x' must be one of t, h, w"),
         ([(29, 4, 16)] * 3, {}, r"q: has 29 tokens .*, must have 30 \(grid \(4, 5, 6\), process . of 4\)"),
+        (
+            [SHARE] * 3,
+            {"key_tiles": random_lists(1, 1)},
+            r"key_tiles: KeyTiles\(int32 \[1, 1, 36, 36\] on cpu\) must be None: a ring .*; use ulysses_attention",
+        ),
     ],
 )
 def test_bad_arguments_of_a_ring(four, shapes, options, error):
@@ -570,6 +600,7 @@ HALF = {"config": fps.AttentionConfig(TILE, [(4, 1, 1), (1, 1, 1)])}  # the seco
         ),
         ((2, 2), (30, 2, 16), HALF, r"window: \(1, 1, 1\) has 1 on axis t, which has 4 tiles"),
         ((2, 2), (30, 2, 16), {"axis": "h"}, r"grid: 5 tokens on axis h are not 2 slabs"),
+        ((2, 2), (30, 2, 16), {"key_tiles": random_lists(1, 1)}, r"key_tiles: .* must be None: a ring"),
     ],
 )
 def test_bad_arguments_of_usp(four, sizes, shape, options, error):

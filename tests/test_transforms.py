@@ -174,7 +174,7 @@ def test_opcheck(kind, tensor_layout):
     if tensor_layout == "HND":
         inputs = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in inputs]
     dtype = torch.float32 if kind == "exact" else None
-    call = None, None, list(GRID), 0, 0, CONFIG.spec, 0.125, tensor_layout, kind, dtype
+    call = *[None] * 4, list(GRID), [0, 0], CONFIG.spec, 0.125, tensor_layout, kind, dtype
     utils = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(torch.ops.fpsattention.reference.default, (*inputs, *call), test_utils=utils)
 

@@ -25,6 +25,7 @@ from .core import reference
 from .core.api import QuantizedQKV, attention, quantize_qkv
 from .core.config import AttentionConfig
 from .core.explain import Plan, plan
+from .core.key_tiles import KeyTiles
 from .core.prologue import Norm, norm_rope, norm_rope_quantize
 from .core.support import backend_for
 from .schedules.presets import Preset, preset
@@ -33,6 +34,7 @@ from .schedules.windows import WindowTable
 
 __all__ = [
     "AttentionConfig",
+    "KeyTiles",
     "Norm",
     "Plan",
     "Preset",

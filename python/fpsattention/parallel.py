@@ -32,6 +32,7 @@ from .core.checks import (
     to_heads_first,
 )
 from .core.config import AXES, AttentionConfig, ResolvedConfig, as_config
+from .core.key_tiles import KeyTiles, check_key_tiles
 
 
 def ulysses_attention(
@@ -46,14 +47,15 @@ def ulysses_attention(
     tensor_layout: str = "NHD",
     prefix_len: int = 0,
     suffix_len: int = 0,
+    key_tiles: KeyTiles | None = None,
     **options,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` over the tokens of all P processes of a group, some heads in each (Ulysses, arXiv 2309.14509).
 
     Every process passes consecutive tokens with all heads, and gets their output. In between it holds all tokens of
-    H / P heads, and runs `attention` on them with the windows of those heads. Where P does not divide H, the first
-    H % P processes have one head more: no head is padded, sent or computed in vain. Differentiable as `attention` is:
-    when every process runs the backward, the gradients are those of the sum of the processes' losses.
+    H / P heads, and runs `attention` on them with the windows or lists of those heads. Where P does not divide H, the
+    first H % P processes have one head more: no head is padded, sent or computed in vain. Differentiable as `attention`
+    is: when every process runs the backward, the gradients are those of the sum of the processes' losses.
 
     All processes of the group must call it, with arguments that differ in the tokens only. Q, K, V and the output cross
     the network once, and their gradients once more.
@@ -63,7 +65,8 @@ def ulysses_attention(
             suffix_len tokens, in the order of ranks: `x.tensor_split(P, dim)[rank]` of all of them, so the first L % P
             processes hold one token more. H is at least P.
         group: None: the default group.
-        grid, config, return_lse, tensor_layout, prefix_len, suffix_len: as in `attention`, for all tokens.
+        grid, config, return_lse, tensor_layout, prefix_len, suffix_len, key_tiles: as in `attention`, for all tokens
+            and heads.
         options: scale, prefix_valid, suffix_valid, backend and deterministic, as in `attention`.
 
     Returns out, like q; with return_lse, (out, lse), lse fp32 [B, H, l].
@@ -81,6 +84,9 @@ def ulysses_attention(
     )
     options |= {"grid": grid, "config": own_windows(config, heads, rank, ranks), "return_lse": return_lse}
     options |= {"prefix_len": prefix_len, "suffix_len": suffix_len}
+    if key_tiles is not None:
+        check_key_tiles(key_tiles, as_config(config), as_grid(grid), q.shape[0], heads, q.device)
+        options |= {"key_tiles": key_tiles.of_heads(*_own_heads(heads, rank, ranks))}
     trade = _Trade(shares, _shares(heads, ranks), rank, group)
     return trade.around(partial(attention, **options), (q, k, v), tensor_layout)
 
@@ -119,9 +125,10 @@ def ring_attention(
         options: scale, backend and deterministic, as in `attention`.
 
     Returns out, like q; with return_lse, (out, lse), lse fp32 [B, H, l].
-    Raises as `ulysses_attention` does, but for any number of heads; and ValueError when a slab is not a whole number of
-    tiles or a window is narrower than the axis.
+    Raises as `ulysses_attention` does, but for any number of heads; and ValueError for key_tiles, when a slab is not a
+    whole number of tiles, and when a window is narrower than the axis.
     """
+    _refuse_key_tiles(options)
     rank, ranks = _place(group)
     q, k, v = as_autocast(q, k, v)
     grid = as_grid(grid)
@@ -175,6 +182,7 @@ def usp_attention(
     Returns out, like q; with return_lse, (out, lse), lse fp32 [B, H, l].
     Raises as `ulysses_attention` and `ring_attention` do; TypeError or ValueError for a mesh without these dimensions.
     """
+    _refuse_key_tiles(options)
     ring, ulysses = _groups(mesh)
     (slab, slabs), (rank, ranks) = _place(ring), _place(ulysses)
     q, k, v = as_autocast(q, k, v)
@@ -259,6 +267,21 @@ def _shares(n: int, ranks: int) -> list[int]:
     return [n // ranks + (i < n % ranks) for i in range(ranks)]
 
 
+def _own_heads(heads: int, rank: int, ranks: int) -> tuple[int, int]:
+    """(first, number) of the heads of a process, the rank-th share of them all."""
+    shares = _shares(heads, ranks)
+    return sum(shares[:rank]), shares[rank]
+
+
+def _refuse_key_tiles(options: dict) -> None:
+    """Raises ValueError for lists of key tiles among the options of a ring."""
+    if (key_tiles := options.get("key_tiles")) is not None:
+        raise ValueError(
+            f"key_tiles: {shown(key_tiles)} must be None: a ring attends slab after slab, and lists name tiles of the "
+            f"whole grid; use ulysses_attention, which takes them"
+        )
+
+
 def _as_nhd(x: Tensor, tensor_layout: str) -> Tensor:
     """A view of x as [B, L, H, D], or from that in the layout."""
     return to_heads_first(x, tensor_layout).transpose(1, 2)
@@ -304,9 +327,8 @@ def own_windows(config: AttentionConfig | None, heads: int, rank: int, ranks: in
         raise ValueError(
             f"window: {len(config.window)} windows, one per head, for {heads} heads; give one triple, or {heads}"
         )
-    shares = _shares(heads, ranks)
-    first = sum(shares[:rank])
-    return replace(config, window=config.window[first : first + shares[rank]])
+    first, own = _own_heads(heads, rank, ranks)
+    return replace(config, window=config.window[first : first + own])
 
 
 def _slab(

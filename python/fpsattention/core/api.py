@@ -17,6 +17,7 @@ from torch import Tensor
 from . import checks, line, ops, reference, reference_op  # noqa: F401  ops and reference_op register torch.ops
 from .checks import Triple, as_grid, shown
 from .config import AttentionConfig, as_config
+from .key_tiles import KeyTiles, check_key_tiles, tensors_of
 from .support import backend_for
 
 
@@ -74,43 +75,36 @@ def quantize_qkv(
     """Round Q, K, V to FP8 once (arXiv 2506.04648, section 3.1); `attention` accepts the result in their place.
 
     It pays when the same Q, K, V are attended under several windows. Tile, quant_tile, smooth_k and the text tokens are
-    fixed here; window and border may differ from call to call. The result has no gradient: for one, pass Q, K, V
-    themselves to `attention`.
+    fixed here; window, border and key_tiles may differ from call to call. The result has no gradient: for one, pass Q,
+    K, V themselves to `attention`.
 
     Args and errors are those of `attention`; config.quant must be "fp8".
     """
     config = as_config(config)
     q, k, v = checks.as_autocast(q, k, v)
     check_rounding(config, {"q": q, "k": k, "v": v}, instead="hand q, k, v to attention")
-    text: dict[str, Any] = {"prefix_len": prefix_len, "suffix_len": suffix_len}
-    text |= {"prefix_valid": prefix_valid, "suffix_valid": suffix_valid}
-    counts, given_grid, given_config = (prefix_valid, suffix_valid), grid, config
-    if grid is None:
-        grid, config, tensor_layout = line.placed(q, config, tensor_layout, text)
-    tensor_layout = "NHD" if tensor_layout is None else tensor_layout
-    name, scale, grid, prefix_len, suffix_len = set_up(
-        q, k, v, grid, config, scale, tensor_layout, backend, *text.values()
-    )
-    check_window(q, grid, config, tensor_layout, prefix_len, suffix_len)
+    lengths, counts = (prefix_len, suffix_len), (prefix_valid, suffix_valid)
+    at = _placed(q, k, v, _Given(grid, config, scale, tensor_layout, *lengths, *counts, backend))
+    check_window(q, at.grid, at.config, at.tensor_layout, *at.lengths)
     q, k, v = q.detach(), k.detach(), v.detach()
     operands: tuple[Tensor, ...] = q, k, v
-    if name == "sm90" and ops.is_watched(q, k, v, *counts):
-        rest = list(grid), prefix_len, suffix_len, config.spec, scale, tensor_layout
+    if at.backend == "sm90" and ops.is_watched(q, k, v, *counts):
+        rest = list(at.grid), *at.lengths, at.config.spec, at.scale, at.tensor_layout
         operands = (ops.quantize(q, k, v, *counts, *rest),)
-    elif name == "sm90":
-        call = _call_of(q.shape, q.dtype, grid, config, scale, tensor_layout, prefix_len, suffix_len)
+    elif at.backend == "sm90":
+        call = _call_of(q.shape, q.dtype, at.grid, at.config, at.scale, at.tensor_layout, *at.lengths)
         operands = (ops.launch_quantize(call, q, k, v, *counts),)
     return QuantizedQKV.of(
         operands=operands,
-        grid=None if given_grid is None else grid,
-        config=given_config,
-        scale=scale,
-        tensor_layout=tensor_layout,
+        grid=None if grid is None else at.grid,
+        config=config,
+        scale=at.scale,
+        tensor_layout=at.tensor_layout,
         dtype=q.dtype,
         shape=tuple(q.shape),
-        backend=name,
-        prefix_len=prefix_len,
-        suffix_len=suffix_len,
+        backend=at.backend,
+        prefix_len=at.lengths[0],
+        suffix_len=at.lengths[1],
         prefix_valid=prefix_valid,
         suffix_valid=suffix_valid,
     )
@@ -132,9 +126,10 @@ def attention(
     suffix_valid: Tensor | None = None,
     backend: str = "auto",
     deterministic: bool | None = None,
+    key_tiles: KeyTiles | None = None,
     **unsupported: NoReturn,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Softmax attention over a 3D grid of video tokens, in FP8 and under a sliding window of tiles.
+    """Softmax attention over a 3D grid of video tokens, in FP8, under a sliding window of tiles or over lists of tiles.
 
     Without a grid it is dense attention over L tokens of any kind, as of torch's scaled_dot_product_attention.
 
@@ -151,9 +146,10 @@ def attention(
             contiguous, rows on 16 bytes. Autocast applies as to torch's scaled_dot_product_attention. NaN or Inf
             spreads to all that shares its scale: in q to the rows of its tile (or quant_tile), in k to the rows that
             attend its tile, in v to the rows that attend its key block; in k under smooth_k perhaps to the whole head.
-            Or q is one `QuantizedQKV`: it brings all arguments but config, which may change window and border.
+            Or q is one `QuantizedQKV`: it brings all arguments but key_tiles and config, which may change window and
+            border.
         grid: tokens (T, H, W) after patchifying. None: L >= 1 tokens without one, all attended by all, with scales of
-            128 tokens; tile, window, quant_tile and text tokens need a grid.
+            128 tokens; tile, window, quant_tile, key_tiles and text tokens need a grid.
         config: tile, window and rounding; None: FP8, dense, the planned tile.
         return_lse: also return the log-sum-exp of the scores, fp32 [B, H, L], natural logarithm.
         scale: of the scores before softmax, positive; None: D ** -0.5.
@@ -168,6 +164,8 @@ def attention(
             FPSATTENTION_STRICT=1). See `backend_for`.
         deterministic: the Hopper kernel's backward gives the same bits every time, and takes longer; else the last bits
             of q's gradient may differ. None: as `torch.use_deterministic_algorithms` says.
+        key_tiles: for each tile of the grid the list of tiles that it attends, in place of a window: config.window must
+            be None. Whatever is listed, video queries see all text.
         unsupported: attn_mask, is_causal, dropout_p and enable_gqa are refused with advice.
 
     Returns out, like q in shape, dtype and layout; with return_lse, (out, lse).
@@ -180,7 +178,7 @@ def attention(
     if deterministic is not None and not isinstance(deterministic, bool):
         raise TypeError(f"deterministic: {shown(deterministic)} must be True, False or None")
     lengths, counts = (prefix_len, suffix_len), (prefix_valid, suffix_valid)
-    given = _Given(grid, config, scale, tensor_layout, *lengths, *counts, backend, deterministic)
+    given = _Given(grid, config, scale, tensor_layout, *lengths, *counts, backend, deterministic, key_tiles)
     out, lse = (
         _attend_quantized(q, k, v, given, return_lse)
         if isinstance(q, QuantizedQKV)
@@ -204,33 +202,52 @@ class _Given(NamedTuple):
     prefix_valid: Tensor | None
     suffix_valid: Tensor | None
     backend: str
-    deterministic: bool | None
+    deterministic: bool | None = None
+    key_tiles: KeyTiles | None = None
+
+
+class _Placed(NamedTuple):
+    """Arguments of a call, checked: plain numbers, and what None stands for."""
+
+    backend: str
+    grid: Triple
+    config: AttentionConfig
+    scale: float
+    tensor_layout: str
+    lengths: tuple[int, int]
+
+
+def _placed(q: Tensor, k, v, given: _Given) -> _Placed:
+    """Check the arguments of a call, and find its place: a grid, or a line of tokens."""
+    grid, config, layout = given.grid, as_config(given.config), given.tensor_layout
+    if grid is None:
+        names = "prefix_len", "suffix_len", "prefix_valid", "suffix_valid", "key_tiles"
+        grid, config, layout = line.placed(q, config, layout, {name: getattr(given, name) for name in names})
+    layout = "NHD" if layout is None else layout
+    text = given.prefix_len, given.suffix_len, given.prefix_valid, given.suffix_valid
+    name, scale, grid, *lengths = set_up(q, k, v, grid, config, given.scale, layout, given.backend, *text)
+    batch, heads, _, _ = checks.heads_first(q.shape, layout)
+    check_key_tiles(given.key_tiles, config, grid, batch, heads, q.device)
+    return _Placed(name, grid, config, scale, layout, (lengths[0], lengths[1]))
 
 
 def _attend(q: Tensor, k, v, given: _Given, with_lse: bool) -> tuple[Tensor, Tensor | None]:
     """(out, lse); without `with_lse`, lse may be None."""
-    grid, config, layout = given.grid, as_config(given.config), given.tensor_layout
     q, k, v = checks.as_autocast(q, k, v)
-    counts = given.prefix_valid, given.suffix_valid
-    text: dict[str, Any] = {"prefix_len": given.prefix_len, "suffix_len": given.suffix_len}
-    text |= {"prefix_valid": given.prefix_valid, "suffix_valid": given.suffix_valid}
-    if grid is None:
-        grid, config, layout = line.placed(q, config, layout, text)
-    layout = "NHD" if layout is None else layout
-    name, scale, grid, prefix_len, suffix_len = set_up(
-        q, k, v, grid, config, given.scale, layout, given.backend, *text.values()
-    )
+    name, grid, config, scale, layout, lengths = _placed(q, k, v, given)
+    tensors = given.prefix_valid, given.suffix_valid, *tensors_of(given.key_tiles)
     if name == "sm90":
-        if not ops.is_watched(q, k, v, *counts):
-            call = _call_of(q.shape, q.dtype, grid, config, scale, layout, prefix_len, suffix_len)
-            return ops.launch_attention(call, q, k, v, *counts, None, None, with_lse=with_lse)[:2]
+        if not ops.is_watched(q, k, v, *tensors):
+            call = _call_of(q.shape, q.dtype, grid, config, scale, layout, *lengths)
+            return ops.launch_attention(call, q, k, v, *tensors, with_lse=with_lse)[:2]
         deterministic = given.deterministic
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
-        rest = list(grid), prefix_len, suffix_len, config.spec, scale, layout, deterministic
-        return ops.attention(q, k, v, *counts, None, None, *rest)[:2]
+        rest = list(grid), *lengths, config.spec, scale, layout, deterministic
+        return ops.attention(q, k, v, *tensors, *rest)[:2]
     about: dict[str, Any] = {"grid": grid, "config": config, "scale": scale, "tensor_layout": layout}
-    about |= text | {"prefix_len": prefix_len, "suffix_len": suffix_len}
+    about |= {"prefix_len": lengths[0], "suffix_len": lengths[1]}
+    about |= {name: getattr(given, name) for name in ("prefix_valid", "suffix_valid", "key_tiles")}
     if config.quant == "fp8":
         return reference.emulated_attention(q, k, v, **about)
     if name == "torch":
@@ -271,16 +288,20 @@ def set_up(
 
 
 def _attend_quantized(x: QuantizedQKV, k, v, given: _Given, with_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """(out, lse) of rounded operands, under the windows of another config if one is given; as in `_attend`."""
+    """(out, lse) of rounded operands, under the windows of another config or over lists if given; as in `_attend`."""
     _check_repeated(x, k, v, given)
     _check_untouched(x)
     grid, own = x.grid, x.config
     config = own if given.config is None else as_config(given.config)
     if grid is None:
+        line.refuse({"key_tiles": given.key_tiles})
         grid, own, config = line.grid_of(x.shape, x.tensor_layout), line.on_line(own), line.on_line(config)
     if config is not own:
         config = _same_rounding(config, own, grid)
-    lengths, counts = (x.prefix_len, x.suffix_len), (x.prefix_valid, x.suffix_valid)
+    batch, heads, _, head_dim = checks.heads_first(x.shape, x.tensor_layout)
+    check_key_tiles(given.key_tiles, config, grid, batch, heads, x.operands[0].device)
+    lengths = x.prefix_len, x.suffix_len
+    tensors = x.prefix_valid, x.suffix_valid, *tensors_of(given.key_tiles)
     if x.backend == "reference":
         return reference.emulated_attention(
             *x.operands,
@@ -292,14 +313,14 @@ def _attend_quantized(x: QuantizedQKV, k, v, given: _Given, with_lse: bool) -> t
             suffix_len=x.suffix_len,
             prefix_valid=x.prefix_valid,
             suffix_valid=x.suffix_valid,
+            key_tiles=given.key_tiles,
         )
     (packed,) = x.operands
-    if ops.is_watched(packed, *counts):
-        batch, heads, _, head_dim = checks.heads_first(x.shape, x.tensor_layout)
+    if ops.is_watched(packed, *tensors):
         rest = list(grid), *lengths, config.spec, x.scale, x.tensor_layout
-        return ops.attend(packed, *counts, None, None, *rest, batch, heads, head_dim, x.dtype)
+        return ops.attend(packed, *tensors, *rest, batch, heads, head_dim, x.dtype)
     call = _call_of(x.shape, x.dtype, grid, config, x.scale, x.tensor_layout, *lengths)
-    return ops.launch_attend(call, packed, *counts, None, None, with_lse)
+    return ops.launch_attend(call, packed, *tensors, with_lse)
 
 
 def _call_of(
@@ -314,7 +335,7 @@ def _check_repeated(quantized: QuantizedQKV, k, v, given: _Given) -> None:
     """Raises unless arguments beside a `QuantizedQKV` are left out, or say what it says."""
     for name, value in {"k": k, "v": v, **given._asdict()}.items():
         unsaid = {"prefix_len": 0, "suffix_len": 0, "backend": "auto"}.get(name)
-        if name == "config" or value is None or (unsaid is not None and _equal(value, unsaid)):
+        if name in ("config", "key_tiles") or value is None or (unsaid is not None and _equal(value, unsaid)):
             continue
         if name in ("k", "v", "prefix_valid", "suffix_valid"):
             raise TypeError(f"{name}: is part of the QuantizedQKV given as q; leave it out")
@@ -408,11 +429,11 @@ def check_window(q, grid, config: AttentionConfig, tensor_layout: str, prefix_le
 def _unquantized(q, k, v, with_lse: bool, about: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     """quant="none" on a GPU: torch's SDPA where it can do all that is asked, else FlexAttention."""
     scale, layout = about["scale"], about["tensor_layout"]
-    counts = about["prefix_valid"], about["suffix_valid"]
+    counts, key_tiles = (about["prefix_valid"], about["suffix_valid"]), about["key_tiles"]
     _, heads, _, _ = checks.heads_first(q.shape, layout)
     resolved = about["config"].resolve(about["grid"], heads, about["prefix_len"], about["suffix_len"])
-    everything = resolved.windows == (resolved.geometry.tiles,) and counts == (None, None)
-    if everything and not with_lse:
+    everything = resolved.windows == (resolved.geometry.tiles,) and key_tiles is None
+    if everything and counts == (None, None) and not with_lse:
         q, k, v = (checks.to_heads_first(x, layout) for x in (q, k, v))
         out = checks.to_heads_first(F.scaled_dot_product_attention(q, k, v, scale=scale), layout)
         return out, None
@@ -420,7 +441,7 @@ def _unquantized(q, k, v, with_lse: bool, about: dict[str, Any]) -> tuple[Tensor
         return _exact(q, k, v, about)
     from .flex import flex_attention  # brings torch's compiler, which takes a second to import
 
-    return flex_attention(q, k, v, resolved, scale, layout, *counts)
+    return flex_attention(q, k, v, resolved, scale, layout, *counts, key_tiles)
 
 
 def _exact(q, k, v, about: dict[str, Any]) -> tuple[Tensor, Tensor]:

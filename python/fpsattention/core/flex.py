@@ -1,8 +1,9 @@
-"""Windowed attention without rounding (quant="none") on CUDA, by torch's FlexAttention."""
+"""Attention under a window or over lists of tiles, without rounding (quant="none"): on CUDA, by FlexAttention."""
 
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -13,14 +14,16 @@ from types import FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 
 from .. import _C
-from .checks import Triple, to_heads_first
+from .checks import to_heads_first
 from .config import ResolvedConfig
 from .explain import plan
-from .geometry import apart
+from .geometry import TileGeometry, apart
+from .key_tiles import KeyTiles
 from .reference import valid_tokens, zero_invalid
 
 MAX_BLOCKS = 2**14  # FlexAttention's lists take 16 bytes for each pair of blocks, so at most 4 GiB
@@ -135,9 +138,15 @@ class _Cache:
 _kept = _Cache(2**30)
 
 
-def _check_blocks(resolved: ResolvedConfig) -> None:
-    """Raises ValueError for more blocks than `MAX_BLOCKS`."""
+def _check_blocks(resolved: ResolvedConfig, lists: int = 1) -> None:
+    """Raises ValueError for more blocks than `MAX_BLOCKS`, or in so many `lists` more pairs than one may have."""
     blocks = resolved.geometry.n_tiles * resolved.geometry.blocks_per_tile
+    if lists * blocks**2 > MAX_BLOCKS**2 >= blocks**2:
+        raise ValueError(
+            f'key_tiles: {lists} lists (samples times heads) of {blocks:,} blocks; quant="none" on a GPU takes at most '
+            f"{MAX_BLOCKS**2 // blocks**2}, since FlexAttention lists pairs of blocks; share lists between heads, or "
+            f"take a larger tile"
+        )
     if blocks > MAX_BLOCKS:
         raise ValueError(
             f"config: tile {resolved.tile} cuts grid {resolved.grid} in {blocks:,} blocks of {_C.BLOCK} rows; "
@@ -146,14 +155,46 @@ def _check_blocks(resolved: ResolvedConfig) -> None:
         )
 
 
-def _listed_blocks(resolved: ResolvedConfig, window: Triple) -> Tensor:
-    """bool [query blocks, key blocks]: True for 128-row blocks with at least one attended pair of tokens."""
-    geometry = resolved.geometry
-    holds_tokens = (geometry.slot_tokens >= 0).reshape(-1, _C.BLOCK)[:, 0]
-    listed = geometry.tile_mask(window, resolved.border)
-    for dim in (0, 1):
-        listed = listed.repeat_interleave(geometry.blocks_per_tile, dim)
-    return listed & holds_tokens & holds_tokens[:, None]
+def _listed_blocks(tiles: Tensor, token: Tensor) -> Tensor:
+    """bool [.., query blocks, key blocks]: True for 128-row blocks with at least one attended pair of tokens.
+
+    Args:
+        tiles: bool [.., n_tiles, n_tiles], which tiles attend which.
+        token: bool [rows], which rows are tokens.
+    """
+    holds_tokens = token.reshape(-1, _C.BLOCK)[:, 0]
+    blocks_per_tile = len(holds_tokens) // tiles.shape[-1]
+    for dim in (-1, -2):
+        tiles = tiles.repeat_interleave(blocks_per_tile, dim)
+    return tiles & holds_tokens & holds_tokens[:, None]
+
+
+def _full_blocks(geometry: TileGeometry, partial_text: bool) -> Tensor:
+    """bool [blocks]: True for blocks without padding; with `partial_text` for none of the text."""
+    full = (geometry.slot_tokens >= 0).reshape(-1, _C.BLOCK).all(1)
+    if partial_text:
+        full[geometry.n_video_tiles * geometry.blocks_per_tile :] = False
+    return full
+
+
+def _mask_of_blocks(listed: Tensor, full: Tensor, token: Tensor) -> torch_flex.BlockMask:
+    """The BlockMask of listed blocks [B, H, query blocks, key blocks], with rows of `token`; `full` key blocks need no
+    mask.
+    """
+
+    def lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        # In parts, because argsort returns int64.
+        parts = blocks.split(1024, dim=2)
+        indices = [x.byte().argsort(dim=-1, descending=True, stable=True).int() for x in parts]
+        return blocks.sum(-1, dtype=torch.int32), torch.cat(indices, dim=2)
+
+    def key_is_token(b, h, q, kv):
+        return token[kv]
+
+    partial, whole = lists(listed & ~full), lists(listed & full)
+    return torch_flex.BlockMask.from_kv_blocks(
+        partial[0], partial[1], whole[0], whole[1], BLOCK_SIZE=_C.BLOCK, mask_mod=key_is_token
+    )
 
 
 def _window_mask(
@@ -161,28 +202,52 @@ def _window_mask(
 ) -> tuple[tuple[torch_flex.BlockMask, Tensor], tuple[Tensor, ...]]:
     """((BlockMask of the only window, its `_listed_blocks`), all tensors of both)."""
     geometry = resolved.geometry
+    (window,) = resolved.windows
     token = (geometry.slot_tokens >= 0).flatten()
-    listed = _listed_blocks(resolved, *resolved.windows)
-    full_block = token.reshape(-1, _C.BLOCK).all(1)
-    if partial_text:
-        full_block[geometry.n_video_tiles * geometry.blocks_per_tile :] = False
-
-    def lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
-        # In parts, because argsort returns int64.
-        indices = [x.byte().argsort(dim=-1, descending=True, stable=True).int() for x in blocks.split(1024)]
-        return blocks.sum(-1, dtype=torch.int32)[None, None], torch.cat(indices)[None, None]
-
-    token, listed_on_device = token.to(device), listed.to(device)
-
-    def key_is_token(b, h, q, kv):
-        return token[kv]
-
+    listed = _listed_blocks(geometry.tile_mask(window, resolved.border), token)
+    token, full = token.to(device), _full_blocks(geometry, partial_text)
     # Made on the CPU and copied, which waits. If kernels made it on the GPU, another stream might read it too early.
-    partial, full = lists(listed & ~full_block), lists(listed & full_block)
-    mask = torch_flex.BlockMask.from_kv_blocks(
-        partial[0], partial[1], full[0], full[1], BLOCK_SIZE=_C.BLOCK, mask_mod=key_is_token
-    ).to(device)
-    return (mask, listed_on_device), (token, listed_on_device, *(getattr(mask, name) for name in LISTS))
+    mask = _mask_of_blocks(listed[None, None], full, token).to(device)
+    listed = listed.to(device)
+    return (mask, listed), (token, listed, *(getattr(mask, name) for name in LISTS))
+
+
+def _tables(
+    resolved: ResolvedConfig, partial_text: bool, device: torch.device
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """(value, tensors) for the cache; both are (rows that are tokens, blocks without padding)."""
+    geometry = resolved.geometry
+    token = (geometry.slot_tokens >= 0).flatten()
+    tables = token.to(device), _full_blocks(geometry, partial_text).to(device)
+    return tables, tables
+
+
+@torch.compiler.disable
+def block_mask_of_lists(
+    resolved: ResolvedConfig, key_tiles: KeyTiles, compiled: bool, partial_text: bool = False
+) -> torch_flex.BlockMask:
+    """`block_mask` of lists of key tiles, [1 or B, 1 or H, rows, rows]. It waits for no GPU, and is not cached.
+
+    Raises ValueError for more blocks than `MAX_BLOCKS`, or for so many pairs of them in all lists.
+    """
+    geometry, tiles = resolved.geometry, key_tiles.mask()
+    several = [n > 1 for n in tiles.shape[:2]]
+    _check_blocks(resolved, math.prod(tiles.shape[:2]))
+    text = (0, geometry.n_tiles - geometry.n_video_tiles) * 2
+    tiles = F.pad(tiles, text, value=True)
+    token, full = _kept.get(_tables, replace(resolved, windows=()), partial_text, tiles.device)
+    listed = _listed_blocks(tiles, token)
+    mask = _mask_of_blocks(listed, full, token)
+    if compiled:
+        return mask
+    key_is_token = mask.mask_mod
+
+    def attended(b, h, q, kv):
+        sample, head = (i * more for i, more in zip((b, h), several, strict=True))
+        return key_is_token(b, h, q, kv) & listed[sample, head, q // _C.BLOCK, kv // _C.BLOCK]
+
+    mask.mask_mod = attended
+    return mask
 
 
 @torch.compiler.disable
@@ -264,8 +329,10 @@ def flex_attention(
     tensor_layout: str,
     prefix_valid: Tensor | None = None,
     suffix_valid: Tensor | None = None,
+    key_tiles: KeyTiles | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention under a window, without rounding to FP8 (arXiv 2502.04507). Differentiable on CUDA.
+    """Attention under a window or over lists of tiles, without rounding to FP8 (arXiv 2502.04507). Differentiable on
+    CUDA.
 
     Args:
         q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), checked by the caller. On the CPU all scores are held in
@@ -274,6 +341,7 @@ def flex_attention(
         scale: factor of the scores before softmax.
         tensor_layout: "NHD" or "HND".
         prefix_valid, suffix_valid: int32 [B], as in `fpsattention.reference.exact_attention`.
+        key_tiles: lists in place of the windows, checked by the caller.
 
     Returns out, like q, and lse fp32 [B, H, L], natural logarithm, with tokens in the order of q.
     Raises RuntimeError during the capture of a CUDA graph unless the same call was made before; ValueError for a tile
@@ -285,7 +353,10 @@ def flex_attention(
             q.shape[:3], dtype=torch.float32
         )
     valid = valid_tokens(resolved.geometry, prefix_valid, suffix_valid)
-    mask = block_mask(resolved, q.device, q.is_cuda, valid is not None)
+    if key_tiles is None:
+        mask = block_mask(resolved, q.device, q.is_cuda, valid is not None)
+    else:
+        mask = block_mask_of_lists(resolved, key_tiles, q.is_cuda, valid is not None)
     token_of_row, row_of_token = permutation(resolved, q.device)
     if valid is not None:
         mask = _of_valid(mask, valid[:, token_of_row])

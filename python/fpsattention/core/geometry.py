@@ -197,12 +197,12 @@ class TileGeometry:
         return torch.stack([x[i.reshape(-1)] for x, i in zip(per_axis, index, strict=True)], dim=1)
 
     def tiles_in(self, boxes: torch.Tensor) -> torch.Tensor:
-        """int64 [n, tiles of a box], ascending: the tiles in `boxes` [n, 3, 2], which have equal sizes."""
-        sizes = (boxes[0, :, 1] - boxes[0, :, 0]).tolist()
-        t, h, w = (boxes[:, axis, :1] + torch.arange(sizes[axis], device="cpu") for axis in range(3))
+        """int64 [n, tiles of a box], ascending: the tiles in `boxes` [n, 3, 2], which have equally many."""
+        first, sizes = boxes[..., 0, None], (boxes[..., 1] - boxes[..., 0])[..., None]
+        rest = torch.arange(int(sizes[0].prod()), device="cpu")
+        t, h, w = rest // (sizes[:, 1] * sizes[:, 2]), rest // sizes[:, 2] % sizes[:, 1], rest % sizes[:, 2]
         _, n_h, n_w = self.tiles
-        tiles = (t[:, :, None, None] * n_h + h[:, None, :, None]) * n_w + w[:, None, None, :]
-        return tiles.flatten(1)
+        return ((first[:, 0] + t) * n_h + first[:, 1] + h) * n_w + first[:, 2] + w
 
     def key_tiles(self, query_tile: int, window: Triple, border: str) -> torch.Tensor:
         """int64 [n], ascending: the key tiles that `query_tile` attends."""

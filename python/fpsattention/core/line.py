@@ -33,24 +33,20 @@ def on_line(config: AttentionConfig) -> AttentionConfig:
 
 
 def placed(
-    q: Tensor, config: AttentionConfig, tensor_layout: str | None, text: dict[str, Any]
+    q: Tensor, config: AttentionConfig, tensor_layout: str | None, needing_grid: dict[str, Any]
 ) -> tuple[Triple, AttentionConfig, str]:
     """(grid, config, tensor_layout) of a call without a grid.
 
     Args:
         tensor_layout: None: "NHD".
-        text: arguments about text tokens, by name.
+        needing_grid: as `refuse` takes them.
 
-    Raises TypeError or ValueError for a q that is no tensor to attend, for a config or text tokens that need a grid,
-    and where the layout is not given and q may be heads first.
+    Raises TypeError or ValueError for a q that is no tensor to attend, for a config or arguments that need a grid, and
+    where the layout is not given and q may be heads first.
     """
     layout = "NHD" if tensor_layout is None else tensor_layout
     check_tensor("q", q, layout)
-    for name, value in text.items():
-        if isinstance(value, Tensor) or value not in (0, None):
-            raise _needs_grid(
-                f"{name}: {shown(value)}", "without one all tokens of a sample attend each other"
-            )
+    refuse(needing_grid)
     _, heads, tokens, _ = heads_first(q.shape, layout)
     if tensor_layout is None and tokens < heads:
         raise ValueError(
@@ -58,6 +54,15 @@ def placed(
             f'D]; give "HND" if it is [B, H, L, D], as for torch\'s scaled_dot_product_attention, else "NHD"'
         )
     return grid_of(q.shape, layout), on_line(config), layout
+
+
+def refuse(needing_grid: dict[str, Any]) -> None:
+    """Raises ValueError for the first of these arguments, by name, that is given: neither 0 nor None."""
+    for name, value in needing_grid.items():
+        if isinstance(value, Tensor) or value not in (0, None):
+            raise _needs_grid(
+                f"{name}: {shown(value)}", "without one all tokens of a sample attend each other"
+            )
 
 
 def _needs_grid(what: str, because: str) -> ValueError:

@@ -1,8 +1,8 @@
 """The numeric contract in plain torch: exact attention, and the FP8 arithmetic that the kernels must reproduce.
 
 It runs on any device, in blocks: beside inputs and outputs, it needs a few buffers of `BUDGET` elements. Query tiles
-that attend the same box of key tiles are one *group*. Groups of equal size are computed together, so dense attention
-takes a few large matrix products and windowed attention a few batched ones.
+that attend the same key tiles are one *group*. Groups of equal size are computed together, so dense attention takes a
+few large matrix products and windowed attention a few batched ones.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from .checks import (
 )
 from .config import AttentionConfig, ResolvedConfig, as_config
 from .geometry import TileGeometry
+from .key_tiles import KeyTiles, check_key_tiles, tensors_of
 
 E4M3_MAX = 448.0
 QK_MAX = 14.0  # largest element of Q and K in E4M3: products of 128 of them fit fp16
@@ -41,6 +42,10 @@ LOG2_BIAS = -math.log2(2 * math.log(2) ** 2)
 BUDGET = 2**25  # largest number of elements in a buffer of scores or of gathered keys
 CPU_BUDGET = 2**22  # the same on a CPU, where buffers that fit in its caches are up to three times as fast
 LOG2E = math.log2(math.e)
+
+# What the query tiles of a head attend: a window, or for each of the n tiles of the grid its list of key tiles, int64
+# [n, cap], ascending, then n where the list is shorter.
+Look = Triple | Tensor
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -247,14 +252,40 @@ class _KeyBlocks:
         return parts
 
 
+@dataclass(frozen=True)
+class _Groups:
+    """Query tiles that attend the same key tiles, as groups.
+
+    Attributes:
+        of_tile: int64 [n], the group of each tile of the grid.
+        n_keys: int64 [groups], key tiles of each, at least 1.
+        keys_of: int64 [g, keys], ascending, of groups [g] with equally many key tiles. The tile n is padding.
+    """
+
+    of_tile: Tensor
+    n_keys: Tensor
+    keys_of: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def of(cls, geometry: TileGeometry, look: Look, border: str) -> _Groups:
+        if isinstance(look, Tensor):
+            lists, of_tile = look.unique(dim=0, return_inverse=True)
+            # A tile of padding stands for an empty list, so that all queries have keys to compute with.
+            n_keys = (lists < geometry.n_video_tiles).sum(1).clamp(min=1)
+            return cls(of_tile, n_keys, lambda groups: lists[groups, : n_keys[groups[0]]])
+        boxes, of_tile = geometry.key_boxes(look, border).unique(dim=0, return_inverse=True)
+        n_keys = (boxes[..., 1] - boxes[..., 0]).prod(1)
+        return cls(of_tile, n_keys, lambda groups: geometry.tiles_in(boxes[groups]))
+
+
 def _chunks(
-    resolved: ResolvedConfig, window: Triple, heads: int, head_dim: int, budget: int
+    resolved: ResolvedConfig, look: Look, heads: int, head_dim: int, budget: int
 ) -> Iterator[tuple[Tensor, Tensor, _KeyBlocks]]:
     """What is computed together: queries [n, rows], keys [n, keys] (token indices; -1 is padding), and how keys lie.
 
     Row i of `queries` attends row i of `keys`, and every query token comes once. heads * n * keys * rows and
     heads * n * keys * head_dim stay within `budget`, unless a single row, or the keys of a single group, exceed it.
-    Text queries are a group.
+    Text queries are a group. A window and the same window as lists give the same chunks.
     """
     geometry = resolved.geometry
     text = geometry.text_tokens
@@ -272,21 +303,23 @@ def _chunks(
             yield some, everything, lie(geometry.n_video_tiles)
     if not geometry.n_video_tiles:
         return
-    boxes, group_of_tile = geometry.key_boxes(window, resolved.border).unique(dim=0, return_inverse=True)
-    tiles_by_group = group_of_tile.argsort(stable=True)
-    query_tiles = group_of_tile.bincount()
+    rows_or_padding = torch.cat([rows_of_tile, torch.full((1, longest), -1, device="cpu")])
+    grouped = _Groups.of(geometry, look, resolved.border)
+    tiles_by_group = grouped.of_tile.argsort(stable=True)
+    query_tiles = grouped.of_tile.bincount()
     first = query_tiles.cumsum(0) - query_tiles
-    sizes = torch.cat([query_tiles[:, None], boxes[..., 1] - boxes[..., 0]], dim=1)
+    in_order = tiles_by_group[first].argsort()  # by a group's first tile
+    sizes = torch.stack([query_tiles, grouped.n_keys], dim=1)
     for size in sizes.unique(dim=0):
-        alike = (sizes == size).all(1).nonzero()[:, 0]
-        n_query_tiles, n_key_tiles = int(size[0]), int(size[1:].prod())
+        alike = in_order[(sizes[in_order] == size).all(1)]
+        n_query_tiles, n_key_tiles = size.tolist()
         per_row = heads * (n_key_tiles * longest + len(text))
         rows = min(n_query_tiles * longest, max(1, budget // per_row))
         n = max(1, budget // (per_row * max(rows, head_dim)))
         for groups in alike.split(n):
             tiles = tiles_by_group[first[groups, None] + torch.arange(n_query_tiles, device="cpu")]
             queries = rows_of_tile[tiles].flatten(1)
-            keys = rows_of_tile[geometry.tiles_in(boxes[groups])].flatten(1)
+            keys = rows_or_padding[grouped.keys_of(groups)].flatten(1)
             keys = torch.cat([keys, text.expand(len(groups), -1)], dim=1)
             for some in queries.split(rows, dim=1):
                 yield some, keys, lie(n_key_tiles)
@@ -297,22 +330,23 @@ def _blockwise(
     of_queries: Sequence[Tensor],
     of_keys: Sequence[Tensor],
     resolved: ResolvedConfig,
-    window: Triple,
+    look: Look,
     dtype: torch.dtype,
     valid: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of some heads under one window: `compute` on every chunk, with results in the order of the tokens.
+    """Attention of some heads that look alike: `compute` on every chunk, with results in the order of the tokens.
 
     Differentiable: the backward recomputes one chunk after the other.
 
     Args:
         compute: takes a chunk of each of `of_queries` [heads, n, rows, ...], a chunk of each of `of_keys` [heads, n,
             keys, ...], a mask that broadcasts to [heads, n, rows, keys], True where a key is padding or invalid, or
-            None, and how the keys lie in blocks. Returns out [heads, n, rows, D] and lse [heads, n, rows] in `dtype`.
+            None, and how the keys lie in blocks. Returns out [heads, n, rows, D] and lse [heads, n, rows] in `dtype`;
+            of rows whose keys are all masked out must be 0, the lse does not matter.
         of_queries, of_keys: tensors [heads, L, ...]; the first of each has D channels.
         valid: bool [heads, L]; None: all tokens are valid.
 
-    Returns out [heads, L, D] and lse [heads, L]; 0 and -inf for invalid queries.
+    Returns out [heads, L, D] and lse [heads, L]; 0 and -inf for invalid queries and for those without keys.
     """
     q, operands = of_queries[0], (*of_queries, *of_keys)
     heads, _, head_dim = q.shape
@@ -329,9 +363,12 @@ def _blockwise(
         ):  # or a NaN in the value of a key that is not attended would spread, times zero
             values[-1] = values[-1].masked_fill(padding.mT, 0.0)
         with torch.autocast(queries.device.type, enabled=False):  # the dtypes are part of the contract
-            return compute(*values, padding, blocks)
+            some_out, some_lse = compute(*values, padding, blocks)
+        if padding is not None:
+            some_lse = some_lse.masked_fill(padding.all(-1), -math.inf)
+        return some_out, some_lse
 
-    for queries, keys, blocks in _chunks(resolved, window, heads, head_dim, _budget(q.device)):
+    for queries, keys, blocks in _chunks(resolved, look, heads, head_dim, _budget(q.device)):
         rows, in_use = queries.clamp(min=0).to(q.device), queries >= 0
         padding = (keys < 0)[:, None].to(q.device) if keys.min() < 0 else None
         keys = keys.clamp(min=0).to(q.device)
@@ -354,22 +391,35 @@ def _blockwise(
     return out, lse
 
 
-def _head_slices(
-    q: Tensor, resolved: ResolvedConfig, valid: Tensor | None
-) -> Iterator[tuple[Triple, tuple[Tensor, ...], Tensor | None]]:
-    """All heads of q [B, H, L, D], in parts that share a window and whose copies fit in `BUDGET`.
+def _looks(
+    resolved: ResolvedConfig, key_tiles: KeyTiles | None, batch: int, heads: int
+) -> tuple[list[Look], list[list[int]]]:
+    """All that some head of a call looks at, each once, and which of these is that of each [sample][head]."""
+    if key_tiles is None or not resolved.geometry.n_video_tiles:
+        windows = resolved.windows * (heads if len(resolved.windows) == 1 else 1)
+        looks = list(dict.fromkeys(windows))
+        return [*looks], [[looks.index(window) for window in windows]] * batch
+    lists = key_tiles.ascending()
+    distinct, own = lists.flatten(0, 1).unique(dim=0, return_inverse=True)
+    return [*distinct], own.view(lists.shape[:2]).expand(batch, heads).tolist()
 
-    Yields (window, index into [B, H], `valid` [B, L] at that index or None).
+
+def _head_slices(
+    q: Tensor, resolved: ResolvedConfig, valid: Tensor | None, key_tiles: KeyTiles | None
+) -> Iterator[tuple[Look, tuple[Tensor, ...], Tensor | None]]:
+    """All heads of q [B, H, L, D], in parts that look alike and whose copies fit in `BUDGET`.
+
+    Yields (what they look at, index into [B, H], `valid` [B, L] at that index or None).
     """
     batch, heads, tokens, head_dim = q.shape
     at_once = max(1, BUDGET // max(1, tokens * head_dim))
-    windows = resolved.windows * (heads if len(resolved.windows) == 1 else 1)
-    for window in dict.fromkeys(windows):
-        pairs = [(b, h) for b in range(batch) for h in range(heads) if windows[h] == window]
+    looks, own = _looks(resolved, key_tiles, batch, heads)
+    for i, look in enumerate(looks):
+        pairs = [(b, h) for b in range(batch) for h in range(heads) if own[b][h] == i]
         for some in torch.tensor(pairs, device="cpu").reshape(-1, 2).split(at_once):
             if len(some):
                 index = tuple(some.to(q.device).unbind(1))
-                yield window, index, None if valid is None else valid[index[0]]
+                yield look, index, None if valid is None else valid[index[0]]
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -394,15 +444,20 @@ def _set_up(
     tensor_layout: str,
     prefix_len: int,
     suffix_len: int,
-    *counts: Tensor | None,
+    prefix_valid: Tensor | None,
+    suffix_valid: Tensor | None,
+    key_tiles: KeyTiles | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, ResolvedConfig, float]:
     """Check the arguments; returns (q, k, v, valid [B, L] or None, resolved, scale).
 
     q, k and v are heads first, with zeros for invalid tokens.
     """
+    counts = prefix_valid, suffix_valid
     check_inputs(q, k, v, grid, tensor_layout, prefix_len, suffix_len, *counts)
     q, k, v = (to_heads_first(x, tensor_layout) for x in (q, k, v))
-    resolved = as_config(config).resolve(grid, q.shape[1], prefix_len, suffix_len)
+    config = as_config(config)
+    check_key_tiles(key_tiles, config, grid, q.shape[0], q.shape[1], q.device)
+    resolved = config.resolve(grid, q.shape[1], prefix_len, suffix_len)
     valid = valid_tokens(resolved.geometry, *counts)
     q, k, v = (zero_invalid(x, valid) for x in (q, k, v))
     return q, k, v, valid, resolved, as_scale(scale, q.shape[3])
@@ -423,17 +478,18 @@ def _needs_op(q: Tensor) -> bool:
 def _call_op(
     kind: str, q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype | None, grid: Triple, config: AttentionConfig,
     scale: float | None, tensor_layout: str, prefix_len: int, suffix_len: int,
-    prefix_valid: Tensor | None, suffix_valid: Tensor | None
+    prefix_valid: Tensor | None, suffix_valid: Tensor | None, key_tiles: KeyTiles | None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`exact_attention` (kind "exact") or `emulated_attention` ("emulated") by the op of reference_op.py."""
     lengths, counts = (prefix_len, suffix_len), (prefix_valid, suffix_valid)
     check_inputs(q, k, v, grid, tensor_layout, *lengths, *counts)
-    _, heads, _, head_dim = to_heads_first(q, tensor_layout).shape
+    batch, heads, _, head_dim = to_heads_first(q, tensor_layout).shape
     config = as_config(config)
+    check_key_tiles(key_tiles, config, grid, batch, heads, q.device)
     if not torch.compiler.is_compiling():  # in a graph, the op checks it
         config.resolve(grid, heads, *lengths)
     return torch.ops.fpsattention.reference(
-        *(q, k, v, *counts, list(grid), *lengths, config.spec),
+        *(q, k, v, *counts, *tensors_of(key_tiles), list(grid), lengths, config.spec),
         *(as_scale(scale, head_dim), tensor_layout, kind, dtype),
     )
 
@@ -448,6 +504,12 @@ def _scores(
     if padding is not None:
         z.masked_fill_(padding, -math.inf)
     return z
+
+
+def _total(p: Tensor, padding: Tensor | None) -> Tensor:
+    """[..., rows]: the sum of p [..., rows, keys]; 1 for a row whose keys are all `padding`."""
+    total = p.sum(-1)
+    return total if padding is None else total.masked_fill(padding.all(-1), 1.0)
 
 
 def _lse_of_mean(q: Tensor, k_mean: Tensor, scale: float) -> Tensor:
@@ -469,8 +531,9 @@ def exact_attention(
     suffix_len: int = 0,
     prefix_valid: Tensor | None = None,
     suffix_valid: Tensor | None = None,
+    key_tiles: KeyTiles | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention under the config's window, without rounding to FP8.
+    """Softmax attention under the config's window or over lists of key tiles, without rounding to FP8.
 
     Differentiable; the backward recomputes block by block.
 
@@ -491,12 +554,14 @@ def exact_attention(
         prefix_valid, suffix_valid: int32 [B] on the device of q, the number of valid tokens of the section in each
             sample, from 0 to its length; None: all. A count out of range is an error on the CPU outside torch.compile,
             and clamped elsewhere.
+        key_tiles: the tiles that each tile of the grid attends, in place of a window: config.window must be None. See
+            `fpsattention.KeyTiles`.
 
     Returns out, like q but of `dtype`, and lse [B, H, L] of `dtype`, natural logarithm.
     Raises TypeError or ValueError that name the argument.
     """
     _check_dtype(dtype)
-    call = grid, config, scale, tensor_layout, prefix_len, suffix_len, prefix_valid, suffix_valid
+    call = grid, config, scale, tensor_layout, prefix_len, suffix_len, prefix_valid, suffix_valid, key_tiles
     if _needs_op(q):
         return _call_op("exact", q, k, v, dtype, *call)
     q, k, v, valid, resolved, factor = _set_up(q, k, v, *call)
@@ -508,16 +573,17 @@ def exact_attention(
         if padding is not None:
             scores.masked_fill_(padding, -math.inf)
         shift = scores.detach().amax(-1, keepdim=True)
+        shift = shift.masked_fill(shift == -math.inf, 0.0)  # of a row without keys
         p = scores.sub_(shift).exp_()
-        l = p.sum(-1)  # noqa: E741
+        l = _total(p, padding)  # noqa: E741
         return _exact_product(p, v) / l[..., None], shift[..., 0] + l.log()
 
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
-    for window, heads, some_valid in _head_slices(q, resolved, valid):
+    for look, heads, some_valid in _head_slices(q, resolved, valid, key_tiles):
         of_queries, *of_keys = (x[heads].to(dtype) for x in (q, k, v))
         out[heads], lse[heads] = _blockwise(
-            compute, (of_queries,), of_keys, resolved, window, dtype, some_valid
+            compute, (of_queries,), of_keys, resolved, look, dtype, some_valid
         )
     return to_heads_first(out, tensor_layout), lse
 
@@ -536,6 +602,7 @@ def emulated_attention(
     suffix_len: int = 0,
     prefix_valid: Tensor | None = None,
     suffix_valid: Tensor | None = None,
+    key_tiles: KeyTiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The FP8 contract: the arithmetic of the kernels, with the same roundings (arXiv 2506.04648, section 3).
 
@@ -564,8 +631,8 @@ def emulated_attention(
         tensor_layout: "NHD" or "HND".
         dtype: float32 or float64, for the arithmetic and the results; the roundings stay. None: as in the kernels, fp32
             arithmetic and lse, and out in the dtype of q.
-        prefix_len, suffix_len, prefix_valid, suffix_valid: as in `exact_attention`. Scales and K's mean come from valid
-            tokens. A text tile (`fpsattention.core.geometry.TileGeometry`) has a scale of its own.
+        prefix_len, suffix_len, prefix_valid, suffix_valid, key_tiles: as in `exact_attention`. Scales and K's mean come
+            from valid tokens. A text tile (`fpsattention.core.geometry.TileGeometry`) has a scale of its own.
 
     Returns out, like q, and lse fp32 [B, H, L], natural logarithm; both in `dtype` if it is given.
     Raises TypeError or ValueError that name the argument.
@@ -573,15 +640,15 @@ def emulated_attention(
     if dtype is not None:
         _check_dtype(dtype)
     _check_fp8(config)
-    call = grid, config, scale, tensor_layout, prefix_len, suffix_len, prefix_valid, suffix_valid
+    call = grid, config, scale, tensor_layout, prefix_len, suffix_len, prefix_valid, suffix_valid, key_tiles
     if _needs_op(q):
         return _call_op("emulated", q, k, v, dtype, *call)
     q, k, v, valid, resolved, factor = _set_up(q, k, v, *call)
     out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=dtype or torch.float32, device=q.device)
-    for window, heads, some_valid in _head_slices(q, resolved, valid):
+    for look, heads, some_valid in _head_slices(q, resolved, valid, key_tiles):
         some = q[heads], k[heads], v[heads]
-        some_out, some_lse = _emulate_heads(*some, resolved, window, factor, lse.dtype, some_valid)
+        some_out, some_lse = _emulate_heads(*some, resolved, look, factor, lse.dtype, some_valid)
         out[heads] = some_out.to(out.dtype)
         lse[heads] = some_lse
     return to_heads_first(out, tensor_layout), lse
@@ -592,12 +659,12 @@ def _emulate_heads(
     k: Tensor,
     v: Tensor,
     resolved: ResolvedConfig,
-    window: Triple,
+    look: Look,
     scale: float,
     dtype: torch.dtype,
     valid: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`emulated_attention` of heads q, k, v [heads, L, D] under one window: out and lse [heads, L] in `dtype`."""
+    """`emulated_attention` of heads q, k, v [heads, L, D] that look alike: out and lse [heads, L] in `dtype`."""
     with torch.no_grad():
         x = _quantize(q[:, None], k[:, None], v[:, None], resolved, valid)
         q_scale, k_scale = (s[:, 0, x.tile_of_token].to(dtype) for s in (x.q_scale, x.k_scale))
@@ -609,9 +676,10 @@ def _emulate_heads(
     )
     of_keys = k8, k_scale, _StraightThrough.apply(v.to(dtype), v_rounded)
     compute = partial(_emulate_chunk, scale)
-    out, lse = _blockwise(compute, (q8, q_scale), of_keys, resolved, window, dtype, valid)
+    out, lse = _blockwise(compute, (q8, q_scale), of_keys, resolved, look, dtype, valid)
     if x.k_mean is not None:
-        lse = lse + _lse_of_mean(q.to(dtype), x.k_mean, scale)
+        of_mean = _lse_of_mean(q.to(dtype), x.k_mean, scale)
+        lse = lse + of_mean.masked_fill(lse == -math.inf, 0.0)  # no gradient where there is no key
     return out, lse
 
 
@@ -630,7 +698,7 @@ def _emulate_chunk(
     p, m = _probabilities(z.detach(), blocks)
     if z.requires_grad:
         p = p * (z - z.detach()).masked_fill(z == -math.inf, 0.0).exp2()  # one, with the derivative of 2^z
-    l = p.sum(-1)  # noqa: E741
+    l = _total(p, padding)  # noqa: E741
     log2_top = TOP_CODE / CODES - 7  # 2^8 is the number with the top code
     out = _exact_product(p / l[..., None], v)  # in this order, because P times a large V may overflow fp32
     return out, math.log(2) * (m + l.log2() - log2_top - LOG2_BIAS)
@@ -641,6 +709,7 @@ def _probabilities(z: Tensor, blocks: _KeyBlocks) -> tuple[Tensor, Tensor]:
     p, views = torch.empty_like(z), blocks.of(z)
     tops = [view.amax(-1).ceil() for view in views]
     largest = torch.cat(tops, dim=-1).amax(-1)
+    largest = largest.masked_fill(largest == -math.inf, 0.0)  # a row may have no keys
     for view, top, to in zip(views, tops, blocks.of(p), strict=True):
         m = top.masked_fill(top == -math.inf, 0.0)[..., None]  # a block may hold padding only
         code = (TOP_CODE + CODES * (view - m)).round_().clamp_(0, 126)
@@ -687,6 +756,7 @@ def emulated_backward(
     suffix_len: int = 0,
     prefix_valid: Tensor | None = None,
     suffix_valid: Tensor | None = None,
+    key_tiles: KeyTiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of `emulated_attention` as the kernels compute it, with the same 16-bit roundings.
 
@@ -707,28 +777,31 @@ def emulated_backward(
         q, k, v: [B, L, H, D] ("NHD") or [B, H, L, D] ("HND"), as in the forward.
         out, lse: the results of the forward, like q and fp32 [B, H, L].
         dout, dlse: their gradients; None for dlse: zero.
-        grid, config, scale, tensor_layout, prefix_len, suffix_len, prefix_valid, suffix_valid: as in the forward.
+        grid, config, scale, tensor_layout, prefix_len, suffix_len, prefix_valid, suffix_valid, key_tiles: as in the
+            forward.
 
     Returns dq, dk, dv, like q.
     Raises TypeError or ValueError that name the argument.
     """
     _check_fp8(config)
     check_values("q", q)
-    call = grid, config, scale, tensor_layout, prefix_len, suffix_len, prefix_valid, suffix_valid
+    call = grid, config, scale, tensor_layout, prefix_len, suffix_len, prefix_valid, suffix_valid, key_tiles
     q, k, v, valid, resolved, factor = _set_up(q, k, v, *call)
     for name, x in (("out", out), ("dout", dout)):
         check_tensor(name, x, tensor_layout)
     out, dout = (to_heads_first(x, tensor_layout) for x in (out, dout))
     dlse = torch.zeros(q.shape[:3], device=q.device) if dlse is None else dlse
     _check_results(q, out, lse, dout, dlse)
-    if valid is not None:  # invalid queries contribute no gradient
-        out, dout = zero_invalid(out, valid), zero_invalid(dout, valid)
-        lse, dlse = (x.masked_fill(~valid[:, None], 0.0) for x in (lse, dlse))
+    idle = lse == -math.inf  # queries without keys and invalid ones contribute no gradient
+    if valid is not None:
+        idle = idle | ~valid[:, None]
+    out, dout = (x.masked_fill(idle[..., None], 0.0) for x in (out, dout))
+    lse, dlse = (x.masked_fill(idle, 0.0) for x in (lse, dlse))
     dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
-    for window, heads, some_valid in _head_slices(q, resolved, valid):
+    for look, heads, some_valid in _head_slices(q, resolved, valid, key_tiles):
         some, results = (q[heads], k[heads], v[heads]), (out[heads], lse[heads])
         derivatives = dout[heads], dlse[heads]
-        gradients = _backward_of_heads(*some, *results, *derivatives, resolved, window, factor, some_valid)
+        gradients = _backward_of_heads(*some, *results, *derivatives, resolved, look, factor, some_valid)
         dq[heads], dk[heads], dv[heads] = (x.to(q.dtype) for x in gradients)
     return (
         to_heads_first(dq, tensor_layout),
@@ -755,9 +828,9 @@ def _check_results(q: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tens
 
 def _backward_of_heads(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor,
-    resolved: ResolvedConfig, window: Triple, scale: float, valid: Tensor | None
+    resolved: ResolvedConfig, look: Look, scale: float, valid: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`emulated_backward` of heads [heads, L, D] under one window: dq, dk, dv in fp32."""
+    """`emulated_backward` of heads [heads, L, D] that look alike: dq, dk, dv in fp32."""
     x = _quantize(q[:, None], k[:, None], v[:, None], resolved, valid)
     q_scale, k_scale = (s[:, 0, x.tile_of_token] for s in (x.q_scale, x.k_scale))
     (q_mantissa, q_power), (k_mantissa, k_power), (v_mantissa, v_power) = (
@@ -779,7 +852,7 @@ def _backward_of_heads(
     of_keys = (x.k8[:, 0].float(), k_scale, k16, k_mantissa, v16, v_mantissa)
     dq, dk, dv = (torch.zeros_like(t) for t in (q16, k16, v16))
     heads, _, head_dim = q16.shape
-    for queries, keys, _ in _chunks(resolved, window, heads, head_dim, _budget(q.device)):
+    for queries, keys, _ in _chunks(resolved, look, heads, head_dim, _budget(q.device)):
         queries, keys = queries.to(q.device), keys.to(q.device)
         rows, seen = queries >= 0, keys >= 0
         q8, s_q, q_, m_q, m_, do, d = (t[:, queries.clamp(min=0)] for t in of_queries)

@@ -14,10 +14,12 @@ from . import reference
 from .checks import to_heads_first
 from .config import AttentionConfig
 from .geometry import apart
+from .key_tiles import key_tiles_of
 
 
 def _attention(
-    q, k, v, prefix_valid, suffix_valid, grid, prefix_len, suffix_len, config, scale, tensor_layout, kind, dtype
+    q, k, v, prefix_valid, suffix_valid, key_indices, key_counts, grid, lengths, config, scale, tensor_layout, kind,
+    dtype
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     function = reference.exact_attention if kind == "exact" else reference.emulated_attention
     return function(
@@ -29,40 +31,33 @@ def _attention(
         scale=scale,
         tensor_layout=tensor_layout,
         dtype=dtype,
-        prefix_len=prefix_len,
-        suffix_len=suffix_len,
+        prefix_len=lengths[0],
+        suffix_len=lengths[1],
         prefix_valid=prefix_valid,
         suffix_valid=suffix_valid,
+        key_tiles=key_tiles_of(key_indices, key_counts),
     )
 
 
 @torch.library.custom_op("fpsattention::reference", mutates_args=())
 def attention(
     q: Tensor, k: Tensor, v: Tensor, prefix_valid: Tensor | None, suffix_valid: Tensor | None,
-    grid: Sequence[int], prefix_len: int, suffix_len: int, config: str, scale: float, tensor_layout: str,
-    kind: str, dtype: torch.dtype | None
+    key_indices: Tensor | None, key_counts: Tensor | None, grid: Sequence[int], lengths: Sequence[int],
+    config: str, scale: float, tensor_layout: str, kind: str, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(out, lse) of `exact_attention` (kind "exact") or `emulated_attention` ("emulated")."""
-    about = grid, prefix_len, suffix_len, config, scale, tensor_layout, kind, dtype
-    return _attention(q, k, v, prefix_valid, suffix_valid, *about)
+    """(out, lse) of `exact_attention` (kind "exact") or `emulated_attention` ("emulated").
+
+    `key_indices` and `key_counts` are those of `KeyTiles`, `lengths` those of the text before and after the video.
+    """
+    about = grid, lengths, config, scale, tensor_layout, kind, dtype
+    return _attention(q, k, v, prefix_valid, suffix_valid, key_indices, key_counts, *about)
 
 
 @attention.register_fake
 def _(
-    q,
-    k,
-    v,
-    prefix_valid,
-    suffix_valid,
-    grid,
-    prefix_len,
-    suffix_len,
-    config,
-    scale,
-    tensor_layout,
-    kind,
-    dtype,
-):
+    q, k, v, prefix_valid, suffix_valid, key_indices, key_counts, grid, lengths, config, scale, tensor_layout, kind,
+    dtype
+):  # fmt: skip
     shape = to_heads_first(q, tensor_layout).shape
     out = to_heads_first(q.new_empty(shape, dtype=dtype or q.dtype), tensor_layout)
     return out, q.new_empty(shape[:3], dtype=dtype or torch.float32)
@@ -72,17 +67,18 @@ def _(
 def backward(
     dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor,
     prefix_valid: Tensor | None, suffix_valid: Tensor | None,
-    grid: Sequence[int], prefix_len: int, suffix_len: int, config: str, scale: float, tensor_layout: str,
-    kind: str, dtype: torch.dtype | None
+    key_indices: Tensor | None, key_counts: Tensor | None, grid: Sequence[int], lengths: Sequence[int],
+    config: str, scale: float, tensor_layout: str, kind: str, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv) of what `attention` returned."""
-    about = grid, prefix_len, suffix_len, config, scale, tensor_layout, kind, dtype
+    tensors = prefix_valid, suffix_valid, key_indices, key_counts
+    about = grid, lengths, config, scale, tensor_layout, kind, dtype
     stream = torch.cuda.current_stream(q.device) if q.is_cuda else None
 
     def gradients():
         with torch.cuda.stream(stream):
             inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-            outputs = _attention(inputs[0], inputs[1], inputs[2], prefix_valid, suffix_valid, *about)
+            outputs = _attention(inputs[0], inputs[1], inputs[2], *tensors, *about)
             dq, dk, dv = torch.autograd.grad(outputs, inputs, (dout, dlse))
             return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
@@ -95,13 +91,13 @@ def _(dout, dlse, q, k, v, *_):
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, prefix_valid, suffix_valid, *ctx.call = inputs
-    ctx.save_for_backward(q, k, v, prefix_valid, suffix_valid)
+    ctx.save_for_backward(*inputs[:7])
+    ctx.call = inputs[7:]
 
 
 def _differentiate(ctx, dout, dlse):
     gradients = backward(dout, dlse, *ctx.saved_tensors, *ctx.call)
-    return *gradients, None, None, *(None for _ in ctx.call)
+    return *gradients, *(None for _ in range(4)), *(None for _ in ctx.call)
 
 
 attention.register_autograd(_differentiate, setup_context=_save)
