@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import pytest
@@ -23,8 +23,9 @@ import torch
 
 import packed
 from emulator import build
-from fpsattention import AttentionConfig, norm_rope, reference
+from fpsattention import AttentionConfig, KeyTiles, norm_rope, reference
 from fpsattention.core import api, line, ops
+from fpsattention.core.key_tiles import tensors_of
 from inputs import make_qkv
 from prologue_cases import as_norm_rope, inputs, of_one
 from tensor_core import tensor_core
@@ -53,7 +54,7 @@ class Case:
     """One call, and how it is scheduled: CTAs at a time, wgmmas early or late. `text` and `counts` are the lengths of
     prefix and suffix, and how many of each are valid in a sample. `scores` are "random", "wide" (thousands), "growing"
     from key block to key block, or "negative", all of them. `not_finite` is a number in one element of q (0), k or v.
-    `limits` override `LIMITS`.
+    `limits` override `LIMITS`. `lists`: there are random lists of key tiles, for so many samples and heads.
     """
 
     grid: tuple[int, int, int]
@@ -71,6 +72,7 @@ class Case:
     limits: Mapping[str, float] = field(default_factory=dict)
     text: tuple[int, int] = (0, 0)
     counts: tuple[tuple[int, ...] | None, tuple[int, ...] | None] = (None, None)
+    lists: tuple[int, int] | None = None
 
 
 CASES = {
@@ -141,6 +143,54 @@ CASES = {
         (5, 9, 9), AttentionConfig(tile=(3, 5, 8)), head_dim=128, scores="negative", limits=FAR_SCORES
     ),
 }
+
+
+CASES |= {
+    "lists": Case((5, 9, 9), AttentionConfig(tile=(2, 3, 4)), head_dim=128, batch=2, heads=2, lists=(2, 2)),
+    "lists, in turns": Case(
+        (5, 9, 9),
+        AttentionConfig(tile=(2, 3, 4)),
+        heads=2,
+        dtype=torch.float16,
+        tensor_layout="HND",
+        deterministic=True,
+        ctas=8,
+        lists=(1, 2),
+    ),
+    "lists of several blocks to a tile, smooth_k": Case(
+        (5, 8, 14),
+        AttentionConfig(tile=(5, 8, 6), smooth_k=True),
+        batch=2,
+        deterministic=True,
+        eager=True,
+        lists=(1, 1),
+    ),
+    "lists, three blocks to an item": Case(
+        (8, 6, 15), AttentionConfig(tile=(4, 8, 5), quant_tile=(8, 8, 5)), heads=3, ctas=2, lists=(1, 3)
+    ),
+    "lists and text tokens": Case(
+        (5, 7, 9),
+        AttentionConfig(tile=(2, 3, 4)),
+        head_dim=128,
+        batch=2,
+        heads=2,
+        deterministic=True,
+        text=(140, 130),
+        counts=((129, 0), (7, 0)),
+        lists=(2, 1),
+    ),
+    "lists longer than a warp": Case((5, 6, 9), AttentionConfig(tile=(1, 2, 1)), ctas=4, lists=(1, 1)),
+}
+
+
+def random_lists(case: Case, generator: torch.Generator) -> KeyTiles | None:
+    """Lists of a quarter of the tiles or so. The first tile attends none, and none attends the last."""
+    if case.lists is None:
+        return None
+    n = case.config.resolve(case.grid, case.heads).geometry.n_video_tiles
+    mask = torch.rand(*case.lists, n, n, generator=generator) < (0.9 if n > 40 else 0.4)
+    mask[..., 0, :] = mask[..., -1] = False
+    return KeyTiles.of_mask(mask)
 
 
 def load(path):
@@ -221,12 +271,13 @@ def run(
     counts = [None if x is None else torch.tensor(x, dtype=torch.int32) for x in case.counts]
     text = (*case.text, *counts)
     call = call_of(q, case.config, case.grid, scale, case.tensor_layout, *case.text)
-    out, lse, operands = ops.launch_attention(call, q, k, v, *counts, None, None)
-    gradients = ops.launch_backward(
-        call, dout, dlse, out, lse, operands, *counts, None, None, case.deterministic
-    )
+    key_tiles = random_lists(case, generator)
+    counts += tensors_of(key_tiles)
+    out, lse, operands = ops.launch_attention(call, q, k, v, *counts)
+    gradients = ops.launch_backward(call, dout, dlse, out, lse, operands, *counts, case.deterministic)
     about = dict(grid=case.grid, config=case.config, scale=scale, tensor_layout=case.tensor_layout)
     about |= dict(zip(("prefix_len", "suffix_len", "prefix_valid", "suffix_valid"), text, strict=True))
+    about["key_tiles"] = key_tiles
     return call, operands, [out, lse, *gradients], (q, k, v, dout, dlse), about
 
 
@@ -427,8 +478,23 @@ TURNS = Case(
 )
 
 
-def test_deterministic_gradients_do_not_depend_on_the_schedule(emulated, on_cpu, monkeypatch):
-    assert not depends_on_schedule(emulated, TURNS, monkeypatch)
+@pytest.mark.parametrize("case", [TURNS, CASES["lists, in turns"]], ids=["windows", "lists"])
+def test_deterministic_gradients_do_not_depend_on_the_schedule(case, emulated, on_cpu, monkeypatch):
+    assert not depends_on_schedule(emulated, case, monkeypatch)
+
+
+def test_lists_of_a_window_are_the_window(emulated, on_cpu, monkeypatch):
+    """The same bits, forward and backward in turns: the order of the keys is the same."""
+    window = (1, 3, 3)
+    case = replace(CASES["text tokens"], deterministic=True)
+    _, _, expected, *_ = run(emulated, case, 3, 3, monkeypatch)
+    lists = KeyTiles.of_window(case.grid, case.config.tile, window)
+    monkeypatch.setattr(sys.modules[__name__], "random_lists", lambda *_: lists)
+    _, _, found, *_ = run(
+        emulated, replace(case, config=AttentionConfig(case.config.tile)), 3, 3, monkeypatch
+    )
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
 
 
 def test_every_byte_that_is_copied_is_written(emulated, on_cpu, monkeypatch):
