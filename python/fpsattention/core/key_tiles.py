@@ -30,8 +30,8 @@ class KeyTiles:
 
     Values are checked on the CPU, outside of torch.compile: then each count is in 0 to cap, each index in 0 to n - 1,
     and no tile is twice in a list. Elsewhere nothing waits for the values: counts and indices are clamped, and a tile
-    that is twice in a list counts twice, as if its keys stood there twice. (`transposed`, so the gradient of the Hopper
-    kernel, and quant="none" on a GPU count it once.) Objects compare by identity.
+    that is twice in a list counts twice, as if its keys stood there twice; once under quant="none" on a GPU. Objects
+    compare by identity.
 
     Attributes:
         indices: int32 [1 or B, 1 or H, n, cap], contiguous: the lists of all n tiles of the grid, which are numbered in
@@ -150,13 +150,6 @@ class KeyTiles:
         lists = cls.of_mask(torch.stack([geometry.tile_mask(w, border)[video, video] for w in windows]))
         cap = int(lists.counts.max()) if geometry.n_video_tiles else 0
         return cls(lists.indices[..., :cap].contiguous(), lists.counts)
-
-    def transposed(self) -> KeyTiles:
-        """For each key tile the query tiles that attend it, ascending; cap is n. Nothing waits for a GPU.
-
-        A backward walks these lists. They are deterministic.
-        """
-        return KeyTiles.of_mask(self.mask().mT)
 
     def to(self, device: torch.device | str) -> KeyTiles:
         """The same lists on a device."""
