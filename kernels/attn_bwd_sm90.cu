@@ -44,7 +44,8 @@ using BF16 = cute::bfloat16_t;
 
 template <int kHeadDim_, class Tiles_>
 struct BwdConfig {
-    using Tiles = Tiles_;  // of KeyItem
+    using Tiles = Tiles_;                                // of KeyItem
+    static constexpr bool kMayBeEmpty = kIsList<Tiles>;  // a key may have no query; a window has one at least
     static constexpr int kHeadDim = kHeadDim_;
     // The keys' operands stay in registers where these suffice: reads of shared memory cost power, which sets the
     // clock.
@@ -541,8 +542,8 @@ __device__ void math(const BackwardParams &p, BwdSmem<Cfg> &smem, int warpgroup)
         is_first = false;
     }
 
-    // dK and dQ of the last step. No list may have the key tile: then there is none.
-    if (!is_first) {
+    // dK and dQ of the last step, if there was one.
+    if (!Cfg::kMayBeEmpty || !is_first) {
         const int last = ring.stage() ^ 1;
         issue_dk(smem, queries, fragments, before);
         issue_dq(smem, queries, keys, fragments, last);

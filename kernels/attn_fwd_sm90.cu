@@ -50,7 +50,8 @@ constexpr float kWithoutHeadroom = 0x1p-36f;
 
 template <int kHeadDim_, int kWarpgroups_, class Tiles_>
 struct FwdConfig {
-    using Tiles = Tiles_;  // of WorkItem
+    using Tiles = Tiles_;                                // of WorkItem
+    static constexpr bool kMayBeEmpty = kIsList<Tiles>;  // an item may have no key; a window has one at least
     static constexpr int kHeadDim = kHeadDim_, kWarpgroups = kWarpgroups_;
     static constexpr int kStages = 4, kQStages = 2;
     static constexpr int kMathThreads = 128 * kWarpgroups, kThreads = kMathThreads + 128;
@@ -354,14 +355,15 @@ __device__ __forceinline__ float first_of_quad(float x) {
     return __shfl_sync(~0u, x, threadIdx.x & 28);
 }
 
-// Stores O / l in raster order, and LSE. A row without keys has l = 0: O is 0 and LSE -inf.
+// Stores O / l in raster order, and LSE. Of a row without keys O is 0 and LSE -inf.
 template <class Cfg, class T, class TensorO>
 __device__ void store(const ForwardParams &p, const WorkItem<typename Cfg::Tiles> &item, const QueryBlock &block,
                       TensorO &o, const RowState &row) {
     const TileGrid &g = p.geometry;
     const int thread = opaque(threadIdx.x) % 128, lane = thread % 4;
     const float l[2] = {first_of_quad(row.l[0]), first_of_quad(row.l[1])};
-    const float inverse[2] = {l[0] == 0 ? 0.0f : __fdiv_rn(1.0f, l[0]), l[1] == 0 ? 0.0f : __fdiv_rn(1.0f, l[1])};
+    const auto inverse_of = [](float x) { return Cfg::kMayBeEmpty && x == 0 ? 0.0f : __fdiv_rn(1.0f, x); };
+    const float inverse[2] = {inverse_of(l[0]), inverse_of(l[1])};
 #pragma unroll
     for (int i = 0; i < size(o); ++i) {
         o(i) *= inverse[i / 2 % 2];
@@ -428,7 +430,7 @@ __device__ void math(const ForwardParams &p, FwdSmem<Cfg> &smem, int warpgroup) 
         RowState row;
         BlockWeights block;
         clear(rO);
-        if (left == 0) {  // an empty list
+        if (Cfg::kMayBeEmpty && left == 0) {
             row.reference[0] = row.reference[1] = 0;
             store<Cfg, T>(p, task.item, task.queries[warpgroup], rO, row);
             smem.q_empty[q_stage].arrive_as_warp();
