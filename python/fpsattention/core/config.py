@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal, cast
 
@@ -286,8 +286,9 @@ def _resolve(
     windows = tuple(fit_window(w, tiles) for w in windows)
     if len(set(windows)) == 1:
         windows = windows[:1]
-    select = config.select
-    if select is not None and select.always is not None:
-        select = replace(select, always=fit_window(select.always, tiles, "always"))
+    if config.select is not None and config.select.always is not None:
+        fit_window(config.select.always, tiles, "always")
     rounding = config.quant, quant_tile, config.smooth_k
-    return ResolvedConfig(grid, tile, windows, config.border, *rounding, prefix_len, suffix_len, select)
+    return ResolvedConfig(
+        grid, tile, windows, config.border, *rounding, prefix_len, suffix_len, config.select
+    )

@@ -158,7 +158,8 @@ def _alike(tokens: int, size: int) -> list[tuple[range, int, slice]]:
 
 def score(q_mean: Tensor, k_mean: Tensor, scale: float) -> Tensor:
     """fp32 [B, H, n, n] of query tiles (rows) and key tiles, from their means [B, H, n, D]."""
-    return (q_mean * scale) @ k_mean.mT
+    with torch.autocast(q_mean.device.type, enabled=False):  # it would round the product
+        return (q_mean * scale) @ k_mean.mT
 
 
 def choose(scores: Tensor, resolved: ResolvedConfig) -> KeyTiles:
