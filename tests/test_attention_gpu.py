@@ -27,9 +27,10 @@ def attend(q, k, v, *, grid, config, **kwargs):
         return fps.attention(q, k, v, grid=grid, config=config, return_lse=True, backend="sm90", **kwargs)
 
 
-def check(q, k, v, *, grid, config, scale=None, tensor_layout="NHD", wide_logits=False):
+def check(q, k, v, *, grid, config, scale=None, tensor_layout="NHD", wide_logits=False, key_tiles=None):
     """The kernel's (out, lse) for one call, checked against the contract."""
     call = {"grid": grid, "config": config, "scale": scale, "tensor_layout": tensor_layout}
+    call["key_tiles"] = key_tiles
     out, lse = attend(q, k, v, **call)
     assert (out.shape, out.dtype, out.device) == (q.shape, q.dtype, q.device)
     exact, exact_lse = reference.exact_attention(q, k, v, **call)

@@ -30,8 +30,8 @@ class KeyTiles:
 
     Values are checked on the CPU, outside of torch.compile: then each count is in 0 to cap, each index in 0 to n - 1,
     and no tile is twice in a list. Elsewhere nothing waits for the values: counts and indices are clamped, and a tile
-    that is twice in a list counts twice in FP8, as if its keys stood there twice; its gradient, and quant="none", count
-    it once. Objects compare by identity.
+    that is twice in a list counts twice, as if its keys stood there twice; once under quant="none" on a GPU. Objects
+    compare by identity.
 
     Attributes:
         indices: int32 [1 or B, 1 or H, n, cap], contiguous: the lists of all n tiles of the grid, which are numbered in
@@ -76,7 +76,7 @@ class KeyTiles:
 
     def _check_values(self) -> None:
         n, cap = self.indices.shape[2:]
-        _check_range("counts", self.counts, 0, cap, torch.ones_like(self.counts, dtype=torch.bool))
+        _check_range("counts", self.counts, 0, cap)
         _check_range("indices", self.indices, 0, n - 1, self._in_use())
         lists = self.ascending()
         again = (lists[..., 1:] == lists[..., :-1]) & (lists[..., 1:] < n)
@@ -150,13 +150,6 @@ class KeyTiles:
         lists = cls.of_mask(torch.stack([geometry.tile_mask(w, border)[video, video] for w in windows]))
         cap = int(lists.counts.max()) if geometry.n_video_tiles else 0
         return cls(lists.indices[..., :cap].contiguous(), lists.counts)
-
-    def transposed(self) -> KeyTiles:
-        """For each key tile the query tiles that attend it, ascending; cap is n. Nothing waits for a GPU.
-
-        A backward walks these lists. They are deterministic.
-        """
-        return KeyTiles.of_mask(self.mask().mT)
 
     def to(self, device: torch.device | str) -> KeyTiles:
         """The same lists on a device."""
@@ -315,9 +308,10 @@ def _check_tensor(name: str, x: Any, shape: str) -> None:
         )
 
 
-def _check_range(name: str, x: Tensor, least: int, most: int, counts: Tensor) -> None:
-    """Raises ValueError unless the elements of x [sample, head, tile, ...] that count are in this range."""
-    wrong = counts & ((x < least) | (x > most))
+def _check_range(name: str, x: Tensor, least: int, most: int, in_use: Tensor | None = None) -> None:
+    """Raises ValueError unless the elements of x [sample, head, tile, ...] that are in use are in this range."""
+    wrong = (x < least) | (x > most)
+    wrong = wrong if in_use is None else wrong & in_use
     if wrong.any():
         at = wrong.nonzero()[0].tolist()
         value = int(x[tuple(at)])

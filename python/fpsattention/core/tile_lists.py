@@ -71,4 +71,4 @@ def transposed(tiles: Tensor, counts: Tensor, raster_order: bool) -> Transposed:
 
 
 def _long_first(counts: Tensor) -> Tensor:
-    return counts.argsort(-1, descending=True, stable=True).to(torch.int32)
+    return counts.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
