@@ -326,7 +326,8 @@ def test_the_way_out_for_rounded_operands():
     want = fps.attention(q, k, v, grid=GRID, config=config, **TEXT)
     assert torch.equal(fps.attention(quantized, key_tiles=lists), want)
     with pytest.raises(
-        ValueError, match=r"config: select=TopTiles.* for quantised Q, K, V, .*fpsattention.select_tiles\(q, k"
+        ValueError,
+        match=r"config: select=TopTiles.* for quantised Q, K, V, .*fpsattention.select_tiles\(q, k",
     ):
         fps.attention(quantized, config=config)
 

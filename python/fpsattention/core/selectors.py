@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
 
+import torch
+
 from .checks import Triple, as_share, as_triple, shown
 
 # A share is rounded to a fraction with at most this denominator: 0.07 of 100 tiles are 7, though the float is above.
@@ -126,9 +128,13 @@ def _as_always(value: Triple | None) -> Triple | None:
 
 
 def _capacity(share: float, always: Triple | None, tiles: Sequence[int]) -> int:
-    """Entries of a list; in arithmetic that is symbolic where the numbers of tiles are."""
+    """Entries of a list; in arithmetic that is symbolic where the numbers of tiles are.
+
+    Python's own min and max would compare symbols, and each answer would need a graph.
+    """
     n = math.prod(tiles)
     part = Fraction(share).limit_denominator(DENOMINATOR)
     # Under both borders a tile amid the grid sees the whole window.
-    least = 1 if always is None else math.prod(map(min, always, tiles))
-    return min(n, max(-(-n * part.numerator // part.denominator), least))
+    least = 1 if always is None else math.prod(map(torch.sym_min, always, tiles))
+    share_of_n = -(-n * part.numerator // part.denominator)
+    return torch.sym_min(n, torch.sym_max(share_of_n, least))
