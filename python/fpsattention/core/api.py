@@ -232,8 +232,9 @@ def _placed(q: Tensor, k, v, given: _Given) -> _Placed:
     layout = "NHD" if layout is None else layout
     text = given.prefix_len, given.suffix_len, given.prefix_valid, given.suffix_valid
     name, scale, grid, *lengths = set_up(q, k, v, grid, config, given.scale, layout, given.backend, *text)
-    batch, heads, _, _ = checks.heads_first(q.shape, layout)
-    check_key_tiles(given.key_tiles, config, grid, batch, heads, q.device)
+    if given.key_tiles is not None:
+        batch, heads, _, _ = checks.heads_first(q.shape, layout)
+        check_key_tiles(given.key_tiles, config, grid, batch, heads, q.device)
     return _Placed(name, grid, config, scale, layout, (lengths[0], lengths[1]))
 
 
@@ -245,7 +246,8 @@ def _attend(q: Tensor, k, v, given: _Given, with_lse: bool) -> tuple[Tensor, Ten
     if config.select is not None:
         key_tiles = chosen(q, k, grid, *lengths, config, scale, layout)
         config = replace(config, select=None)
-    tensors = given.prefix_valid, given.suffix_valid, *tensors_of(key_tiles)
+    lists = (None, None) if key_tiles is None else tensors_of(key_tiles)
+    tensors = given.prefix_valid, given.suffix_valid, *lists
     if name == "sm90":
         if not ops.is_watched(q, k, v, *tensors):
             call = _call_of(q.shape, q.dtype, grid, config, scale, layout, *lengths)

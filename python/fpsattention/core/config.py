@@ -13,7 +13,7 @@ from .. import _C
 from .checks import MAX_INT, Triple, as_grid, as_int, as_tile, as_triple, as_truncate, shown
 from .geometry import TileGeometry, tile_geometry
 from .planning import ranked
-from .selectors import Selector, as_selector, from_text, to_text
+from .selectors import Selector, check_selector, from_text, to_text
 
 AXES = "thw"
 Border = Literal["clamp", "truncate"]
@@ -74,11 +74,13 @@ class AttentionConfig:
                 f'{name}: {shown(getattr(self, name))} has no effect with quant="none", which rounds nothing; '
                 f'leave it out, or use quant="fp8"'
             )
-        if as_selector(self.select) is not None and self.window is not None:
-            raise ValueError(
-                f"select: {shown(self.select)} and window={shown(self.window)} both say what is attended; leave one of "
-                f"them out (a window that is always attended goes into select's `always`)"
-            )
+        if self.select is not None:
+            check_selector(self.select)
+            if self.window is not None:
+                raise ValueError(
+                    f"select: {shown(self.select)} and window={shown(self.window)} both say what is attended; leave "
+                    f"one of them out (a window that is always attended goes into select's `always`)"
+                )
         put("_spec", _spec_of(self))
 
     @property
@@ -118,7 +120,8 @@ def _spec_of(config: AttentionConfig) -> str:
     windows = config.window or ()
     windows = (windows,) if windows and isinstance(windows[0], int) else windows
     listed = ",".join([by(window) for window in windows])
-    smooth_k, select = "smooth_k" if config.smooth_k else "", to_text(config.select)
+    smooth_k = "smooth_k" if config.smooth_k else ""
+    select = "" if config.select is None else to_text(config.select)
     return "|".join(
         [by(config.tile), by(config.quant_tile), listed, config.border, config.quant, smooth_k, select]
     )

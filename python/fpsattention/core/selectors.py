@@ -85,13 +85,12 @@ Selector = TopTiles | TopMass
 KINDS: dict[str, type[TopTiles] | type[TopMass]] = {kind.__name__: kind for kind in (TopTiles, TopMass)}
 
 
-def as_selector(value: Selector | None) -> Selector | None:
-    """`value`. Raises TypeError for anything but None and the two classes."""
-    if value is not None and not isinstance(value, (TopTiles, TopMass)):
+def check_selector(value: Selector) -> None:
+    """Raises TypeError for anything but the two classes."""
+    if not isinstance(value, (TopTiles, TopMass)):
         raise TypeError(
             f"select: {shown(value)} must be a TopTiles, a TopMass or None, got {type(value).__name__}"
         )
-    return value
 
 
 def refuse(selector: Selector | None, where: str) -> None:
@@ -103,17 +102,15 @@ def refuse(selector: Selector | None, where: str) -> None:
         )
 
 
-def to_text(selector: Selector | None) -> str:
-    """A string without "|"; empty for None."""
-    if selector is None:
-        return ""
+def to_text(selector: Selector) -> str:
+    """A string without "|"."""
     values = (getattr(selector, field.name) for field in fields(selector))
     texts = (".".join(f"{n:x}" for n in x or ()) if not isinstance(x, float) else repr(x) for x in values)
     return ":".join([type(selector).__name__, *texts])
 
 
 def from_text(text: str) -> Selector | None:
-    """The inverse of `to_text`. Raises ValueError or KeyError for other text."""
+    """The inverse of `to_text`; None for an empty string. Raises ValueError or KeyError for other text."""
     if not text:
         return None
     name, *texts = text.split(":")
