@@ -352,6 +352,28 @@ def test_a_choice_loses_less_than_a_window(fraction, window, ratio):
     assert chosen < ratio * windowed
 
 
+@pytest.mark.parametrize(
+    "layer, by_number, by_mass", [(0, (0.67, 0.77), (0.45, 0.55)), (1, (1.2, 1.4), (0.87, 0.97))]
+)
+def test_a_trained_model(layer, by_number, by_mass):
+    """Errors over that of the window, as docs/accuracy.md has them: one layer where a choice gains, one where not."""
+    grid, tile, window, always = families.TRAINED_GRID, (2, 8, 8), (3, 3, 3), (1, 3, 3)
+    qkv = families.make(families.TRAINED, grid, families.TRAINED_HEADS, 64, dtype=torch.float32)
+    q, k, v = (x[:, :, 4 * layer : 4 * layer + 4] for x in qkv)
+
+    def out(**options):
+        return fps.attention(q, k, v, grid=grid, config=AttentionConfig(tile, quant="none", **options))
+
+    dense = out()
+    density = AttentionConfig(tile, window).resolve(grid, 4).density
+    windowed = (out(window=window) - dense).norm()
+    for select, (least, most) in (
+        (TopTiles(density, always), by_number),
+        (TopMass(0.8, always), by_mass),
+    ):
+        assert least < (out(select=select) - dense).norm() / windowed < most
+
+
 # Tracing
 
 
