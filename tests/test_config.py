@@ -183,8 +183,11 @@ def test_a_config_has_a_spec(config):
 @pytest.mark.parametrize(
     "spec",
     [
-        "", "garbage", "2.2.2|||clamp|fp8|False", "2.2.2,3.3.3|||clamp|fp8|", "2.2|||clamp|fp8|", "02.2.2|||clamp|fp8|",
-        "9.9.9|||clamp|fp8|", "2.2.2||3.3.3|wrap|fp8|", "2.2.2|||clamp|fp4|", "2.2.2|||clamp|fp8||", "x" * 10_000,
+        "", "garbage", "2.2.2|||clamp|fp8|False|", "2.2.2,3.3.3|||clamp|fp8||", "2.2|||clamp|fp8||",
+        "02.2.2|||clamp|fp8||", "9.9.9|||clamp|fp8||", "2.2.2||3.3.3|wrap|fp8||", "2.2.2|||clamp|fp4||",
+        "2.2.2|||clamp|fp8|", "2.2.2|||clamp|fp8|||", "||||fp8||", "|||clamp|fp8||TopTiles", "|||clamp|fp8||Top:0.5:",
+        "|||clamp|fp8||TopTiles:.5:", "|||clamp|fp8||TopTiles:2.0:", "|||clamp|fp8||TopTiles:0.5:3.3",
+        "|||clamp|fp8||TopMass:0.5:3.3.3", "||1.1.1|clamp|fp8||TopTiles:0.5:", "x" * 10_000,
     ],
 )  # fmt: skip
 def test_what_is_no_spec_is_refused(spec):

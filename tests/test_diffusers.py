@@ -23,7 +23,7 @@ with imports.or_skip():
     import diffusers
 
     import tiny_diffusers as tiny
-    from fpsattention.integrations.diffusers import descriptions, enable, models, processor
+    from fpsattention.integrations.diffusers import descriptions, enable, fused, models, processor
 
 EXACT = fps.AttentionConfig(quant="none")
 NARROW = fps.AttentionConfig(tile=(1, 2, 2), window=(1, 1, 1), quant="none")
@@ -341,6 +341,35 @@ def test_norm_and_rotation_are_fused_where_nobody_else_needs_them(monkeypatch):
     assert distance < 0.1 * (unrounded - apart).norm() / apart.norm()
 
 
+def test_tiles_chosen_by_content(model, monkeypatch):
+    """Chosen from normalised and rotated Q and K, so nothing is fused with the rounding. The oracle is the same layers
+    with the lists given. The report counts the chosen tiles.
+    """
+    chosen = replace(FP8, select=fps.TopTiles(0.3, always=(1, 1, 1)))
+    handle = enable(model.pipe, fps.StepSchedule(chosen, chosen, chosen))
+    ours = model.run()
+    resolved = chosen.resolve(model.grid, 1)
+    report = handle.report(grid=model.grid, num_steps=5)
+    assert report.density == pytest.approx(resolved.capacity / resolved.geometry.n_video_tiles)
+    assert " top 0.3 " in str(report)
+    handle.remove()
+    attention, calls = processor.attention, []
+
+    def with_lists(q, k, v, *, config, **kwargs):
+        about = {
+            name: kwargs[name] for name in ("grid", "scale", "prefix_len", "suffix_len") if name in kwargs
+        }
+        lists = fps.select_tiles(q, k, config=chosen, **about)
+        calls.append(lists.indices.shape[3])
+        return attention(q, k, v, config=config, key_tiles=lists, **kwargs)
+
+    monkeypatch.setattr(processor, "attention", with_lists)
+    monkeypatch.setattr(fused.Fused, "_fuses", lambda *_: False)
+    enable(model.pipe, fps.StepSchedule(FP8, FP8, FP8))
+    assert torch.equal(model.run(), ours)
+    assert set(calls) == {resolved.capacity} and resolved.capacity < resolved.geometry.n_video_tiles
+
+
 def test_autocast():
     """float32 weights and bfloat16 arithmetic, as in training. The difference is within bfloat16's rounding."""
     transformer = tiny.wan_transformer()
@@ -440,6 +469,22 @@ def test_two_graphs_per_stage_whatever_the_sizes(name, how):
     for size, video in zip(sizes, expected, strict=True):
         torch.testing.assert_close(run(*size), video, rtol=1e-4, atol=1e-5 * video.abs().max().item())
     assert counter.frame_count <= 8, "and 4 if torch remembers from before that these sizes change"
+
+
+def test_two_graphs_of_a_choice_whatever_the_sizes(wan):
+    """Lists of another length are no other graph either."""
+    chosen = replace(EXACT, tile=(1, 2, 2), select=fps.TopTiles(0.3, always=(1, 1, 3)))
+    sizes = [(9, 64, 96), (17, 64, 96), (17, 96, 64), (9, 64, 128)]
+    enable(wan.pipe, fps.StepSchedule(chosen, chosen, chosen))
+
+    def run(frames, height, width):
+        return wan.run(num_frames=frames, height=height, width=width)
+
+    expected = [run(*size) for size in sizes]
+    counter = compile_transformer(wan.pipe, "module.compile")
+    for size, video in zip(sizes, expected, strict=True):
+        torch.testing.assert_close(run(*size), video, rtol=1e-4, atol=1e-5 * video.abs().max().item())
+    assert counter.frame_count <= 2, "and 1 if torch remembers from before that these sizes change"
 
 
 @pytest.mark.parametrize("how", ["module.compile", "torch.compile", "compile_repeated_blocks"])

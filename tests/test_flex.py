@@ -15,6 +15,7 @@ import text_cases
 from fpsattention.core import flex
 from fpsattention.core.config import AttentionConfig
 from fpsattention.core.geometry import tile_geometry
+from fpsattention.core.kept import Cache
 from fpsattention.core.reference import exact_attention, valid_tokens
 from inputs import to_nhd
 
@@ -187,7 +188,7 @@ class Kept:
         self.stream, self.capturing, self.recorded, self.made = "a", False, [], []
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.stream)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
-        self.cache = flex._Cache(10)
+        self.cache = Cache(10)
 
     def make(self, name, device):
         self.made.append(name)
@@ -242,7 +243,7 @@ def test_nothing_is_made_for_a_graph(kept):
 
 def test_many_windows_are_made_once(monkeypatch):
     """Heads combine few windows in many ways. The cache once held four configs, and rebuilt all masks beyond that."""
-    monkeypatch.setattr(flex, "_kept", flex._Cache(2**30))
+    monkeypatch.setattr(flex, "_kept", Cache(2**30))
     windows = [(1, h, w) for h in (1, 3) for w in (1, 3, 5)]
     made = []
     build = flex._window_mask
@@ -260,7 +261,7 @@ def test_many_windows_are_made_once(monkeypatch):
 @pytest.mark.parametrize("mode", ["fake", "inference", "grad"])
 def test_masks_are_of_no_mode(monkeypatch, mode):
     """The first call for a window may come in a mode whose tensors are unusable outside it."""
-    monkeypatch.setattr(flex, "_kept", flex._Cache(2**30))
+    monkeypatch.setattr(flex, "_kept", Cache(2**30))
     tile_geometry.cache_clear()
     resolved = AttentionConfig(quant="none", tile=(5, 2, 1), window=(1, 1, 3)).resolve(GRID, 1)
     made = []

@@ -7,6 +7,7 @@ import torch
 
 import fpsattention as fps
 from fpsattention.core import flex
+from fpsattention.core.kept import Cache
 
 pytestmark = pytest.mark.gpu
 
@@ -57,7 +58,7 @@ def test_autocast(seed):
 
 def test_a_graph_keeps_its_masks(monkeypatch, seed):
     """A graph is replayed after the cache has dropped its masks and their memory could be reused."""
-    monkeypatch.setattr(flex, "_kept", flex._Cache(1))
+    monkeypatch.setattr(flex, "_kept", Cache(1))
     static = qkv(seed)
     refused = pytest.raises(RuntimeError, match="make the same call once before the capture")
     with refused, torch.cuda.graph(torch.cuda.CUDAGraph()):
@@ -80,7 +81,7 @@ def test_a_graph_keeps_its_masks(monkeypatch, seed):
 
 def test_masks_of_another_stream(monkeypatch, seed):
     """One stream drops masks and makes them anew while another still reads them."""
-    monkeypatch.setattr(flex, "_kept", flex._Cache(1))
+    monkeypatch.setattr(flex, "_kept", Cache(1))
     inputs = qkv(seed)
     want = attend(*inputs)
     stream = torch.cuda.Stream()

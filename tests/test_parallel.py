@@ -35,6 +35,8 @@ CONFIGS = {
     "window of each head": fps.AttentionConfig(TILE, WINDOWS),
     "smooth, coarse": fps.AttentionConfig(TILE, (1, 3, 3), smooth_k=True, quant_tile=(2, 2, 4)),
     "truncate": fps.AttentionConfig(TILE, (3, 3, 3), border="truncate", quant="none"),
+    "top tiles": fps.AttentionConfig(TILE, select=fps.TopTiles(0.3, always=(1, 1, 3))),
+    "top mass": fps.AttentionConfig(TILE, select=fps.TopMass(0.3)),
 }
 RING = {
     "dense": fps.AttentionConfig(TILE),
@@ -578,6 +580,11 @@ def test_bad_arguments_of_ulysses(four, shapes, options, error):
             {"key_tiles": random_lists(1, 1)},
             r"key_tiles: KeyTiles\(int32 \[1, 1, 36, 36\] on cpu\) must be None: a ring .*; use ulysses_attention",
         ),
+        (
+            [SHARE] * 3,
+            {"config": CONFIGS["top mass"]},
+            r"config: select=TopMass\(.*\) must be None: a ring .*; use ulysses_attention",
+        ),
     ],
 )
 def test_bad_arguments_of_a_ring(four, shapes, options, error):
@@ -601,6 +608,7 @@ HALF = {"config": fps.AttentionConfig(TILE, [(4, 1, 1), (1, 1, 1)])}  # the seco
         ((2, 2), (30, 2, 16), HALF, r"window: \(1, 1, 1\) has 1 on axis t, which has 4 tiles"),
         ((2, 2), (30, 2, 16), {"axis": "h"}, r"grid: 5 tokens on axis h are not 2 slabs"),
         ((2, 2), (30, 2, 16), {"key_tiles": random_lists(1, 1)}, r"key_tiles: .* must be None: a ring"),
+        ((2, 2), (30, 2, 16), {"config": CONFIGS["top tiles"]}, r"config: select=.* must be None: a ring"),
     ],
 )
 def test_bad_arguments_of_usp(four, sizes, shape, options, error):

@@ -12,10 +12,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fpsattention as fps
 from fpsattention.core import api, ops
 from fpsattention.core.config import AttentionConfig
+from fpsattention.core.key_tiles import key_tiles_of
 
 TILED = AttentionConfig(tile=(2, 4, 4), window=(1, 3, 3))
 SMOOTHED = AttentionConfig(tile=(2, 4, 4), quant_tile=(4, 4, 8), smooth_k=True, border="truncate")
 PLANNED = AttentionConfig()
+SELECTING = AttentionConfig(tile=(2, 4, 4), select=fps.TopMass(0.5, always=(1, 1, 3), most=0.7))
 GRIDS = [(2, 8, 8), (4, 8, 8), (6, 12, 8), (3, 10, 12), (5, 9, 7), (8, 8, 8)]
 
 pytestmark = [
@@ -25,12 +27,13 @@ pytestmark = [
 
 
 def attention_on_cpu(
-    q, k, v, prefix_valid, suffix_valid, grid, prefix_len, suffix_len, config, scale, tensor_layout, deterministic
+    q, k, v, prefix_valid, suffix_valid, key_indices, key_counts, grid, prefix_len, suffix_len, config, scale,
+    tensor_layout, deterministic
 ):  # fmt: skip
     config = AttentionConfig.from_spec(config)
     out, lse = fps.reference.emulated_attention(
         q, k, v, grid=grid, config=config, scale=scale, prefix_len=prefix_len, suffix_len=suffix_len,
-        prefix_valid=prefix_valid, suffix_valid=suffix_valid,
+        prefix_valid=prefix_valid, suffix_valid=suffix_valid, key_tiles=key_tiles_of(key_indices, key_counts),
     )  # fmt: skip
     batch, _, heads, head_dim = q.shape
     sizes = tuple(grid), prefix_len, suffix_len, batch, heads, head_dim, q.dtype, scale, tensor_layout
@@ -61,7 +64,7 @@ def qkv(grid, text: int = 0, heads: int = 2) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["", "gradient"])
-@pytest.mark.parametrize("config", [TILED, SMOOTHED], ids=["tiled", "smoothed"])
+@pytest.mark.parametrize("config", [TILED, SMOOTHED, SELECTING], ids=["tiled", "smoothed", "selecting"])
 def test_sizes_become_symbols(kernels_on_cpu, config, requires_grad):
     """One graph for the first size and few for all others, with text as well."""
     counter = CompileCounterWithBackend("aot_eager")

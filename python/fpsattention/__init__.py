@@ -27,6 +27,8 @@ from .core.config import AttentionConfig
 from .core.explain import Plan, plan
 from .core.key_tiles import KeyTiles
 from .core.prologue import Norm, norm_rope, norm_rope_quantize
+from .core.selection import select_tiles
+from .core.selectors import TopMass, TopTiles
 from .core.support import backend_for
 from .schedules.presets import Preset, preset
 from .schedules.schedule import StepSchedule
@@ -40,6 +42,8 @@ __all__ = [
     "Preset",
     "QuantizedQKV",
     "StepSchedule",
+    "TopMass",
+    "TopTiles",
     "WindowTable",
     "attention",
     "backend_for",
@@ -51,6 +55,7 @@ __all__ = [
     "preset",
     "quantize_qkv",
     "reference",
+    "select_tiles",
 ]
 __version__ = "0.1.0"
 

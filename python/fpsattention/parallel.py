@@ -125,8 +125,8 @@ def ring_attention(
         options: scale, backend and deterministic, as in `attention`.
 
     Returns out, like q; with return_lse, (out, lse), lse fp32 [B, H, l].
-    Raises as `ulysses_attention` does, but for any number of heads; and ValueError for key_tiles, when a slab is not a
-    whole number of tiles, and when a window is narrower than the axis.
+    Raises as `ulysses_attention` does, but for any number of heads; and ValueError for key_tiles and config.select,
+    when a slab is not a whole number of tiles, and when a window is narrower than the axis.
     """
     _refuse_key_tiles(options)
     rank, ranks = _place(group)
@@ -337,6 +337,11 @@ def _slab(
     """The grid of one process's slab, and the config with the tile that it has on the whole grid."""
     if not isinstance(axis, str) or axis not in tuple(AXES):
         raise ValueError(f"axis: {shown(axis)} must be one of {', '.join(AXES)}")
+    if config.select is not None:
+        raise ValueError(
+            f"config: select={shown(config.select)} must be None: a ring attends slab after slab, and a choice is "
+            f"among tiles of the whole grid; use ulysses_attention, which takes it"
+        )
     resolved = config.resolve(grid, heads)
     at = AXES.index(axis)
     length, tile, tiles = grid[at], resolved.tile[at], resolved.geometry.tiles[at]

@@ -18,7 +18,11 @@ from . import checks, line, ops, reference, reference_op  # noqa: F401  ops and 
 from .checks import Triple, as_grid, shown
 from .config import AttentionConfig, as_config
 from .key_tiles import KeyTiles, check_key_tiles, tensors_of
+from .selection import chosen
+from .selectors import refuse
 from .support import backend_for
+
+ROUNDED = "for quantised Q, K, V, as tiles are chosen before rounding"
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +82,8 @@ def quantize_qkv(
     fixed here; window, border and key_tiles may differ from call to call. The result has no gradient: for one, pass Q,
     K, V themselves to `attention`.
 
-    Args and errors are those of `attention`; config.quant must be "fp8".
+    Args and errors are those of `attention`; config.quant must be "fp8", and config.select None: `select_tiles` chooses
+    from Q and K before they are rounded.
     """
     config = as_config(config)
     q, k, v = checks.as_autocast(q, k, v)
@@ -149,8 +154,9 @@ def attention(
             Or q is one `QuantizedQKV`: it brings all arguments but key_tiles and config, which may change window and
             border.
         grid: tokens (T, H, W) after patchifying. None: L >= 1 tokens without one, all attended by all, with scales of
-            128 tokens; tile, window, quant_tile, key_tiles and text tokens need a grid.
-        config: tile, window and rounding; None: FP8, dense, the planned tile.
+            128 tokens; tile, window, quant_tile, select, key_tiles and text tokens need a grid.
+        config: tile, window or select, and rounding; None: FP8, dense, the planned tile. With select the gradient is
+            that of attention over the chosen tiles, as if the lists were given.
         return_lse: also return the log-sum-exp of the scores, fp32 [B, H, L], natural logarithm.
         scale: of the scores before softmax, positive; None: D ** -0.5.
         tensor_layout: "NHD" or "HND"; None: "NHD". Without a grid it must be given where q [B, L, H, D] would have
@@ -164,8 +170,8 @@ def attention(
             FPSATTENTION_STRICT=1). See `backend_for`.
         deterministic: the Hopper kernel's backward gives the same bits every time, and takes longer; else the last bits
             of q's gradient may differ. None: as `torch.use_deterministic_algorithms` says.
-        key_tiles: for each tile of the grid the list of tiles that it attends, in place of a window: config.window must
-            be None. Whatever is listed, video queries see all text.
+        key_tiles: for each tile of the grid the list of tiles that it attends, in place of a window: config.window and
+            config.select must be None. Whatever is listed, video queries see all text.
         unsupported: attn_mask, is_causal, dropout_p and enable_gqa are refused with advice.
 
     Returns out, like q in shape, dtype and layout; with return_lse, (out, lse).
@@ -226,8 +232,9 @@ def _placed(q: Tensor, k, v, given: _Given) -> _Placed:
     layout = "NHD" if layout is None else layout
     text = given.prefix_len, given.suffix_len, given.prefix_valid, given.suffix_valid
     name, scale, grid, *lengths = set_up(q, k, v, grid, config, given.scale, layout, given.backend, *text)
-    batch, heads, _, _ = checks.heads_first(q.shape, layout)
-    check_key_tiles(given.key_tiles, config, grid, batch, heads, q.device)
+    if given.key_tiles is not None:
+        batch, heads, _, _ = checks.heads_first(q.shape, layout)
+        check_key_tiles(given.key_tiles, config, grid, batch, heads, q.device)
     return _Placed(name, grid, config, scale, layout, (lengths[0], lengths[1]))
 
 
@@ -235,7 +242,12 @@ def _attend(q: Tensor, k, v, given: _Given, with_lse: bool) -> tuple[Tensor, Ten
     """(out, lse); without `with_lse`, lse may be None."""
     q, k, v = checks.as_autocast(q, k, v)
     name, grid, config, scale, layout, lengths = _placed(q, k, v, given)
-    tensors = given.prefix_valid, given.suffix_valid, *tensors_of(given.key_tiles)
+    key_tiles = given.key_tiles
+    if config.select is not None:
+        key_tiles = chosen(q, k, grid, *lengths, config, scale, layout)
+        config = replace(config, select=None)
+    lists = (None, None) if key_tiles is None else tensors_of(key_tiles)
+    tensors = given.prefix_valid, given.suffix_valid, *lists
     if name == "sm90":
         if not ops.is_watched(q, k, v, *tensors):
             call = _call_of(q.shape, q.dtype, grid, config, scale, layout, *lengths)
@@ -247,7 +259,8 @@ def _attend(q: Tensor, k, v, given: _Given, with_lse: bool) -> tuple[Tensor, Ten
         return ops.attention(q, k, v, *tensors, *rest)[:2]
     about: dict[str, Any] = {"grid": grid, "config": config, "scale": scale, "tensor_layout": layout}
     about |= {"prefix_len": lengths[0], "suffix_len": lengths[1]}
-    about |= {name: getattr(given, name) for name in ("prefix_valid", "suffix_valid", "key_tiles")}
+    about |= {name: getattr(given, name) for name in ("prefix_valid", "suffix_valid")}
+    about["key_tiles"] = key_tiles
     if config.quant == "fp8":
         return reference.emulated_attention(q, k, v, **about)
     if name == "torch":
@@ -293,6 +306,7 @@ def _attend_quantized(x: QuantizedQKV, k, v, given: _Given, with_lse: bool) -> t
     _check_untouched(x)
     grid, own = x.grid, x.config
     config = own if given.config is None else as_config(given.config)
+    refuse(config.select, ROUNDED)
     if grid is None:
         line.refuse({"key_tiles": given.key_tiles})
         grid, own, config = line.grid_of(x.shape, x.tensor_layout), line.on_line(own), line.on_line(config)
@@ -409,9 +423,12 @@ def _warn_once(message: str) -> None:
 
 
 def check_rounding(config: AttentionConfig, inputs: dict, instead: str) -> None:
-    """Raises ValueError when the config rounds nothing, RuntimeError when one of the inputs requires a gradient."""
+    """Raises ValueError when the config rounds nothing or selects, RuntimeError when one of the inputs requires a
+    gradient.
+    """
     if config.quant != "fp8":
         raise ValueError(f'config: quant={config.quant!r} rounds nothing; use quant="fp8"')
+    refuse(config.select, ROUNDED)
     names = [name for name, x in inputs.items() if isinstance(x, Tensor) and x.requires_grad]
     if names and torch.is_grad_enabled():
         raise RuntimeError(

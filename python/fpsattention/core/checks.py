@@ -111,6 +111,20 @@ def as_int(name: str, value: int, least: int, most: int | None = None) -> int:
     return number
 
 
+def as_share(name: str, value: float) -> float:
+    """`value` as a plain float above 0 and at most 1. Raises TypeError or ValueError."""
+
+    def rule() -> str:
+        return f"{name}: {shown(value)} must be a number above 0 and at most 1"
+
+    # Ask for float first, as in `as_scale`.
+    if type(value) not in (int, float) and (type(value) is bool or not isinstance(value, numbers.Real)):
+        raise TypeError(rule())
+    if not 0 < value <= 1:
+        raise ValueError(f"{rule()}{'; nearest legal value 1.0' if value > 1 else ''}")
+    return float(value)
+
+
 def as_grid(value: Sequence[int]) -> Triple:
     """`value` as a token grid (T, H, W). A grid with an axis of 0 is empty. Raises as `as_triple` does."""
     grid = as_triple("grid", value, 0)

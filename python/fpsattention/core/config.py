@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal, cast
 
 from .. import _C
 from .checks import MAX_INT, Triple, as_grid, as_int, as_tile, as_triple, as_truncate, shown
 from .geometry import TileGeometry, tile_geometry
 from .planning import ranked
+from .selectors import Selector, check_selector, from_text, to_text
 
 AXES = "thw"
 Border = Literal["clamp", "truncate"]
@@ -35,6 +37,8 @@ class AttentionConfig:
             None: the tile itself. A coarser brick costs accuracy and saves no time.
         smooth_k: subtract K's mean over some 2,048 tokens before rounding. Without rounding it would not change the
             output.
+        select: in place of a window, the key tiles of each query tile are chosen by content in each call: `TopTiles` or
+            `TopMass`; None: the window's.
 
     Raises TypeError or ValueError that name the argument, its value, the rule and the nearest legal value.
     """
@@ -45,6 +49,7 @@ class AttentionConfig:
     quant: Quant = "fp8"
     quant_tile: Triple | None = None
     smooth_k: bool = False
+    select: Selector | None = None
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -69,13 +74,20 @@ class AttentionConfig:
                 f'{name}: {shown(getattr(self, name))} has no effect with quant="none", which rounds nothing; '
                 f'leave it out, or use quant="fp8"'
             )
+        if self.select is not None:
+            check_selector(self.select)
+            if self.window is not None:
+                raise ValueError(
+                    f"select: {shown(self.select)} and window={shown(self.window)} both say what is attended; leave "
+                    f"one of them out (a window that is always attended goes into select's `always`)"
+                )
         put("_spec", _spec_of(self))
 
     @property
     def spec(self) -> str:
-        """This config as a string for torch ops: tile, quant_tile, windows, border, quant and smooth_k.
+        """This config as a string for torch ops: tile, quant_tile, windows, border, quant, smooth_k, select.
 
-        For example "7.9.2||3.3.9|clamp|fp8|". Numbers are hexadecimal; None and False are empty.
+        For example "7.9.2||3.3.9|clamp|fp8||". Numbers are hexadecimal; None and False are empty.
         """
         return self._spec  # type: ignore[attr-defined]  # set by __post_init__; a field would show in fields()
 
@@ -109,7 +121,10 @@ def _spec_of(config: AttentionConfig) -> str:
     windows = (windows,) if windows and isinstance(windows[0], int) else windows
     listed = ",".join([by(window) for window in windows])
     smooth_k = "smooth_k" if config.smooth_k else ""
-    return "|".join([by(config.tile), by(config.quant_tile), listed, config.border, config.quant, smooth_k])
+    select = "" if config.select is None else to_text(config.select)
+    return "|".join(
+        [by(config.tile), by(config.quant_tile), listed, config.border, config.quant, smooth_k, select]
+    )
 
 
 _DEFAULT = AttentionConfig()
@@ -134,8 +149,8 @@ class ResolvedConfig:
 
     Attributes:
         grid, tile, quant_tile: tokens per axis.
-        windows: triples of tiles; one for all heads, or one per head.
-        border, quant, smooth_k: as in `AttentionConfig`.
+        windows: triples of tiles; one for all heads, or one per head; with select, all tiles.
+        border, quant, smooth_k, select: as in `AttentionConfig`.
         prefix_len, suffix_len: text tokens before and after the video tokens.
     """
 
@@ -148,6 +163,7 @@ class ResolvedConfig:
     smooth_k: bool
     prefix_len: int = 0
     suffix_len: int = 0
+    select: Selector | None = None
 
     @property
     def geometry(self) -> TileGeometry:
@@ -166,10 +182,23 @@ class ResolvedConfig:
         t, h, w = (min(b // t, max(n, 1)) for b, t, n in per_axis)
         return t, h, w
 
+    @cached_property
+    def capacity(self) -> int:
+        """With select, the entries of a list of key tiles: how many a query tile attends, or with `TopMass` at most."""
+        return 0 if self.select is None else self.select.capacity(self.geometry.tiles)
+
     @property
     def density(self) -> float:
-        """Attended pairs of tokens as a fraction of all pairs, mean over the heads."""
-        per_head = [self.geometry.density(w, self.border) for w in self.windows]
+        """Attended pairs of tokens as a fraction of all pairs, mean over the heads.
+
+        With `TopTiles` it is exact but for ragged tiles, which count as whole ones. With `TopMass` it is an upper
+        bound, that of `most`: the density is not known before the scores are.
+        """
+        geometry = self.geometry
+        if self.select is not None and geometry.n_video_tiles:
+            unseen = 1 - self.capacity / geometry.n_video_tiles
+            return 1 - unseen * (math.prod(self.grid) / geometry.n_tokens) ** 2
+        per_head = [geometry.density(w, self.border) for w in self.windows]
         return sum(per_head) / len(per_head)
 
 
@@ -195,7 +224,7 @@ def _check_quant_tile(quant_tile: Triple, tile: Triple) -> None:
 def _from_spec(spec: str) -> AttentionConfig:
     try:
         config = _parsed(spec)
-    except (TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise _no_spec(spec) from error
     if config.spec != spec:
         raise _no_spec(spec)
@@ -214,7 +243,7 @@ def _parsed(spec: str) -> AttentionConfig:
         parts = (part.split(".") for part in text.split(",") if part)
         return tuple((int(t, 16), int(h, 16), int(w, 16)) for t, h, w in parts)
 
-    tile, quant_tile, windows, border, quant, smooth_k = spec.split("|")
+    tile, quant_tile, windows, border, quant, smooth_k, select = spec.split("|")
     per_head = triples(windows)
     return AttentionConfig(
         tile=next(iter(triples(tile)), None),
@@ -223,15 +252,19 @@ def _parsed(spec: str) -> AttentionConfig:
         quant=cast(Quant, quant),
         quant_tile=next(iter(triples(quant_tile)), None),
         smooth_k=bool(smooth_k),
+        select=from_text(select),
     )
 
 
-def fit_window(window: Triple, tiles: Triple) -> Triple:
-    """`window` cut to the tiles of each axis. Raises ValueError for an even number that does not cover its axis."""
+def fit_window(window: Triple, tiles: Triple, name: str = "window") -> Triple:
+    """`window` cut to the tiles of each axis; `name` is the argument's in errors.
+
+    Raises ValueError for an even number that does not cover its axis.
+    """
     for axis, w, n in zip(AXES, window, tiles, strict=True):
         if w < n and w % 2 == 0:
             raise ValueError(
-                f"window: {shown(window)} has {w} on axis {axis}, which has {n} tiles; it must be odd, or at least "
+                f"{name}: {shown(window)} has {w} on axis {axis}, which has {n} tiles; it must be odd, or at least "
                 f"{n} (the whole axis); nearest legal values {w - 1} and {w + 1}"
             )
     t, h, w = (min(w, n) for w, n in zip(window, tiles, strict=True))
@@ -256,5 +289,9 @@ def _resolve(
     windows = tuple(fit_window(w, tiles) for w in windows)
     if len(set(windows)) == 1:
         windows = windows[:1]
+    if config.select is not None and config.select.always is not None:
+        fit_window(config.select.always, tiles, "always")
     rounding = config.quant, quant_tile, config.smooth_k
-    return ResolvedConfig(grid, tile, windows, config.border, *rounding, prefix_len, suffix_len)
+    return ResolvedConfig(
+        grid, tile, windows, config.border, *rounding, prefix_len, suffix_len, config.select
+    )

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from .checks import MAX_INT, Triple, as_grid, as_int, as_triple, as_truncate, shown
+from .checks import MAX_INT, Triple, as_grid, as_int, as_share, as_triple, as_truncate, shown
 from .config import AXES, AttentionConfig, Border, ResolvedConfig, as_config
 from .planning import TileChoice, Wanted, ranked, reach_of
+from .selectors import Selector, TopMass
 from .support import HEAD_DIMS, hopper_obstacle
 
 TIME_NOTE = "; time: expected, over the fastest tile's at the density wanted"
@@ -99,7 +99,7 @@ def plan(
     if density is not None and reach is not None:
         raise ValueError(f"reach: {shown(reach)} and density {shown(density)} exclude each other; give one")
     if density is not None:
-        tokens = reach_of(grid, _as_density(density), truncate)
+        tokens = reach_of(grid, as_share("density", density), truncate)
     elif reach is not None:
         t, h, w = map(min, as_triple("reach", reach, 1), grid)
         tokens = float(t), float(h), float(w)
@@ -108,21 +108,16 @@ def plan(
     return Plan(grid, ranked(grid, top, Wanted(tokens, truncate, heads, head_dim)), border)
 
 
-def _as_density(value: float) -> float:
-    rule = f"density: {shown(value)} must be a number above 0 and at most 1"
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(rule)
-    if not 0 < value <= 1:
-        raise ValueError(rule)
-    return float(value)
-
-
 def explain_tile(plan: Plan, resolved: ResolvedConfig, heads: int, head_dim: int) -> list[str]:
     """The lines of `Plan.explain` about one config. The first nine characters of each line are its label."""
     g, border = resolved.geometry, resolved.border
-    attended = sum(g.attended_pairs(w, border) for w in resolved.windows)
-    computed = sum(g.computed_pairs(w, border) for w in resolved.windows)
-    flops = heads / len(resolved.windows) * sum(g.flops(w, border, head_dim) for w in resolved.windows)
+    if resolved.select is None:
+        attended = sum(g.attended_pairs(w, border) for w in resolved.windows)
+        computed = sum(g.computed_pairs(w, border) for w in resolved.windows)
+        flops = heads / len(resolved.windows) * sum(g.flops(w, border, head_dim) for w in resolved.windows)
+    else:  # padding of the chosen tiles is not known
+        attended = computed = 0
+        flops = heads * resolved.density * g.flops(g.tiles, border, head_dim)
     dense = resolved.windows == (g.tiles,)
     windows = ", ".join(str(w) for w in resolved.windows[:4]) + (", ..." if len(resolved.windows) > 4 else "")
     scales = "the tile" if resolved.brick == (1, 1, 1) else f"bricks of {resolved.quant_tile} tokens"
@@ -142,12 +137,23 @@ def explain_tile(plan: Plan, resolved: ResolvedConfig, heads: int, head_dim: int
         *([f"text     {sections}, attended by all"] if text_tiles else []),
         f"tile     {g.tile}: {math.prod(g.tile)} tokens in a slot of {g.slot} rows; "
         f"{g.tiles} = {g.n_video_tiles:,} tiles; padding waste {g.waste:.1%}",
-        f"window   {windows} tiles, {kind}; density {resolved.density:.3f}",
+        f"window   {windows} tiles, {kind}; density {resolved.density:.3f}"
+        if resolved.select is None
+        else _explain_select(resolved, resolved.select),
         f"legal    windows, {legal}",
         f"work     {flops / 1e12:.3g} TFLOP forward, batch 1, heads {heads}, head_dim {head_dim}{overhead}",
         f"rounding {quant}",
         f"runs     {what_runs(resolved, head_dim)}",
     ]
+
+
+def _explain_select(resolved: ResolvedConfig, select: Selector) -> str:
+    bound = "at most " if isinstance(select, TopMass) else ""
+    always = f", always the window {select.always} with border {resolved.border!r}" if select.always else ""
+    return (
+        f"select   {select}: {bound}{resolved.capacity:,} of {resolved.geometry.n_video_tiles:,} tiles by "
+        f"score{always}; density {bound}{resolved.density:.3f}"
+    )
 
 
 def _explain_choice(plan: Plan) -> list[str]:
@@ -170,7 +176,8 @@ def _legal(n: int, axis: str) -> str:
 def what_runs(resolved: ResolvedConfig, head_dim: int) -> str:
     """The backend that a config would run on here, and the reason if it is not the fastest one."""
     if resolved.quant == "none":
-        kernel = "torch SDPA" if resolved.windows == (resolved.geometry.tiles,) else "torch FlexAttention"
+        dense = resolved.select is None and resolved.windows == (resolved.geometry.tiles,)
+        kernel = "torch SDPA" if dense else "torch FlexAttention"
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         return f"{kernel} on {gpu}" if gpu else f"the reference (exact attention): no GPU for {kernel}"
     if head_dim not in HEAD_DIMS:

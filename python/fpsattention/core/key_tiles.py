@@ -273,6 +273,11 @@ def check_key_tiles(
             f"config: window={shown(config.window)} and key_tiles both say what is attended; give a config with "
             f"window=None (KeyTiles.of_window makes lists of a window), or leave key_tiles out"
         )
+    if config.select is not None:
+        raise ValueError(
+            f"config: select={shown(config.select)} and key_tiles both say what is attended; give a config with "
+            f"select=None, or leave key_tiles out"
+        )
     key_tiles._check_broadcast(batch, heads)
     if key_tiles.indices.device != device:
         raise ValueError(f"key_tiles: device {key_tiles.indices.device} must be that of q, {device}")

@@ -26,7 +26,7 @@ def grid_of(shape: Sequence[int], tensor_layout: str) -> Triple:
 
 def on_line(config: AttentionConfig) -> AttentionConfig:
     """The config with the tile of a line. Raises ValueError for one that needs a grid."""
-    for name in ("tile", "window", "quant_tile"):
+    for name in ("tile", "window", "quant_tile", "select"):
         if (value := getattr(config, name)) is not None:
             raise _needs_grid(f"config: {name}={shown(value)}", "without one attention is dense")
     return replace(config, tile=TILE)

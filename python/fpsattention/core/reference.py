@@ -30,12 +30,14 @@ from .checks import (
 from .config import AttentionConfig, ResolvedConfig, as_config
 from .geometry import TileGeometry
 from .key_tiles import KeyTiles, check_key_tiles, tensors_of
+from .selectors import refuse
 
 E4M3_MAX = 448.0
 QK_MAX = 14.0  # largest element of Q and K in E4M3: products of 128 of them fit fp16
 AMAX_FLOOR = 2.0**-100  # values up to this count as zero, because 448 / amax could overflow fp32
 SMOOTH_SAMPLES = 2048  # tokens, about, from which smoothing takes K's mean
 CODES = 8  # E4M3 codes of an octave
+IN_REFERENCE = "in fpsattention.reference, which takes lists"
 TOP_CODE = 120  # of P where z is the exponent of its key block: 256
 # log2 of the mean of P / 2^z over an octave of z: the code is a piecewise linear logarithm, never below the true one.
 LOG2_BIAS = -math.log2(2 * math.log(2) ** 2)
@@ -456,6 +458,7 @@ def _set_up(
     check_inputs(q, k, v, grid, tensor_layout, prefix_len, suffix_len, *counts)
     q, k, v = (to_heads_first(x, tensor_layout) for x in (q, k, v))
     config = as_config(config)
+    refuse(config.select, IN_REFERENCE)
     check_key_tiles(key_tiles, config, grid, q.shape[0], q.shape[1], q.device)
     resolved = config.resolve(grid, q.shape[1], prefix_len, suffix_len)
     valid = valid_tokens(resolved.geometry, *counts)
@@ -485,6 +488,7 @@ def _call_op(
     check_inputs(q, k, v, grid, tensor_layout, *lengths, *counts)
     batch, heads, _, head_dim = to_heads_first(q, tensor_layout).shape
     config = as_config(config)
+    refuse(config.select, IN_REFERENCE)
     check_key_tiles(key_tiles, config, grid, batch, heads, q.device)
     if not torch.compiler.is_compiling():  # in a graph, the op checks it
         config.resolve(grid, heads, *lengths)

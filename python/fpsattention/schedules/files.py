@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..core.checks import shown
 from ..core.config import AttentionConfig
+from ..core.selectors import KINDS, Selector
 
 
 def write_json(path: str | Path, data: dict) -> None:
@@ -66,14 +67,29 @@ def check_object(where: str, data: dict, expected: set[str], file_format: str | 
 
 
 def config_to_json(config: AttentionConfig, without: str = "") -> dict:
-    """The fields of a config, but for the one that the file keeps elsewhere."""
-    return {name: value for name, value in asdict(config).items() if name != without}
+    """The fields of a config, but for the one that the file keeps elsewhere, and `select` if it is None."""
+    data = {name: value for name, value in asdict(config).items() if name != without}
+    select = data.pop("select")
+    return data if select is None else data | {"select": {"kind": type(config.select).__name__, **select}}
 
 
 def config_from_json(name: str, data: dict, without: str = "") -> AttentionConfig:
     """The config that `config_to_json` made. Raises ValueError, which begins with the key `name`, for anything else."""
     try:
-        check_object("", data, {field.name for field in fields(AttentionConfig)} - {without})
-        return AttentionConfig(**data)
+        expected = {field.name for field in fields(AttentionConfig)} - {without}
+        if isinstance(data, dict):
+            data = {"select": None} | data
+        check_object("", data, expected)
+        return AttentionConfig(**data | {"select": _selector_from_json(data["select"])})
     except (TypeError, ValueError) as error:
         raise ValueError(f'"{name}": {error}') from error
+
+
+def _selector_from_json(data: dict | None) -> Selector | None:
+    if data is None:
+        return None
+    kind = data.get("kind") if isinstance(data, dict) else None
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f'"select": {shown(data)} must be an object whose "kind" is {" or ".join(KINDS)}')
+    check_object('"select": ', data, {"kind", *(field.name for field in fields(KINDS[kind]))})
+    return KINDS[kind](**{name: value for name, value in data.items() if name != "kind"})

@@ -28,6 +28,8 @@ class StepSchedule:
     """Three configs for the stages of denoising (arXiv 2506.04648, section 3.3: S(t) = [g(t), W(t)]). Immutable,
     hashable.
 
+    A config may select its key tiles by content. A choice is then made in every call, with the tile of its stage.
+
     The paper gives early steps a coarse tile and a sparse window, middle steps a fine tile and a dense window, late
     steps something between. A config's tile (or quant_tile) is g, its window is W.
 
@@ -170,7 +172,7 @@ class StepSchedule:
         return out
 
     def explain(self, num_steps: int, grid: Sequence[int], heads: int = 1) -> str:
-        """A table to read: steps, tile, scales, window and density of each stage.
+        """A table to read: steps, tile, scales, window (or select) and density of each stage.
 
         Args:
             num_steps: as in `at`.
@@ -184,7 +186,7 @@ class StepSchedule:
             own = [i for i, x in enumerate(stages) if x == stage]
             steps = f"{own[0]}-{own[-1]}" if own else "none"
             scales = config.quant_tile if config.quant == "fp8" else "none"
-            window = config.windows[0] if len(config.windows) == 1 else "per head"
+            window = config.select or (config.windows[0] if len(config.windows) == 1 else "per head")
             lines.append(
                 f"{stage:5} {steps:>9} {config.tile!s:>14} {scales!s:>14} {window!s:>14} {config.density:>8.3f}"
             )

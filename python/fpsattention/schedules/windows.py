@@ -48,6 +48,11 @@ class WindowTable:
             raise ValueError("config: tile=None; give the tile in which the windows are counted")
         if self.config.window is not None:
             raise ValueError(f"config: window={shown(self.config.window)} must be None: windows has them")
+        if self.config.select is not None:
+            raise ValueError(
+                f"config: select={shown(self.config.select)} must be None: a table has windows; a StepSchedule takes "
+                f"configs that select"
+            )
         object.__setattr__(self, "windows", _checked(self.windows, self.grid, self.config))
 
     @property

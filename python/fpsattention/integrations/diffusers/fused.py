@@ -151,7 +151,11 @@ class Fused(Processor, ABC):
             return False
         if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
             return False
-        return all(config.quant == "fp8" and not config.smooth_k for config, _ in forward.parts or ())
+        # What the prologue makes is rounded, and K's mean and a choice of tiles come before that.
+        return all(
+            config.quant == "fp8" and not config.smooth_k and config.select is None
+            for config, _ in forward.parts or ()
+        )
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -31,9 +31,13 @@ class Row:
 
     @property
     def density(self) -> float:
-        """Attended pairs of video tokens over all pairs, mean over layers and heads."""
+        """Attended pairs of video tokens over all pairs, mean over layers and heads; with select as
+        `ResolvedConfig.density`.
+        """
         if self.configs is None:
             return 1.0
+        if self.configs[0].select is not None:  # a schedule's, so of all layers
+            return self.configs[0].density
         share: defaultdict[Triple, float] = defaultdict(float)
         for config in self.configs:
             for window in config.windows:
@@ -101,7 +105,9 @@ def _cells(row: Row) -> tuple[str, ...]:
     if row.configs is None:
         return (*start, "the host's own", "-", "dense", "1.000", "-")
     first, geometry, windows = row.configs[0], row.configs[0].geometry, {x.windows for x in row.configs}
-    if len(windows) > 1:
+    if first.select is not None:
+        window = str(first.select)
+    elif len(windows) > 1:
         window = "per layer"
     elif len(first.windows) > 1:
         window = "per head"
