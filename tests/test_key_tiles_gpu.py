@@ -266,3 +266,60 @@ def test_offsets_of_a_long_call_are_not_32_bits(seed):
             *alone, grid=grid, config=config, key_tiles=lists.of_heads(head, 1), backend="sm90"
         )
         assert torch.equal(out[:, :, head : head + 1], expected)
+
+
+@pytest.mark.parametrize(
+    "select", [fps.TopTiles(0.3, always=(1, 3, 3)), fps.TopMass(0.8, most=0.6)], ids=["top", "mass"]
+)
+def test_tiles_chosen_by_content(select, seed):
+    """The bits of lists that are given; no call waits, and a graph chooses anew in each replay."""
+    case = Case((7, 17, 22), TILE, (1, 2), kind="channel_outliers")
+    config = fps.AttentionConfig(TILE, select=select)
+    q, k, v = case.inputs(128, torch.bfloat16, seed)
+    others = case.inputs(128, torch.bfloat16, seed + 1)
+    call = {"grid": case.grid, "backend": "sm90"}
+
+    def with_lists(q, k, v):
+        lists = fps.select_tiles(q, k, grid=case.grid, config=config)
+        return fps.attention(q, k, v, **call, config=case.config, key_tiles=lists)
+
+    expected = [with_lists(*x) for x in ((q, k, v), others)]
+    assert torch.equal(fps.attention(q, k, v, **call, config=config), expected[0])
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fps.attention(q, k, v, **call, config=config)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fps.attention(q, k, v, **call, config=config)
+    for inputs, right in zip(((q.clone(), k.clone(), v.clone()), others), expected, strict=True):
+        for x, y in zip((q, k, v), inputs, strict=True):
+            x.copy_(y)
+        graph.replay()
+        assert torch.equal(out, right)
+
+
+def test_chosen_tiles_have_a_gradient(seed):
+    """That of attention over the lists, held fixed."""
+    case = CASES["ragged on every axis"]
+    config = fps.AttentionConfig(case.tile, select=fps.TopTiles(0.4))
+    q, k, v = case.inputs(64, torch.bfloat16, seed)
+    lists = fps.select_tiles(q, k, grid=case.grid, config=config)
+    dout, call = normal(q, seed), {"grid": case.grid, "deterministic": True}
+    found, grads = differentiate(q, k, v, dout, **call, config=config)
+    expected, expected_grads = differentiate(q, k, v, dout, **call, config=case.config, key_tiles=lists)
+    assert same(found, expected) and same(grads, expected_grads)
+
+
+def test_scores_are_those_of_the_means(seed):
+    """On the GPU as on the CPU: each list holds the best tiles but for near ties."""
+    case = CASES["ragged on every axis"]
+    config = fps.AttentionConfig(case.tile, select=fps.TopTiles(0.4))
+    q, k, _ = case.inputs(64, torch.float16, seed)
+    found = fps.select_tiles(q, k, grid=case.grid, config=config).mask().cpu()
+    expected = fps.select_tiles(q.cpu(), k.cpu(), grid=case.grid, config=config).mask()
+    assert found.sum() == expected.sum()
+    assert (found == expected).float().mean() > 0.99
