@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
-try:
+import imports
+
+with imports.or_skip():
     import bench_wan
-except ImportError as error:  # not installed
-    if os.environ.get("CI"):
-        raise
-    pytest.skip(str(error), allow_module_level=True)
 
 from fpsattention.schedules.models import MODELS
 

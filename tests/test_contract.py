@@ -485,7 +485,7 @@ def packed_arguments(**changes):
     call = dict(zip(("grid", "prefix_len", "suffix_len"), SIZES, strict=True))
     call |= {"config": CONFIG.spec, "scale": 0.125, "tensor_layout": "NHD"}
     call |= {"prefix_valid": torch.ones(1, dtype=torch.int32), "suffix_valid": None}
-    return {"packed": PACKED} | call | changes
+    return {"packed": PACKED, "key_indices": None, "key_counts": None} | call | changes
 
 
 SHAPE = {"batch": 1, "heads": 2, "head_dim": 64, "dtype": torch.bfloat16}
@@ -554,9 +554,47 @@ def test_operands_of_the_backward_are_checked(name, value):
 def test_operands_of_quantize_are_checked(op, name, changes):
     call = {"grid": GRID, "prefix_len": 0, "suffix_len": 0, "config": CONFIG.spec, "scale": 1.0}
     call |= {"tensor_layout": "NHD", "prefix_valid": None, "suffix_valid": None}
-    call |= {"deterministic": False} if op is ops.attention else {}
+    if op is ops.attention:
+        call |= {"deterministic": False, "key_indices": None, "key_counts": None}
     with pytest.raises(ValueError, match=rf"^{name}: "):
         run(op, dict.fromkeys("qkv", tensor()) | call | changes)
+
+
+TILES = math.prod(CONFIG.resolve(GRID, 2).geometry.tiles)
+INDICES, COUNTS = torch.zeros(1, 2, TILES, 3).int(), torch.ones(1, 2, TILES).int()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("config", {"config": replace(CONFIG, window=(1, 1, 1)).spec}),
+        ("key_counts", {"key_counts": None}),
+        ("key_indices", {"key_indices": None}),
+        ("key_indices", {"key_indices": INDICES.long()}),
+        ("key_indices", {"key_indices": INDICES[0]}),
+        ("key_indices", {"key_indices": INDICES[:, :, 1:]}),
+        ("key_indices", {"key_indices": torch.zeros(1, 3, TILES, 3).int()}),
+        ("key_indices", {"key_indices": torch.zeros(1, 2, 3, TILES).int().mT}),
+        ("key_indices", {"key_indices": INDICES.to("meta")}),
+        ("key_counts", {"key_counts": COUNTS.float()}),
+        ("key_counts", {"key_counts": COUNTS[:, :1]}),
+        ("key_counts", {"key_counts": torch.ones(1, TILES, 2).int().mT}),
+    ],
+)
+@pytest.mark.parametrize("op", [ops.attend, ops.attention, ops.attention_backward])
+def test_lists_of_key_tiles_are_checked(op, name, changes):
+    lists = {"key_indices": INDICES, "key_counts": COUNTS, "config": replace(CONFIG, window=None).spec}
+    call = packed_arguments(**lists | changes)
+    if op is ops.attend:
+        call |= SHAPE
+    elif op is ops.attention:
+        del call["packed"]
+        call |= dict.fromkeys("qkv", tensor(1, 195, 2, 64)) | {"deterministic": False}
+    else:
+        rows = {x: torch.zeros(1, 195, 2, 64, dtype=torch.bfloat16) for x in ("out", "dout")}
+        call |= rows | {x: torch.zeros(1, 2, 195) for x in ("lse", "dlse")} | {"deterministic": False}
+    with pytest.raises(ValueError, match=rf"^{name}: "):
+        run(op, call)
 
 
 @pytest.mark.parametrize(
