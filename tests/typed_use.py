@@ -33,6 +33,8 @@ def plans_and_schedules(q: Tensor, path: Path) -> None:
     assert_type(fps.plan(grid, density=0.1, heads=40).best.window, tuple[int, int, int] | None)
     assert_type(fps.plan(grid).explain(fps.AttentionConfig(), heads=40), str)
     config = fps.AttentionConfig(tile=(7, 9, 2))
+    choosing = fps.AttentionConfig(tile=(7, 9, 2), select=fps.TopTiles(0.1, always=(1, 3, 3)))
+    assert_type(fps.select_tiles(q, q, grid=grid, config=choosing), fps.KeyTiles)
     schedule = fps.StepSchedule(early=config, mid=config, late=config, alpha=(0.2, 0.8))
     assert_type(schedule.at(step=3, num_steps=50), fps.AttentionConfig)
     assert_type(schedule.for_sigma(0.9, shift=5.0), fps.AttentionConfig)
