@@ -23,14 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CASES = Path(__file__).with_name("sanitizer_cases.py")
-# The cases that each tool runs; empty: all. Racecheck, by far the slowest, runs two. They have more key blocks than
+# The cases that each tool runs; empty: all. Racecheck, by far the slowest, runs three. They have more key blocks than
 # the rings have stages, and tiles of one block and of several. Every case runs both head dims, both dtypes, with and
 # without text, and a deterministic backward.
 TOOLS: dict[str, tuple[str, ...]] = {
     "memcheck": (),
     "synccheck": (),
     "initcheck": (),
-    "racecheck": ("window", "slots of 384"),
+    "racecheck": ("window", "slots of 384", "lists"),
 }
 
 

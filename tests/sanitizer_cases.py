@@ -32,8 +32,18 @@ CASES = {
     "slots of 256": ((9, 9, 9), fps.AttentionConfig(tile=(6, 6, 6))),  # some blocks hold padding only
     "slots of 384": ((9, 9, 9), fps.AttentionConfig(tile=(6, 8, 8), window=(1, 3, 3))),
     "slots of 512": ((9, 8, 12), fps.AttentionConfig(tile=(8, 8, 8), smooth_k=True)),
+    "lists": ((5, 7, 9), fps.AttentionConfig(tile=(2, 3, 4))),
+    "lists, slots of 384": ((9, 9, 9), fps.AttentionConfig(tile=(6, 8, 8))),
+    "chosen tiles": ((5, 7, 9), fps.AttentionConfig(tile=(2, 3, 4), select=fps.TopTiles(0.4))),
 }
 PREFIX, SUFFIX = 70, 200
+
+
+def lists_of(grid, config) -> fps.KeyTiles:
+    """Lists of about half of the tiles, each with the tile itself, for both heads."""
+    n = config.resolve(grid, 2).geometry.n_video_tiles
+    mask = torch.rand(1, 2, n, n, device="cuda") < 0.5
+    return fps.KeyTiles.of_mask(mask | torch.eye(n, dtype=torch.bool, device="cuda"))
 
 
 def main(names: list[str]) -> None:
@@ -45,7 +55,9 @@ def main(names: list[str]) -> None:
         "prefix_valid": valid[0],
         "suffix_valid": valid[1],
     }
-    for (grid, config), text in product([CASES[name] for name in names], ({}, both_sides)):
+    for name, text in product(names, ({}, both_sides)):
+        grid, config = CASES[name]
+        lists = {"key_tiles": lists_of(grid, config)} if name.startswith("lists") else {}
         for head_dim in (64, 128):
             for tensor_layout, dtype in (("NHD", torch.bfloat16), ("HND", torch.float16)):
                 text_of_case = "text" if text else "no text"
@@ -63,6 +75,7 @@ def main(names: list[str]) -> None:
                     backend="sm90",
                     deterministic=tensor_layout == "HND",
                     **text,
+                    **lists,
                 )
                 grads = torch.autograd.grad(
                     (out, lse), leaves, (torch.randn_like(out), torch.randn_like(lse))
@@ -74,7 +87,7 @@ def main(names: list[str]) -> None:
                 assert none.any() == bool(text), f"lse of invalid tokens is not -inf: {case}"
                 assert all(x.isfinite().all() for x in grads), f"a gradient is not finite: {case}"
                 launches += 1
-                if not config.smooth_k:
+                if not (config.smooth_k or config.select or lists):
                     about = {"grid": grid, "config": config, "tensor_layout": tensor_layout, **text}
                     check_prologue(about, *(x.detach() for x in leaves))
     print(f"{launches} calls and their backwards, all finite")

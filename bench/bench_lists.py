@@ -1,0 +1,181 @@
+"""Lists of key tiles beside dense and windows: forward and backward, on one Hopper GPU.
+
+Random lists of each density, all as long; of several lengths; a window's tiles as lists; and tiles chosen by content,
+the choice included. All of one shape are timed in turns, in one process.
+
+    python bench/bench_lists.py --output bench/results/h200_lists.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import fpsattention as fps
+from common import attention_flops, write_results
+from fpsattention.core.support import hopper_obstacle
+from shapes import SHAPES, Shape
+
+DENSITIES = (0.25, 0.14, 0.07, 0.04)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is attended: a window or None, and lists, or a choice."""
+
+    name: str
+    config: fps.AttentionConfig
+    key_tiles: fps.KeyTiles | None = None
+
+
+@dataclass
+class Result:
+    """Median milliseconds, and TFLOP/s of the attended pairs.
+
+    Attributes:
+        attend_ms: the forward over rounded operands; None where tiles are chosen.
+        ms: a forward, rounding and choice included.
+        backward_ms: the backward.
+    """
+
+    case: str
+    arm: str
+    density: float
+    attend_ms: float | None
+    ms: float
+    backward_ms: float
+    attend_tflops: float | None
+    tflops: float
+    backward_tflops: float
+
+
+def random_lists(
+    n: int, heads: int, density: float, uneven: bool, generator: torch.Generator
+) -> fps.KeyTiles:
+    """Random tiles of each query tile and head; `uneven` lists have 1/3 to 5/3 of the mean length."""
+    rank = torch.rand(1, heads, n, n, device="cuda", generator=generator).argsort(-1)
+    count = max(1, round(density * n))
+    counts = torch.full((1, heads, n), count, device="cuda", dtype=torch.int32)
+    if uneven:
+        counts = torch.randint(
+            max(1, count // 3), 5 * count // 3 + 1, counts.shape, device="cuda", generator=generator
+        ).int()
+    return fps.KeyTiles.of_mask(rank < counts[..., None])
+
+
+def arms_of(shape: Shape, generator: torch.Generator) -> list[Arm]:
+    dense = fps.AttentionConfig(shape.tile)
+    n = dense.resolve(shape.grid, shape.heads).geometry.n_video_tiles
+    arms = [Arm("dense", dense)]
+    for window in shape.windows:
+        if window is not None:
+            lists = fps.KeyTiles.of_window(shape.grid, shape.tile, window).to("cuda")
+            arms += [
+                Arm(f"window {window}", fps.AttentionConfig(shape.tile, window)),
+                Arm(f"lists of {window}", dense, lists),
+            ]
+    for density in DENSITIES:
+        arms.append(Arm(f"lists {density}", dense, random_lists(n, shape.heads, density, False, generator)))
+    arms.append(Arm("uneven lists 0.14", dense, random_lists(n, shape.heads, 0.14, True, generator)))
+    chosen = fps.AttentionConfig(shape.tile, select=fps.TopTiles(0.14))
+    return [*arms, Arm("chosen 0.14", chosen)]
+
+
+def density_of(arm: Arm, shape: Shape, qk: list[torch.Tensor]) -> float:
+    """Attended pairs of tokens as a share of all."""
+    resolved = arm.config.resolve(shape.grid, shape.heads)
+    lists = arm.key_tiles
+    if arm.config.select is not None:
+        lists = fps.select_tiles(*qk, grid=shape.grid, config=arm.config, tensor_layout=shape.layout)
+    if lists is None:
+        return resolved.density
+    tokens = resolved.geometry.valid.double().cuda()
+    return ((tokens @ (lists.mask().double() @ tokens)[..., None]).mean() / tokens.sum() ** 2).item()
+
+
+def calls_of(arm: Arm, shape: Shape, qkv: list[torch.Tensor], dout: torch.Tensor) -> dict[str, Callable]:
+    call = {"grid": shape.grid, "tensor_layout": shape.layout, "backend": "sm90"}
+    about = {"config": arm.config, "key_tiles": arm.key_tiles}
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    out = fps.attention(*leaves, **call, **about)
+    calls = {
+        "ms": partial(fps.attention, *qkv, **call, **about),
+        "backward_ms": partial(torch.autograd.grad, out, leaves, dout, retain_graph=True),
+    }
+    if arm.config.select is None:
+        packed = fps.quantize_qkv(*qkv, **call, config=arm.config)
+        calls["attend_ms"] = partial(fps.attention, packed, **about)
+    return calls
+
+
+def milliseconds(call: Callable, repeats: int) -> float:
+    """Of one call, the mean of `repeats` in a row."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / repeats
+
+
+def measure(shape: Shape, rounds: int, seed: int) -> list[Result]:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    size = (shape.batch, shape.tokens, shape.heads, shape.head_dim)
+    if shape.layout == "HND":
+        size = (size[0], size[2], size[1], size[3])
+    *qkv, dout = (torch.randn(size, device="cuda", generator=generator).bfloat16() for _ in range(4))
+    results = []
+    for arm in arms_of(shape, generator):
+        calls = calls_of(arm, shape, qkv, dout)
+        for call in calls.values():
+            call()
+        times = {name: [] for name in calls}
+        for _ in range(rounds):
+            for name, call in calls.items():
+                times[name].append(milliseconds(call, 1 if name == "backward_ms" else 3))
+        medians = {name: statistics.median(x) for name, x in times.items()}
+        density = density_of(arm, shape, qkv[:2])
+        pairs = density * shape.tokens**2
+        flops = attention_flops(pairs, shape.heads, shape.head_dim, shape.batch) / 1e9
+        attend = medians.get("attend_ms")
+        rates = attend and flops / attend, flops / medians["ms"], 2.5 * flops / medians["backward_ms"]
+        results.append(
+            Result(shape.name, arm.name, density, attend, medians["ms"], medians["backward_ms"], *rates)
+        )
+        shown = "       -" if attend is None else f"{attend:8.3f}"
+        print(
+            f"{shape.name:12s} {arm.name:20s} {density:6.3f} attend {shown} ms, call {medians['ms']:8.3f} ms "
+            f"{rates[1]:6.0f} TFLOP/s, backward {medians['backward_ms']:8.2f} ms {rates[2]:5.0f} TFLOP/s",
+            flush=True,
+        )
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+    if obstacle := hopper_obstacle():
+        parser.exit(1, f"bench_lists.py {obstacle}\n")
+    results: list[Result] = []
+    for shape in SHAPES:
+        if shape.name in ("wan14b-720p", "36x48x48"):
+            results += measure(shape, args.rounds, args.seed)
+            if args.output:
+                write_results(args.output, results)
+
+
+if __name__ == "__main__":
+    main()
