@@ -59,13 +59,13 @@ def random_lists(
     n: int, heads: int, density: float, uneven: bool, generator: torch.Generator
 ) -> fps.KeyTiles:
     """Random tiles of each query tile and head; `uneven` lists have 1/3 to 5/3 of the mean length."""
-    rank = torch.rand(1, heads, n, n, device="cuda", generator=generator).argsort(-1)
+    device = generator.device
+    rank = torch.rand(1, heads, n, n, device=device, generator=generator).argsort(-1)
     count = max(1, round(density * n))
-    counts = torch.full((1, heads, n), count, device="cuda", dtype=torch.int32)
+    counts = torch.full((1, heads, n), count, device=device)
     if uneven:
-        counts = torch.randint(
-            max(1, count // 3), 5 * count // 3 + 1, counts.shape, device="cuda", generator=generator
-        ).int()
+        least, most = max(1, count // 3), 5 * count // 3
+        counts = torch.randint(least, most + 1, counts.shape, device=device, generator=generator)
     return fps.KeyTiles.of_mask(rank < counts[..., None])
 
 
@@ -75,7 +75,7 @@ def arms_of(shape: Shape, generator: torch.Generator) -> list[Arm]:
     arms = [Arm("dense", dense)]
     for window in shape.windows:
         if window is not None:
-            lists = fps.KeyTiles.of_window(shape.grid, shape.tile, window).to("cuda")
+            lists = fps.KeyTiles.of_window(shape.grid, shape.tile, window).to(generator.device)
             arms += [
                 Arm(f"window {window}", fps.AttentionConfig(shape.tile, window)),
                 Arm(f"lists of {window}", dense, lists),
@@ -95,7 +95,7 @@ def density_of(arm: Arm, shape: Shape, qk: list[torch.Tensor]) -> float:
         lists = fps.select_tiles(*qk, grid=shape.grid, config=arm.config, tensor_layout=shape.layout)
     if lists is None:
         return resolved.density
-    tokens = resolved.geometry.valid.double().cuda()
+    tokens = resolved.geometry.valid.double().to(lists.indices.device)
     return ((tokens @ (lists.mask().double() @ tokens)[..., None]).mean() / tokens.sum() ** 2).item()
 
 
