@@ -277,7 +277,7 @@ def run(
     gradients = ops.launch_backward(call, dout, dlse, out, lse, operands, *counts, case.deterministic)
     about = dict(grid=case.grid, config=case.config, scale=scale, tensor_layout=case.tensor_layout)
     about |= dict(zip(("prefix_len", "suffix_len", "prefix_valid", "suffix_valid"), text, strict=True))
-    about["key_tiles"] = key_tiles
+    about |= {} if key_tiles is None else {"key_tiles": key_tiles}
     return call, operands, [out, lse, *gradients], (q, k, v, dout, dlse), about
 
 
