@@ -13,7 +13,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?= $(if $(HAS_GPU),,--extra-index-url https://download.pytorch.org/whl/cpu --retries 0)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo dev test test-gpu sanitize bench bench-wan bench-models plots profile docs lint format sass wheel wheels test-torch clean
+.PHONY: help demo dev test test-gpu sanitize bench bench-wan bench-models bench-finetune plots profile docs lint format sass wheel wheels test-torch clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand --tabs=14
@@ -66,11 +66,14 @@ bench: $(INSTALLED)  ## every number of the README, in one run on one Hopper GPU
 	$(RUN) bench/bench_forward.py --output bench/results/$(GPU).json
 	$(MAKE) plots
 
-bench-wan: $(INSTALLED)  ## Wan2.1-14B at 720p end to end, on one Hopper GPU
+bench-wan: $(INSTALLED)  ## whole Wan models, videos of 50 and of 4 steps, on one Hopper GPU
 	$(RUN) bench/bench_wan.py --output bench/results/$(GPU)_wan.json
 
 bench-models: $(INSTALLED)  ## a few layers of diffusers' other models, on one Hopper GPU
 	$(RUN) bench/bench_models.py --output bench/results/$(GPU)_models.json
+
+bench-finetune: $(INSTALLED)  ## a fine-tuning step of Wan2.1, dense and with FPSAttention, on one Hopper GPU
+	$(RUN) bench/bench_finetune.py --output bench/results/$(GPU)_finetune.json
 
 plots: $(INSTALLED)  ## the pictures alone, from the records; needs no GPU
 	$(RUN) bench/plots.py

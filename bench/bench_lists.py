@@ -132,15 +132,17 @@ def measure(shape: Shape, rounds: int, seed: int) -> list[Result]:
     if shape.layout == "HND":
         size = (size[0], size[2], size[1], size[3])
     *qkv, dout = (torch.randn(size, device="cuda", generator=generator).bfloat16() for _ in range(4))
-    results = []
-    for arm in arms_of(shape, generator):
-        calls = calls_of(arm, shape, qkv, dout)
-        for call in calls.values():
-            call()
-        times = {name: [] for name in calls}
-        for _ in range(rounds):
+    arms = arms_of(shape, generator)
+    all_calls = [calls_of(arm, shape, qkv, dout) for arm in arms]
+    all_times: list[dict[str, list[float]]] = [{name: [] for name in calls} for calls in all_calls]
+    for i in range(rounds + 1):
+        for calls, times in zip(all_calls, all_times, strict=True):
             for name, call in calls.items():
-                times[name].append(milliseconds(call, 1 if name == "backward_ms" else 3))
+                ms = milliseconds(call, 1 if name == "backward_ms" else 3)
+                if i > 0:  # the first round warms up
+                    times[name].append(ms)
+    results = []
+    for arm, times in zip(arms, all_times, strict=True):
         medians = {name: statistics.median(x) for name, x in times.items()}
         density = density_of(arm, shape, qkv[:2])
         pairs = density * shape.tokens**2

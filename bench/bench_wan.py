@@ -122,7 +122,7 @@ class Result:
         seconds: median of a forward, by stage.
         step: mean of `seconds` over the steps.
         video: sum of `seconds` over the steps.
-        warm_up: sum of the first forward of each stage, with compilation.
+        warm_up: sum of the first forward of each stage, with compilation; of stock, which has one, the first forward.
         peak_gib: peak memory of the GPU.
         speedup: over the first contender with as many steps.
     """
@@ -213,23 +213,25 @@ def measure(
     def forwards(sigma: float, text: str) -> list[float]:
         return forward_seconds(text, model, arguments_of(name, device, sigma, seed + 1), repeats + 1)
 
-    torch.cuda.reset_peak_memory_stats()
     if not ours:
+        torch.cuda.reset_peak_memory_stats()
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             dense = forwards(0.5, f"{name}, {contender}")  # takes the same time in all stages
     for steps in all_steps:
         schedule = case.schedule(name, steps)
         of_stage = steps_of_stage(schedule, steps)
+        if ours:
+            torch.cuda.reset_peak_memory_stats()
         handle = enable(model, schedule, shift=case.shift, backend="sm90") if ours else None
         if handle and "compiled" in contender:
             torch.compiler.reset()
             model.compile_repeated_blocks(fullgraph=True, options=INDUCTOR)
-        seconds, warm_up = {}, 0.0
+        seconds, warm_up = {}, 0.0 if ours else dense[0]
         for stage in of_stage:
             sigma = sigma_of_stage(schedule, stage, case.shift)
             first, *times = forwards(sigma, f"{name}, {contender}, {stage}") if ours else dense
             seconds[stage] = statistics.median(times)
-            warm_up += first
+            warm_up += first if ours else 0.0
         if handle:
             handle.remove()
         video = sum(seconds[stage] * n for stage, n in of_stage.items())
@@ -274,13 +276,18 @@ def main() -> None:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)
+    names = args.models or list(CASES)
     about = {
         "gpus": dist.get_world_size() if dist.is_initialized() else 1,
-        "cases": {name: {"tile": case.tile, "windows": case.windows} for name, case in CASES.items()},
+        "cases": {
+            name: {"tile": case.tile, "windows": case.windows}
+            for name, case in CASES.items()
+            if name in names
+        },
         **({"layers": args.layers} if args.layers else {}),
     }
     results: list[Result] = []
-    for name in args.models or CASES:
+    for name in names:
         sizes = CASES[name].sizes | ({"num_layers": args.layers} if args.layers else {})
         say(f"{name}, grid {MODELS[name].grid}")
         stock: dict[int, float] = {}
