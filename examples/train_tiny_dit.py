@@ -34,7 +34,8 @@ from tiny_dit import clips, distillation, evaluation, export, flow, model, train
 
 WINDOWS = {"early": (1, 3, 3), "mid": (1, 5, 5), "late": (1, 3, 5)}
 LATENTS = 512
-SCHEDULE = ("tile", "early", "mid", "late", "alpha", "shift")  # options that a fine-tuning may change
+# Options that a fine-tuning may change.
+SCHEDULE = ("tile", "early", "mid", "late", "alpha", "shift", "chosen", "always")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,11 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def train(*, out, data, device, backend, minutes, save_every, size, grid, alpha, shift, **options) -> None:
+def train(*, out, data, device, backend, minutes, save_every, size, grid, **options) -> None:
     """The `train` command: a dense model from random weights."""
-    tile = options.pop("tile") or (grid[0], max(1, grid[1] // 8), max(1, grid[2] // 8))
-    windows = {stage: options.pop(stage) for stage in WINDOWS}
-    plan = _plan(size, grid=grid, tile=tile, **windows, alpha=alpha, shift=shift)
+    numbers = {name: options.pop(name) for name in SCHEDULE}
+    numbers["tile"] = numbers["tile"] or (grid[0], max(1, grid[1] // 8), max(1, grid[2] // 8))
+    plan = _plan(size, grid=grid, **numbers)
     settings = {"size": size, "plan": plan, "mode": "dense", "start": None, **options}
     _fit(out, data, device, backend, minutes, save_every, settings, None)
 
@@ -181,6 +182,10 @@ def _plan(size: str, **numbers) -> flow.Plan:
     if plan.grid[1] != plan.grid[2]:
         raise UserError(
             f"--grid {plan.grid}: H and W must be equal; nearest legal value {(*plan.grid[:2], plan.grid[1])}"
+        )
+    if plan.always is not None and plan.chosen is None:
+        raise UserError(
+            f"--always {plan.always}: belongs to a choice; give --chosen as well, or leave it out"
         )
     try:
         schedule = plan.schedule("fps")
@@ -338,6 +343,7 @@ def _add_schedule(option, defaults: dict) -> None:
         return " ".join(map(str, value)) if isinstance(value, tuple) else "as in --start"
 
     tile = "8 x 8 tiles, as long as the clip" if defaults else "as in --start"
+    note_of_none = f" (default: {'none' if defaults else 'as in --start'})"
     option("--tile", help=f"tokens of a tile, at most 512 (default: {tile})", **TRIPLE)
     for stage in WINDOWS:
         text = f"window of {stage} steps in tiles, each odd or the whole axis (default: {note(stage)})"
@@ -345,6 +351,13 @@ def _add_schedule(option, defaults: dict) -> None:
     text = f"shares of the steps at which mid and late begin (default: {note('alpha')})"
     alpha = {"nargs": 2, "type": SHARE, "action": _Tuple, "metavar": ("A", "B")}
     option("--alpha", default=defaults.get("alpha"), help=text, **alpha)
+    text = (
+        "shares of the key tiles that early, mid and late steps choose by content, in place of windows"
+        + note_of_none
+    )
+    shares = {"nargs": 3, "type": _number(float, 1e-6, 1), "action": _Tuple, "metavar": ("E", "M", "L")}
+    option("--chosen", help=text, **shares)
+    option("--always", help="window in tiles that belongs to every choice" + note_of_none, **TRIPLE)
     text = "timestep shift, in training and sampling" + " (default: as in --start)" * (not defaults)
     option("--shift", type=POSITIVE, default=defaults.get("shift"), help=text)
 

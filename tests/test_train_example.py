@@ -293,6 +293,31 @@ def test_modes_differ_in_rounding_and_window_only():
         assert of["fps"].quant_tile == of["fp8"].quant_tile == ((1, 2, 2) if stage == "early" else None)
 
 
+def test_a_plan_may_choose_its_tiles():
+    """In place of windows, in the modes that have windows; each stage its share."""
+    shares = dict(zip(flow.STAGES, (0.25, 0.5, 0.75), strict=True))
+    plan = replace(PLAN, chosen=tuple(shares.values()), always=(1, 1, 3))
+    configs = {mode: plan.schedule(mode) for mode in flow.MODES}
+    for stage, share in shares.items():
+        of = {mode: getattr(schedule, stage) for mode, schedule in configs.items()}
+        select = fps.TopTiles(share, always=(1, 1, 3))
+        assert {mode: (c.quant, c.window, c.select) for mode, c in of.items()} == {
+            "dense": ("none", None, None),
+            "fp8": ("fp8", None, None),
+            "window": ("none", None, select),
+            "fps": ("fp8", None, select),
+        }
+        assert plan.density(stage) == pytest.approx(share)
+    q, k, v = torch.randn(3, 2, math.prod(GRID), 2, 64).unbind()
+    for mode in ("window", "fps"):
+        config = configs[mode].mid
+        found = flow.Attention(plan, mode).of_config(config)(q, k, v)
+        lists = fps.select_tiles(q, k, grid=GRID, config=config)
+        fixed = replace(config, select=None)
+        expected = fps.attention(q, k, v, grid=GRID, config=fixed, key_tiles=lists, backend="reference")
+        torch.testing.assert_close(found, expected)
+
+
 def test_noise_levels_are_logit_normal_and_shifted():
     sigma = flow.draw_sigma(20_000, 1.4, 3.0, torch.Generator().manual_seed(0)).double()
     logit = torch.logit(sigma / (3 - 2 * sigma))  # the shift undone
@@ -743,7 +768,15 @@ def test_distillation_by_its_command(folder, tmp_path, trained, capsys):
     assert command("evaluate", *arms, *effort, "--data", folder, "--device", "cpu") == 0
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert list(report["results"])[-1] == "fps, fine-tuned" and "of the dense model." in report["verdict"]
+    chosen = ["--chosen", 0.25, 0.5, 0.5, "--always", 1, 1, 1]
+    assert command("finetune", *tuning, *chosen, "--out", tmp_path / "chosen", *short) == 0
+    assert "density early 0.25, mid 0.50, late 0.50" in capsys.readouterr().out
+    arms = ["--base", trained, "--tuned", tmp_path / "chosen", "--out", tmp_path / "report"]
+    assert command("evaluate", *arms, *effort, "--data", folder, "--device", "cpu") == 0
+    settings = json.loads((tmp_path / "report" / "report.json").read_text())["settings"]
+    assert settings["fps, fine-tuned"]["plan"]["chosen"] == [0.25, 0.5, 0.5]
     more = ["--start", trained, "--attention", "fps", "--out", tmp_path / "x", *short]
+    assert "--always (1, 1, 1): belongs to a choice" in fails(capsys, "finetune", *more, *chosen[4:])
     assert "--latents 4: --loss flow has no use" in fails(capsys, "finetune", *more, "--latents", 4)
     assert "--loss distill has no use" in fails(
         capsys, "finetune", *more, "--loss", "distill", "--data", folder

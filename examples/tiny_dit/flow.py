@@ -21,8 +21,8 @@ STAGES = ("early", "mid", "late")
 MODES = {
     "dense": "16 bits, every pair of tokens",
     "fp8": "FP8, every pair of tokens",
-    "window": "16 bits under the schedule's windows",
-    "fps": "FP8 under the schedule's windows",
+    "window": "16 bits under the schedule's windows, or over the tiles that it chooses",
+    "fps": "FP8, likewise",
 }
 Triple = tuple[int, int, int]
 
@@ -37,6 +37,8 @@ class Plan:
         early, mid, late: windows in tiles.
         alpha: progress at which mid and late begin.
         shift: timestep shift, in training and sampling.
+        chosen: shares of the key tiles that early, mid and late choose by content, in place of windows; None: windows.
+        always: window in tiles that belongs to every choice; None: none.
     """
 
     grid: Triple
@@ -46,21 +48,26 @@ class Plan:
     late: Triple
     alpha: tuple[float, float]
     shift: float
+    chosen: tuple[float, float, float] | None = None
+    always: Triple | None = None
 
     def schedule(self, mode: str) -> fps.StepSchedule:
         """The attention of each stage in a mode of `MODES`."""
         t, h, w = self.tile
+        sparse, quant = mode in ("window", "fps"), "fp8" if mode in ("fp8", "fps") else "none"
         configs = {
-            stage: fps.AttentionConfig(
-                tile=self.tile,
-                window=getattr(self, stage) if mode in ("window", "fps") else None,
-                quant="fp8" if mode in ("fp8", "fps") else "none",
-            )
+            stage: fps.AttentionConfig(tile=self.tile, quant=quant, **self._attended(stage) if sparse else {})
             for stage in STAGES
         }
         if mode in ("fp8", "fps"):
             configs["early"] = replace(configs["early"], quant_tile=(t, 2 * h, 2 * w))
         return fps.StepSchedule(**configs, alpha=self.alpha)
+
+    def _attended(self, stage: str) -> dict:
+        """The window of a stage, or its choice, as arguments of a config."""
+        if self.chosen is None:
+            return {"window": getattr(self, stage)}
+        return {"select": fps.TopTiles(self.chosen[STAGES.index(stage)], always=self.always)}
 
     def density(self, stage: str) -> float:
         return getattr(self.schedule("window"), stage).resolve(self.grid, 1).density
@@ -87,7 +94,7 @@ class Attention:
             if backend == "auto" and not q.is_cuda:
                 # Without a GPU only plain torch can run, so name it, to avoid the warning. For dense fp32 attention
                 # SDPA is many times as fast as the reference.
-                if config.quant == "none" and config.window is None:
+                if config.quant == "none" and config.window is None and config.select is None:
                     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(
                         1, 2
                     )
