@@ -118,6 +118,7 @@ def test_the_emulator_compiles_with_the_headers_of_the_build():
 STUB = ast.parse((PACKAGE / "_C.pyi").read_text())
 FUNCTIONS = {node.name: node.args for node in STUB.body if isinstance(node, ast.FunctionDef)}
 CLASSES = {node.name: node for node in STUB.body if isinstance(node, ast.ClassDef)}
+ALIASES = {node.targets[0].id: ast.unparse(node.value) for node in STUB.body if isinstance(node, ast.Assign)}
 
 
 def signatures_of(function) -> list[ast.arguments]:
@@ -136,7 +137,7 @@ def _without_self(arguments: ast.arguments) -> ast.arguments:
 
 def described(annotation: ast.expr) -> str:
     """What a stub and pybind11 both say of a type: how deep its sequences nest, and the type of an element."""
-    text = ast.unparse(annotation).replace("_Triple", "Sequence[int]")
+    text = re.sub(r"\w+", lambda word: ALIASES.get(word[0], word[0]), ast.unparse(annotation))
     if "tuple[" in text:
         return f"pair of {text.lower().count('int')}"
     (kind,) = set(re.findall(rf"\b(?:Supports)?(Int|Float|int|float|bool|str|{'|'.join(CLASSES)})\b", text))
