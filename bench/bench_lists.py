@@ -1,7 +1,7 @@
 """Lists of key tiles beside dense and windows: forward and backward, on one Hopper GPU.
 
-Random lists of each density, all as long; of several lengths; a window's tiles as lists; and tiles chosen by content,
-the choice included. All of one shape are timed in turns, in one process.
+Random lists of each density, all as long; of several lengths; a window's tiles as lists; tiles chosen by content, the
+choice included; and FlexAttention in BF16 under random lists, the way into tile order and back included. All of one shape are timed in turns, in one process.
 
     python bench/bench_lists.py --output bench/results/h200_lists.json
 """
@@ -39,7 +39,7 @@ class Result:
     """Median milliseconds, and TFLOP/s of the attended pairs.
 
     Attributes:
-        attend_ms: the forward over rounded operands; None where tiles are chosen.
+        attend_ms: the forward over rounded operands; None where tiles are chosen, and for FlexAttention.
         ms: a forward, rounding and choice included.
         backward_ms: the backward.
     """
@@ -83,6 +83,8 @@ def arms_of(shape: Shape, generator: torch.Generator) -> list[Arm]:
     for density in DENSITIES:
         arms.append(Arm(f"lists {density}", dense, random_lists(n, shape.heads, density, False, generator)))
     arms.append(Arm("uneven lists 0.14", dense, random_lists(n, shape.heads, 0.14, True, generator)))
+    of_flex = random_lists(n, shape.heads, 0.14, False, generator)
+    arms.append(Arm("FlexAttention 0.14", fps.AttentionConfig(shape.tile, quant="none"), of_flex))
     chosen = fps.AttentionConfig(shape.tile, select=fps.TopTiles(0.14))
     return [*arms, Arm("chosen 0.14", chosen)]
 
@@ -100,7 +102,8 @@ def density_of(arm: Arm, shape: Shape, qk: list[torch.Tensor]) -> float:
 
 
 def calls_of(arm: Arm, shape: Shape, qkv: list[torch.Tensor], dout: torch.Tensor) -> dict[str, Callable]:
-    call = {"grid": shape.grid, "tensor_layout": shape.layout, "backend": "sm90"}
+    rounds = arm.config.quant == "fp8"
+    call = {"grid": shape.grid, "tensor_layout": shape.layout, "backend": "sm90" if rounds else "auto"}
     about = {"config": arm.config, "key_tiles": arm.key_tiles}
     leaves = [x.detach().requires_grad_() for x in qkv]
     out = fps.attention(*leaves, **call, **about)
@@ -108,7 +111,7 @@ def calls_of(arm: Arm, shape: Shape, qkv: list[torch.Tensor], dout: torch.Tensor
         "ms": partial(fps.attention, *qkv, **call, **about),
         "backward_ms": partial(torch.autograd.grad, out, leaves, dout, retain_graph=True),
     }
-    if arm.config.select is None:
+    if rounds and arm.config.select is None:
         packed = fps.quantize_qkv(*qkv, **call, config=arm.config)
         calls["attend_ms"] = partial(fps.attention, packed, **about)
     return calls

@@ -38,4 +38,4 @@ def test_density_is_that_of_attended_tokens(generator):
     assert density["window (1, 1, 3)"] == pytest.approx(3 / 20)
     assert density["lists of (1, 1, 3)"] == pytest.approx(3 / 20)
     assert density["lists 0.25"] == pytest.approx(5 / 20)
-    assert density["chosen 0.14"] == pytest.approx(3 / 20)
+    assert density["FlexAttention 0.14"] == density["chosen 0.14"] == pytest.approx(3 / 20)
