@@ -1,7 +1,8 @@
 """Lists of key tiles beside dense and windows: forward and backward, on one Hopper GPU.
 
 Random lists of each density, all as long; of several lengths; a window's tiles as lists; tiles chosen by content, the
-choice included; and FlexAttention in BF16 under random lists, the way into tile order and back included. All of one shape are timed in turns, in one process.
+choice included; and FlexAttention in BF16 under random lists, the way into tile order and back included. All of one
+shape are timed in turns, in one process.
 
     python bench/bench_lists.py --output bench/results/h200_lists.json
 """
@@ -102,8 +103,8 @@ def density_of(arm: Arm, shape: Shape, qk: list[torch.Tensor]) -> float:
 
 
 def calls_of(arm: Arm, shape: Shape, qkv: list[torch.Tensor], dout: torch.Tensor) -> dict[str, Callable]:
-    rounds = arm.config.quant == "fp8"
-    call = {"grid": shape.grid, "tensor_layout": shape.layout, "backend": "sm90" if rounds else "auto"}
+    is_fp8 = arm.config.quant == "fp8"
+    call = {"grid": shape.grid, "tensor_layout": shape.layout, "backend": "sm90" if is_fp8 else "auto"}
     about = {"config": arm.config, "key_tiles": arm.key_tiles}
     leaves = [x.detach().requires_grad_() for x in qkv]
     out = fps.attention(*leaves, **call, **about)
@@ -111,7 +112,7 @@ def calls_of(arm: Arm, shape: Shape, qkv: list[torch.Tensor], dout: torch.Tensor
         "ms": partial(fps.attention, *qkv, **call, **about),
         "backward_ms": partial(torch.autograd.grad, out, leaves, dout, retain_graph=True),
     }
-    if rounds and arm.config.select is None:
+    if is_fp8 and arm.config.select is None:
         packed = fps.quantize_qkv(*qkv, **call, config=arm.config)
         calls["attend_ms"] = partial(fps.attention, packed, **about)
     return calls
