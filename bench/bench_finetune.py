@@ -22,8 +22,7 @@ from torch import Tensor
 
 import bench_wan
 import fpsattention as fps
-from common import write_results
-from fpsattention.core.support import hopper_obstacle
+from common import parsed, write_results
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # finetune is not in the wheel
 from finetune.machine import Machine  # noqa: E402
@@ -90,9 +89,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks")
     parser.add_argument("--repeats", type=int, default=3, help="timed steps (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    args = parser.parse_args()
-    if obstacle := hopper_obstacle():
-        parser.exit(1, f"bench_finetune.py {obstacle}\n")
+    args = parsed(parser)
     device, results = torch.device("cuda"), []
     for name in args.model or CONFIGS:
         for attention in ATTENTIONS:

@@ -10,7 +10,6 @@ shape are timed in turns, in one process.
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,10 +18,11 @@ from pathlib import Path
 import torch
 
 import fpsattention as fps
-from common import attention_flops, write_results
-from fpsattention.core.support import hopper_obstacle
+from common import attention_flops, parsed, write_results
+from fpsattention.cli.timing import CudaClock, time_interleaved
 from shapes import SHAPES, Shape
 
+BURST_MS = 100.0  # of each call in a round
 DENSITIES = (0.25, 0.14, 0.07, 0.04)
 
 
@@ -118,18 +118,6 @@ def calls_of(arm: Arm, shape: Shape, qkv: list[torch.Tensor], dout: torch.Tensor
     return calls
 
 
-def milliseconds(call: Callable, repeats: int) -> float:
-    """Of one call, the mean of `repeats` in a row."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(repeats):
-        call()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / repeats
-
-
 def measure(shape: Shape, rounds: int, seed: int) -> list[Result]:
     generator = torch.Generator("cuda").manual_seed(seed)
     size = (shape.batch, shape.tokens, shape.heads, shape.head_dim)
@@ -137,17 +125,16 @@ def measure(shape: Shape, rounds: int, seed: int) -> list[Result]:
         size = (size[0], size[2], size[1], size[3])
     *qkv, dout = (torch.randn(size, device="cuda", generator=generator).bfloat16() for _ in range(4))
     arms = arms_of(shape, generator)
-    all_calls = [calls_of(arm, shape, qkv, dout) for arm in arms]
-    all_times: list[dict[str, list[float]]] = [{name: [] for name in calls} for calls in all_calls]
-    for i in range(rounds + 1):
-        for calls, times in zip(all_calls, all_times, strict=True):
-            for name, call in calls.items():
-                ms = milliseconds(call, 1 if name == "backward_ms" else 3)
-                if i > 0:  # the first round warms up
-                    times[name].append(ms)
+    calls = {arm.name: calls_of(arm, shape, qkv, dout) for arm in arms}
+    entries = {f"{arm} {name}": call for arm, own in calls.items() for name, call in own.items()}
+    timings = time_interleaved(entries, CudaClock(), rounds, BURST_MS, seed)
     results = []
-    for arm, times in zip(arms, all_times, strict=True):
-        medians = {name: statistics.median(x) for name, x in times.items()}
+    for arm in arms:
+        own = {name: timings[f"{arm.name} {name}"] for name in calls[arm.name]}
+        if failed := [f"{name}: {error}" for name, error in own.items() if isinstance(error, str)]:
+            print(f"! {shape.name} {arm.name} {'; '.join(failed)}", flush=True)
+            continue
+        medians = {name: timing.ms for name, timing in own.items()}
         density = density_of(arm, shape, qkv[:2])
         pairs = density * shape.tokens**2
         flops = attention_flops(pairs, shape.heads, shape.head_dim, shape.batch) / 1e9
@@ -172,9 +159,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    args = parser.parse_args()
-    if obstacle := hopper_obstacle():
-        parser.exit(1, f"bench_lists.py {obstacle}\n")
+    args = parsed(parser)
     results: list[Result] = []
     for shape in SHAPES:
         if shape.name in ("wan14b-720p", "36x48x48"):

@@ -27,8 +27,7 @@ from diffusers.pipelines.ltx2 import LTX2TextConnectors
 from torch import Tensor, nn
 
 import fpsattention as fps
-from common import forward_seconds, write_results
-from fpsattention.core.support import hopper_obstacle
+from common import forward_seconds, parsed, write_results
 from fpsattention.integrations.diffusers import enable
 from fpsattention.schedules.models import MODELS
 
@@ -81,7 +80,7 @@ def ltx2_parts() -> dict[str, Any]:
 HUNYUAN, HUNYUAN15, COGVIDEOX, MOCHI = (
     MODELS[name] for name in ("hunyuanvideo-720p", "hunyuanvideo1.5-720p", "cogvideox1.5-5b", "mochi")
 )
-# Of HunyuanVideo-1.5's text tokens. Those of the image are padding here: text to video has an image of zeros.
+# HunyuanVideo-1.5 counts these among its text tokens. Text to video has an image of zeros, whose tokens are padding.
 BYT5_TOKENS, IMAGE_TOKENS = 256, 729
 
 CASES = {
@@ -239,11 +238,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"{', '.join(CASES)} (default: all)")
     parser.add_argument("--repeats", type=int, default=3, help="timed forwards (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    args = parser.parse_args()
-    if unknown := set(args.models) - set(CASES):
-        parser.error(f"{', '.join(sorted(unknown))}: must be one of {', '.join(CASES)}")
-    if obstacle := hopper_obstacle():
-        parser.exit(1, f"bench_models.py {obstacle}\n")
+    args = parsed(parser, CASES)
     results = []
     for name in args.models or CASES:
         results += measure(name, CASES[name], args.repeats)

@@ -33,8 +33,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fpsattention as fps
-from common import forward_seconds, write_results
-from fpsattention.core.support import hopper_obstacle
+from common import forward_seconds, parsed, write_results
 from fpsattention.integrations.diffusers import enable, use_fp8_linears
 from fpsattention.schedules.models import MODELS
 from fpsattention.schedules.presets import FEW_STEPS
@@ -222,18 +221,19 @@ def measure(
         of_stage = steps_of_stage(schedule, steps)
         if ours:
             torch.cuda.reset_peak_memory_stats()
-        handle = enable(model, schedule, shift=case.shift, backend="sm90") if ours else None
-        if handle and "compiled" in contender:
-            torch.compiler.reset()
-            model.compile_repeated_blocks(fullgraph=True, options=INDUCTOR)
-        seconds, warm_up = {}, 0.0 if ours else dense[0]
-        for stage in of_stage:
-            sigma = sigma_of_stage(schedule, stage, case.shift)
-            first, *times = forwards(sigma, f"{name}, {contender}, {stage}") if ours else dense
-            seconds[stage] = statistics.median(times)
-            warm_up += first if ours else 0.0
-        if handle:
+            handle = enable(model, schedule, shift=case.shift, backend="sm90")
+            if "compiled" in contender:
+                torch.compiler.reset()
+                model.compile_repeated_blocks(fullgraph=True, options=INDUCTOR)
+            sigmas = {stage: sigma_of_stage(schedule, stage, case.shift) for stage in of_stage}
+            times = {
+                stage: forwards(sigma, f"{name}, {contender}, {stage}") for stage, sigma in sigmas.items()
+            }
+            warm_up = sum(first for first, *_ in times.values())
             handle.remove()
+        else:
+            times, warm_up = dict.fromkeys(of_stage, dense), dense[0]
+        seconds = {stage: statistics.median(timed) for stage, (_, *timed) in times.items()}
         video = sum(seconds[stage] * n for stage, n in of_stage.items())
         peak = torch.cuda.max_memory_allocated() / 2**30
         stages = ", ".join(f"{stage} {s:.3f} s" for stage, s in seconds.items())
@@ -267,11 +267,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="only the first and the last contender")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    args = parser.parse_args()
-    if unknown := set(args.models) - set(CASES):
-        parser.error(f"{', '.join(sorted(unknown))}: must be one of {', '.join(CASES)}")
-    if obstacle := hopper_obstacle():
-        parser.exit(1, f"bench_wan.py {obstacle}\n")
+    args = parsed(parser, CASES)
     if "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import json
@@ -11,7 +12,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torch
 
 from fpsattention.cli.timing import CudaClock, Timing, time_interleaved
 from fpsattention.core.reference import E4M3_MAX
+from fpsattention.core.support import hopper_obstacle
 
 try:
     import pynvml  # of the PyPI package nvidia-ml-py
@@ -326,6 +328,16 @@ def _rounded(x):
     if isinstance(x, dict):
         return {k: _rounded(v) for k, v in x.items()}
     return [_rounded(v) for v in x] if isinstance(x, (list, tuple)) else x
+
+
+def parsed(parser: argparse.ArgumentParser, cases: Collection[str] = ()) -> argparse.Namespace:
+    """The command line's arguments. Exits with 2 for a model that is none of `cases`, with 1 without a Hopper GPU."""
+    args = parser.parse_args()
+    if unknown := set(getattr(args, "models", ())) - set(cases):
+        parser.error(f"{', '.join(sorted(unknown))}: must be one of {', '.join(cases)}")
+    if obstacle := hopper_obstacle():
+        parser.exit(1, f"{parser.prog} {obstacle}\n")
+    return args
 
 
 def write_results(path: Path, results: Sequence, **about) -> None:

@@ -54,7 +54,8 @@ class Case:
     """One call, and how it is scheduled: CTAs at a time, wgmmas early or late. `text` and `counts` are the lengths of
     prefix and suffix, and how many of each are valid in a sample. `scores` are "random", "wide" (thousands), "growing"
     from key block to key block, or "negative", all of them. `not_finite` is a number in one element of q (0), k or v.
-    `limits` override `LIMITS`. `lists`: there are random lists of key tiles, for so many samples and heads.
+    `limits` override `LIMITS`. `lists`: there are random lists of key tiles, for so many samples and heads;
+    `density` is theirs.
     """
 
     grid: tuple[int, int, int]
@@ -73,6 +74,7 @@ class Case:
     text: tuple[int, int] = (0, 0)
     counts: tuple[tuple[int, ...] | None, tuple[int, ...] | None] = (None, None)
     lists: tuple[int, int] | None = None
+    density: float = 0.5
 
 
 CASES = {
@@ -179,7 +181,9 @@ CASES |= {
         counts=((129, 0), (7, 0)),
         lists=(2, 1),
     ),
-    "lists longer than a warp": Case((2, 8, 5), AttentionConfig(tile=(1, 2, 1)), ctas=4, lists=(1, 1)),
+    "lists longer than a warp": Case(
+        (2, 8, 5), AttentionConfig(tile=(1, 2, 1)), ctas=4, lists=(1, 1), density=0.95
+    ),
 }
 
 
@@ -188,7 +192,7 @@ def random_lists(case: Case, generator: torch.Generator) -> KeyTiles | None:
     if case.lists is None:
         return None
     n = case.config.resolve(case.grid, case.heads).geometry.n_video_tiles
-    mask = torch.rand(*case.lists, n, n, generator=generator) < (0.95 if n == 40 else 0.5)
+    mask = torch.rand(*case.lists, n, n, generator=generator) < case.density
     mask[..., 0, :] = mask[..., -1] = False
     return KeyTiles.of_mask(mask)
 

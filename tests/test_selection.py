@@ -128,20 +128,24 @@ def choices(draw, kind):
     return grid, AttentionConfig(tile, border=border, select=select), scores
 
 
-def least_of(always):
-    """How many tiles a list has room for at least."""
-    return max(1, *map(len, always))
+def chosen(case):
+    """(lists, the tiles of the window for each tile) of a case of `choices`."""
+    grid, config, scores = case
+    return choose(scores, config.resolve(grid, 1)), always_of(config.select, grid, config.tile, config.border)
+
+
+def room(share, n, always):
+    """How many tiles a list has room for, by a share of n tiles."""
+    return max(math.ceil(round(share, 6) * n - 1e-9), 1, *map(len, always))
 
 
 @settings(max_examples=80)
 @given(choices(TopTiles))
 def test_top_tiles(case):
     """Always k of them: those of the window, then those with the highest scores."""
-    grid, config, scores = case
-    n, select = scores.shape[-1], config.select
-    always = always_of(select, grid, config.tile, config.border)
-    lists = choose(scores, config.resolve(grid, 1))
-    size = max(math.ceil(round(select.fraction, 6) * n - 1e-9), least_of(always))
+    _, config, scores = case
+    n, (lists, always) = scores.shape[-1], chosen(case)
+    size = room(config.select.fraction, n, always)
     assert lists.indices.shape == (2, 1, n, size) and (lists.counts == size).all()
     for (b, h, tile), row in rows_of(lists, n):
         best = sorted(range(n), key=lambda x: (x not in always[tile], -scores[b, h, tile, x].item()))  # noqa: B023
@@ -153,10 +157,8 @@ def test_top_tiles(case):
 def test_top_mass(case):
     """It reaches the mass unless `most` forbids, and without its lightest tile would not."""
     grid, config, scores = case
-    n, select = scores.shape[-1], config.select
-    always = always_of(select, grid, config.tile, config.border)
-    lists = choose(scores, config.resolve(grid, 1))
-    most = max(math.ceil(round(select.most, 6) * n - 1e-9), least_of(always))
+    n, select, (lists, always) = scores.shape[-1], config.select, chosen(case)
+    most = room(select.most, n, always)
     assert lists.indices.shape[3] == most
     shares = shares_of(scores.double(), grid, config.tile)
     for at, row in rows_of(lists, n):

@@ -22,7 +22,7 @@ MODES = {
     "dense": "16 bits, every pair of tokens",
     "fp8": "FP8, every pair of tokens",
     "window": "16 bits under the schedule's windows, or over the tiles that it chooses",
-    "fps": "FP8, likewise",
+    "fps": "FP8 under the schedule's windows, or over the tiles that it chooses",
 }
 Triple = tuple[int, int, int]
 
