@@ -10,7 +10,7 @@ shape are timed in turns, in one process.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 import fpsattention as fps
+from bench_forward import random_input, random_qkv
 from common import attention_flops, parsed, write_results
 from fpsattention.cli.timing import CudaClock, time_interleaved
 from shapes import SHAPES, Shape
@@ -90,7 +91,7 @@ def arms_of(shape: Shape, generator: torch.Generator) -> list[Arm]:
     return [*arms, Arm("chosen 0.14", chosen)]
 
 
-def density_of(arm: Arm, shape: Shape, qk: list[torch.Tensor]) -> float:
+def density_of(arm: Arm, shape: Shape, qk: Sequence[torch.Tensor]) -> float:
     """Attended pairs of tokens as a share of all."""
     resolved = arm.config.resolve(shape.grid, shape.heads)
     lists = arm.key_tiles
@@ -102,7 +103,7 @@ def density_of(arm: Arm, shape: Shape, qk: list[torch.Tensor]) -> float:
     return ((tokens @ (lists.mask().double() @ tokens)[..., None]).mean() / tokens.sum() ** 2).item()
 
 
-def calls_of(arm: Arm, shape: Shape, qkv: list[torch.Tensor], dout: torch.Tensor) -> dict[str, Callable]:
+def calls_of(arm: Arm, shape: Shape, qkv: Sequence[torch.Tensor], dout: torch.Tensor) -> dict[str, Callable]:
     is_fp8 = arm.config.quant == "fp8"
     call = {"grid": shape.grid, "tensor_layout": shape.layout, "backend": "sm90" if is_fp8 else "auto"}
     about = {"config": arm.config, "key_tiles": arm.key_tiles}
@@ -119,12 +120,8 @@ def calls_of(arm: Arm, shape: Shape, qkv: list[torch.Tensor], dout: torch.Tensor
 
 
 def measure(shape: Shape, rounds: int, seed: int) -> list[Result]:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    size = (shape.batch, shape.tokens, shape.heads, shape.head_dim)
-    if shape.layout == "HND":
-        size = (size[0], size[2], size[1], size[3])
-    *qkv, dout = (torch.randn(size, device="cuda", generator=generator).bfloat16() for _ in range(4))
-    arms = arms_of(shape, generator)
+    qkv, dout = random_qkv(shape, "cuda"), random_input(shape, "cuda", f"{shape.name} dout")
+    arms = arms_of(shape, torch.Generator("cuda").manual_seed(seed))
     calls = {arm.name: calls_of(arm, shape, qkv, dout) for arm in arms}
     entries = {f"{arm} {name}": call for arm, own in calls.items() for name, call in own.items()}
     timings = time_interleaved(entries, CudaClock(), rounds, BURST_MS, seed)
